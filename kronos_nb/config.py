@@ -271,7 +271,7 @@ def _diff(self: Config,
 ) -> pd.DataFrame: # One row per setting that differs
     "The settings in which two configs differ"
     a, b = self.flat(), other.flat()
-    return pd.DataFrame([{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]], columns=['setting', *names]).set_index('setting')
+    return pd.DataFrame([{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]], columns=['setting', *names], dtype=object).set_index('setting')
 
 def _table(self: Config) -> pd.DataFrame:
     "Every setting with its value, default, unit, range and meaning"
