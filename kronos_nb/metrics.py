@@ -59,7 +59,7 @@ def pinball(
 def pit(
     paths, # (..., S, H) sampled values
     y,     # (..., H) what happened
-    seed: int = 0, # Address of the draws that spread ranks and ties
+    seed=0, # Address of the draws that spread ranks and ties
 ) -> np.ndarray: # (..., H) in (0, 1); uniform where the forecast is calibrated
     "Randomised probability integral transform; doi:10.1111/j.1467-9868.2007.00587.x"
     paths, y = check_paths(paths, y)

@@ -1,0 +1,113 @@
+"What the notebooks on judging do not teach: odd panels, resuming, agreement with independent code"
+import numpy as np, pandas as pd, pytest
+from kronos_nb.baselines import Baseline, Garch, LastValue, fit_garch
+from kronos_nb.core import ConfigError, DataError, np_rng
+from kronos_nb.evaluate import Evaluation, evaluate, forecast_rows, overlap_of, pick_origins
+from kronos_nb.evidence import diebold_mariano, t_cdf, t_ppf
+from kronos_nb.metrics import crps
+
+def walks(n=600, symbols=('A', 'B'), seed=0, start='2024-01-01'):
+    out = []
+    for s in symbols:
+        close = 100 * np.exp(np.cumsum(.01 * np_rng(seed, 'walks', s).normal(size=n)))
+        out.append(pd.DataFrame(dict(symbol=s, timestamps=pd.date_range(start, periods=n, freq='1h'), open=close, high=close, low=close, close=close, volume=1., amount=close)))
+    return pd.concat(out, ignore_index=True)
+
+class Counting(Baseline):
+    "Counts the histories it forecast from, and can be told to fail"
+    def __init__(self, fail_after=10**9): self.seen, self.fail_after = 0, fail_after
+    def __repr__(self): return 'Counting()'
+    def returns(self, r, predict_window, paths, rng, bars):
+        self.seen += 1
+        if self.seen > self.fail_after: raise KeyboardInterrupt
+        return rng.normal(0, r.std(), (paths, predict_window))
+
+quick = dict(lookback_window=60, predict_window=5, origins=16, paths=20, progress=False, batch=8, baselines=[LastValue()])
+
+def test_crps_equals_the_sum_over_pairs():
+    rng = np_rng(0)
+    x, y = rng.normal(size=(3, 7, 4)), rng.normal(size=(3, 4))
+    pairs = abs(x[:, :, None] - x[:, None]).sum((1, 2)) / (7 * 6)
+    np.testing.assert_allclose(crps(x, y), abs(x - y[:, None]).mean(1) - pairs / 2, rtol=1e-12)
+
+def test_t_agrees_with_scipy():
+    stats = pytest.importorskip('scipy.stats')
+    for df in (1, 2, 5, 31, 400):
+        np.testing.assert_allclose([t_cdf(x, df) for x in (-8, -1, 0, .3, 4)], stats.t.cdf([-8, -1, 0, .3, 4], df), atol=1e-7)
+        np.testing.assert_allclose(t_ppf(.975, df), stats.t.ppf(.975, df), rtol=1e-5)
+
+def test_garch_grid_is_as_likely_as_an_optimiser():
+    opt = pytest.importorskip('scipy.optimize')
+    from kronos_nb.baselines import garch_var
+    rng, v = np_rng(3), 1e-4
+    r = np.empty(1500)
+    for t in range(1500): r[t] = v**.5 * rng.normal(); v = 4e-6 + .15 * r[t]**2 + .8 * v
+    r -= r.mean(); var = (r * r).mean()
+    def nll(o):
+        a, p = o
+        if not 0 <= a <= p < 1: return 1e9
+        w = garch_var(r, var * (1 - p), a, p - a, var)[:-1, 0]
+        return (np.log(w) + r * r / w).sum()
+    omega, a, b = fit_garch(r)
+    best = opt.minimize(nll, [.1, .9], method='Nelder-Mead', options=dict(xatol=1e-6, fatol=1e-6))
+    assert nll([a, a + b]) < best.fun + .05
+
+def test_diebold_mariano_keeps_its_size_under_overlap():
+    rng, wrong = np_rng(0, 'dm'), 0
+    for _ in range(400):
+        e = rng.normal(size=63)
+        wrong += diebold_mariano(np.zeros(60), e[:-3] + e[1:-2] + e[2:-1] + e[3:], overlap=3)[1] < .05
+    assert wrong / 400 < .1
+
+def test_a_stopped_evaluation_goes_on(tmp_path):
+    whole = evaluate(Counting(), walks(), **quick)
+    with pytest.raises(KeyboardInterrupt): evaluate(Counting(fail_after=20), walks(), **quick, out_dir=tmp_path)
+    again = Counting()
+    e = evaluate(again, walks(), **quick, out_dir=tmp_path)
+    assert again.seen == 32 - 16 # the first two parts of eight were whole
+    pd.testing.assert_frame_equal(e.rows, whole.rows)
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).tests, e.tests)
+    assert not (tmp_path/'parts').exists()
+
+def test_parts_of_other_settings_are_not_reused(tmp_path):
+    with pytest.raises(KeyboardInterrupt): evaluate(Counting(fail_after=20), walks(), **quick, out_dir=tmp_path)
+    for other in (dict(seed=1), dict(paths=21)):
+        f = Counting()
+        evaluate(f, walks(), **{**quick, **other})
+        assert f.seen == 32
+    f = Counting(fail_after=30)
+    with pytest.raises(KeyboardInterrupt): evaluate(f, walks(seed=5), **quick, out_dir=tmp_path)
+    assert f.seen == 31
+
+def test_rows_do_not_depend_on_the_batch():
+    pd.testing.assert_frame_equal(*(evaluate(Garch(), walks(), **{**quick, 'batch': n}).rows for n in (3, 64)))
+
+def test_symbols_with_different_spans_and_gaps():
+    a, b = walks(400, ('A',)), walks(400, ('B',), start='2024-02-10')
+    a = a.drop(index=range(200, 260)) # a gap
+    bars = pd.concat([a, b], ignore_index=True)
+    o, left_out = pick_origins(bars, 60, 5, origins=24)
+    assert set(o.symbol) == {'A', 'B'} and o.period.nunique() == 4
+    assert left_out.reason.str.contains('gap').any()
+    t = a.timestamps.iloc[200]
+    inside = o[(o.symbol == 'A') & (o['last'] >= t) & (o.origin - pd.Timedelta('59h') < t)]
+    assert not len(inside)
+
+def test_overlap_counts_dates():
+    o, _ = pick_origins(walks(200, ('A',)), 60, 12, origins=40)
+    assert overlap_of(o) >= 3
+    o, _ = pick_origins(walks(600, ('A',)), 60, 5)
+    assert overlap_of(o) == 0
+
+def test_single_symbol_panel_and_not_judged():
+    e = evaluate(Garch(), walks(symbols=tuple('ABCDEF'), n=400), **quick)
+    assert {'ic', 'rank_ic'} <= set(e.metrics[(e.metrics.model == 'model') & (e.metrics.scope == 'pooled')].metric)
+    assert set(e.metrics.scope) == {'pooled', *'ABCDEF'}
+    n = Evaluation.not_judged('the split has no test part')
+    assert n.verdict == 'not judged' and 'no test part' in n.sentence and not len(n.metrics)
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match='at least 4'): evaluate(LastValue(), walks(), 60, 5, periods=2)
+    with pytest.raises(ConfigError, match='baselines is empty'): evaluate(LastValue(), walks(), 60, 5, baselines=[])
+    with pytest.raises(DataError, match='touches bars'): evaluate(LastValue(), walks(), 60, 5, used=walks(300))
+    with pytest.raises(DataError, match='no origin is possible'): evaluate(LastValue(), walks(50), 60, 5)
