@@ -7,10 +7,11 @@ __all__ = ['PUBLISHED', 'RMSNorm', 'Rotary', 'causal_mask', 'KVCache', 'Attentio
            'find_files', 'load_weights', 'Pretrained']
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-002
-import json
+import hashlib, json
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -321,3 +322,11 @@ class Pretrained(nn.Module):
         write_atomic(Path(folder)/'model.safetensors', save({k: t.contiguous().clone() for k, t in tensors.items()}))
         write_atomic(Path(folder)/'config.json', json.dumps(self.config | self.extra, indent=2, sort_keys=True))
         return Path(folder)
+
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-049
+@patch
+def weights_hash(self: Pretrained) -> str: # 16 hex digits
+    "Changes when any weight does; the same for a model and its saved copy"
+    h = hashlib.blake2b(digest_size=8)
+    for k, p in sorted(self.named_parameters()): h.update(k.encode()); h.update(p.detach().float().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
