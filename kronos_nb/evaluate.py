@@ -9,7 +9,7 @@ __all__ = ['QUANTILES', 'BANDS', 'METRICS', 'LOSSES', 'COLOURS', 'candidates', '
            'fingerprint', 'overlap_of', 'evaluate', 'control']
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-002
-import hashlib, io, json, math, time
+import hashlib, inspect, io, json, time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,6 +189,7 @@ def forecast_rows(
 ) -> pd.DataFrame: # One row per origin and bar
     "Forecast from every origin and score each bar"
     origins, keys, (n, horizon) = windows.origins, windows.keys, windows.y.shape
+    if 'progress' in inspect.signature(forecaster.predict_many).parameters: sampling = dict(progress=False) | sampling # one bar is enough
     got = forecaster.predict_many(windows.histories, horizon, keys=keys, futures=windows.futures, paths=paths, seed=seed, **sampling)
     close = np.stack([np.asarray(f.paths)[..., 3] for f in got])
     bad = ~np.isfinite(close).all((1, 2))
@@ -548,16 +549,10 @@ def fingerprint(
     if isinstance(forecaster, Baseline): return repr(forecaster)
     given = getattr(forecaster, 'fingerprint', None)
     if given is not None: return str(given() if callable(given) else given)
-    parts = [getattr(forecaster, k, None) for k in ('tokenizer', 'predictor')]
-    if not all(hasattr(o, 'state_dict') for o in parts): return None
-    h = hashlib.blake2b(repr([(k, v) for k, v in sorted(vars(forecaster).items()) if isinstance(v, (int, float, str))] + [getattr(forecaster, 'normalizer', None)]).encode(), digest_size=8)
-    for o in parts:
-        for k, v in o.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().reshape(-1).view(dtype=_bytes()).numpy())
-    return h.hexdigest()
-
-def _bytes():
-    import torch
-    return torch.uint8
+    models = [getattr(forecaster, 'tokenizer', None), *getattr(forecaster, 'predictors', [])]
+    if not all(hasattr(o, 'weights_hash') for o in models): return None
+    plain = sorted((k, v) for k, v in vars(forecaster).items() if v is None or isinstance(v, (int, float, str)))
+    return _address(plain, repr(getattr(forecaster, 'normalizer', None)), *(o.weights_hash() for o in models))
 
 def _address(*parts): return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
