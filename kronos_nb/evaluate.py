@@ -19,6 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import ConfigError, DataError, RunError, check_choice, np_rng, write_atomic, write_json
+from .data.kline import md_table
 from .data.window import check_canonical, segments, split_by_time
 from .baselines import Baseline, default_baselines, random_walks
 from .evidence import block_indices, block_length, diebold_mariano, interval, power, t_ppf
@@ -196,7 +197,7 @@ def forecast_rows(
     if bad.any(): raise RunError(f"{forecaster!r} forecast a close that is not finite, from {keys[int(bad.argmax())]}; look at its training for a loss that became nan")
     last = np.array([h['close'].to_numpy()[-1] for h in windows.histories])
     cols = summarise(close, windows.y, last, origins['scale'].to_numpy(), [(seed, k) for k in keys])
-    head = origins[['symbol', 'origin', 'date', 'period']].iloc[np.repeat(np.arange(n), horizon)].reset_index(drop=True)
+    head = origins[['symbol', 'origin', 'last', 'date', 'period']].rename(columns=dict(last='end')).iloc[np.repeat(np.arange(n), horizon)].reset_index(drop=True)
     body = pd.DataFrame({c: v.ravel().astype(np.float32 if c in ('crps', 'pit', 'p_up', 'var', 'rvar') else np.float64) for c, v in cols.items()})
     return pd.concat([head, pd.Series(np.tile(np.arange(1, horizon + 1), n), name='h'), body], axis=1)
 
@@ -465,12 +466,6 @@ def not_judged(cls: Evaluation,
     return cls(pd.DataFrame(columns=['model', 'symbol', 'date', 'origin']), dict(reason=reason, overlap=0, level=.95, draws=0, seed=0))
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-048
-def _md(frame): # no tabulate needed
-    "A frame as a Markdown table"
-    head = [frame.index.name or '', *map(str, frame.columns)]
-    lines = [head, ['---'] * len(head), *([str(i), *map(str, r)] for i, r in zip(frame.index, frame.to_numpy()))]
-    return '\n'.join('| ' + ' | '.join(o) + ' |' for o in lines)
-
 @patch
 def to_markdown(self: Evaluation) -> str:
     "The evaluation card: verdict, comparisons, metrics, and how they were made"
@@ -484,7 +479,7 @@ def to_markdown(self: Evaluation) -> str:
            f"Intervals: circular block bootstrap over origins, blocks of {block_length(self.n, s['overlap'])}. Errors are in steps, the mean absolute change of the close over the lookback.")
     out = '' if self.left_out is None or not len(self.left_out) else '\n\nLeft out: ' + '; '.join(f'{o.symbol}, {o.reason} ({o.count})' for o in self.left_out.head(10).itertuples()) + \
           (f' and {len(self.left_out) - 10} more' if len(self.left_out) > 10 else '') + '.'
-    return f'## Evaluation\n\n**{self.sentence}**\n\n{_md(shown)}\n\n{_md(self.table())}\n\n{how}{out}\n'
+    return f'## Evaluation\n\n**{self.sentence}**\n\n{md_table(shown.reset_index())}\n\n{md_table(self.table().reset_index())}\n\n{how}{out}\n'
 
 @patch
 def _repr_markdown_(self: Evaluation): return self.to_markdown()
