@@ -28,14 +28,14 @@ from .metrics import LEVELS, crps, hits, ic, pinball, pit, prob_up, qlike, quant
 # %% ../nbs/api/14_evaluate.ipynb #cell-007
 def _after(t, start, symbol):
     "Which of the timestamps `t` of `symbol` may be forecast"
-    start = start.get(symbol) if isinstance(start, dict) else start
-    return np.ones(len(t), bool) if start is None else t >= np.datetime64(pd.Timestamp(start))
+    if isinstance(start, dict): start = start.get(symbol, pd.Timestamp.max) # a symbol that is not named has nothing to be judged on
+    return np.ones(len(t), bool) if start is None else t >= pd.Timestamp(start).to_datetime64()
 
 def candidates(
     bars: pd.DataFrame,   # Canonical bars of one or more symbols
     lookback_window: int, # `L`
     predict_window: int,  # `H`
-    start=None,           # First timestamp that may be forecast; one for all, or a dict by symbol
+    start=None,           # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
     max_gap='auto',       # Longest break inside a window, as in `segments`
 ) -> tuple: # Frame of every possible origin; frame of what was left out and why
     "Every place where a history of `lookback_window` bars and a future of `predict_window` bars fit"
@@ -66,7 +66,7 @@ def pick_origins(
     predict_window: int,  # `H`
     origins: int | None = None, # Dates to forecast from; None: up to 64, as many as do not overlap, at least two a period
     periods: int = 4,     # Separate stretches of time, at least 4
-    start=None,           # First timestamp that may be forecast; one for all, or a dict by symbol
+    start=None,           # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
     max_gap='auto',       # Longest break inside a window, as in `segments`
 ) -> tuple: # Frame symbol, row, origin, first, last, scale, date, period; frame of what was left out
     "Spread `origins` dates evenly over `periods` stretches of `bars`"
@@ -591,7 +591,7 @@ def evaluate(
     baselines=None,        # Naive forecasts; None: `default_baselines`
     origins: int | None = None, # Dates to forecast from; None: up to 64 that do not overlap
     periods: int = 4,      # Separate stretches of time, at least 4
-    start=None,            # First timestamp that may be forecast; one for all, or a dict by symbol
+    start=None,            # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
     used=None,             # Bars, or {symbol: (first, last)}, that trained or selected the model: an error if touched
     max_gap='auto',        # Longest break inside a window, as in `segments`
     paths: int = 100,      # Sampled futures of each origin, for every forecaster
