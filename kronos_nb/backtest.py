@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from .core import ConfigError, DataError, check_choice
 from .data.kline import md_table
+from .watch import figure
 from .evidence import block_indices, block_length, interval
 from .evaluate import Evaluation, evaluate
 
@@ -164,8 +165,8 @@ def __repr__(self: Backtest): return f"Backtest({self.settings['rule']}: {len(se
 @patch
 def plot(self: Backtest):
     "Growth of 1, drawdown below it"
-    import matplotlib.pyplot as plt, matplotlib.dates as md
-    fig, (a, b) = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, height_ratios=(3, 1), layout='constrained')
+    import matplotlib.dates as md
+    fig, (a, b) = figure(8, 3.6, 2, 1, sharex=True, height_ratios=(3, 1))
     for c, name, colour in (('net', f"{self.settings['rule']} after costs", '#c44e52'), ('hold', 'equal-weight holding', '#8c8c8c')):
         e = self.equity[c]
         a.plot(e.index, e, color=colour, label=name, lw=1.2); b.plot(e.index, 100 * (e / np.maximum(e.cummax(), 1) - 1), color=colour, lw=1)

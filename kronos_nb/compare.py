@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .core import RunError
 from .config import Config
 from .data.kline import md_table
+from .watch import figure
 from .evaluate import Evaluation, evaluate, skill
 
 # %% ../nbs/api/14d_compare.ipynb #cell-006
@@ -162,18 +163,17 @@ def __repr__(self: Comparison): return f"Comparison({', '.join(r.name for r in s
 @patch
 def plot(self: Comparison):
     "Validation loss of each stage, and the skills with their intervals; gives the figure"
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 3, figsize=(12, 3), layout='constrained')
+    fig, axs = figure(12, 3, 1, 3)
     for i, r in enumerate(self.runs):
         for ax, s in zip(axs, STAGES):
             m = r.curves[r.curves['stage'] == s]
             if 'val_loss' in m and len(m): ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=r.name)
-    for ax, s in zip(axs, STAGES): ax.set(title=f'{s}, validation loss', xlabel='epoch')
+    for ax, s in zip(axs, STAGES): ax.set(title=f'{s}, validation loss', xlabel='epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
     if axs[1].lines or axs[0].lines: (axs[1] if axs[1].lines else axs[0]).legend(fontsize=7, frameon=False)
     v = self.verdicts
     for k, (who, mark) in enumerate((('base', 'o'), ('naive', 's'))):
         if f'skill_{who}' not in v: continue
         y, lo, hi = (100 * v[c].to_numpy(float) for c in (f'skill_{who}', f'{who}_low', f'{who}_high'))
         axs[2].errorbar(np.arange(len(v)) + .15 * (2 * k - 1), y, [y - lo, hi - y], fmt=mark, ms=4, lw=1, label=f'against {"its base" if who == "base" else "best naive"}', color=('#4c72b0', '#c44e52')[k])
-    axs[2].axhline(0, color='k', lw=.6, ls='--'); axs[2].set_xticks(range(len(v)), v.index, fontsize=8); axs[2].set(title='CRPS skill, %', xlim=(-.6, len(v) - .4)); axs[2].legend(fontsize=7, frameon=False)
+    axs[2].axhline(0, color='k', lw=.6, ls='--'); axs[2].set_xticks(range(len(v)), v.index, fontsize=8); axs[2].set(title='CRPS skill, %', xlim=(-.6, len(v) - .4)); axs[2].legend(fontsize=7, frameon=False, loc='best')
     return fig

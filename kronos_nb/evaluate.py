@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from .core import ConfigError, DataError, RunError, check_choice, np_rng, write_atomic, write_json
 from .data.kline import md_table
 from .data.window import check_canonical, segments, split_by_time
+from .watch import figure
 from .baselines import Baseline, default_baselines, random_walks
 from .evidence import block_indices, block_length, diebold_mariano, interval, power, t_ppf
 from .metrics import LEVELS, crps, hits, ic, pinball, pit, prob_up, qlike, quantiles, realised_var
@@ -518,10 +519,9 @@ def _fan(ax, rows, history):
 @patch
 def plot(self: Evaluation):
     "Fans at chosen origins, reliability, PIT, skill by horizon and by period; gives the figure"
-    import matplotlib.pyplot as plt
     if not self.models: raise RunError(f"there is nothing to draw: {self.sentence}")
     shown = [m for m in ('model', 'base') if m in self.models]
-    fig, axs = plt.subplots(2, 4, figsize=(12, 5.2), layout='constrained')
+    fig, axs = figure(12, 5.2, 2, 4)
     mine, drawn = self.rows[self.rows['model'] == 'model'], list(self.history.groupby(['symbol', 'origin']))
     drawn = [drawn[i] for i in np.linspace(0, len(drawn) - 1, min(4, len(drawn))).round().astype(int)]
     for ax, ((s, o), h) in zip(axs[0], sorted(drawn, key=lambda d: d[0][1])): _fan(ax, mine[(mine['symbol'] == s) & (mine['origin'] == o)], h)

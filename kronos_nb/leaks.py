@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'LeakReport', 'perturbed', 'leak_statistics', 'leak_inputs', 'leak_symbols', 'leak_splits', 'leak_tokens',
-           'leak_logits', 'leak_batch', 'check_leaks']
+           'leak_logits', 'leak_batch', 'leak_evaluation', 'check_leaks']
 
 # %% ../nbs/api/14a_leaks.ipynb #cell-002
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .core import DataError, FEATURES, np_rng, torch_rng
-from .baselines import random_walks
+from .core import DataError, FEATURES, RunError, np_rng, torch_rng
+from .config import Config
+from .data.kline import bar_interval, check_klines, read_klines, repair_klines, sample_klines
 from .data.normalize import ZScore
 from .data.window import WindowDataset, split_by_time
+from .forecast import Forecaster
+from .baselines import random_walks
+from .evaluate import Evaluation, evaluate
 
 # %% ../nbs/api/14a_leaks.ipynb #cell-006
 @dataclass
@@ -137,26 +142,57 @@ def leak_batch(forecaster, bars, lookback_window, predict_window):
     _, among = forecaster.predict_many([later, now], predict_window, keys=['later', 'now'], **how)
     return max(_moved(a, b) for a, b in zip(np.moveaxis(alone.paths, -1, 0), np.moveaxis(among.paths, -1, 0))), f'{lookback_window} bars forecast alone and beside the {lookback_window} bars that end {predict_window} later'
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-021
-TOLERANCE = dict(statistics=0., inputs=0., symbols=1e-3, splits=0., tokens=1e-4, logits=1e-4, batch=1e-4)
+# %% ../nbs/api/14a_leaks.ipynb #cell-022
+def leak_evaluation(
+    rows: pd.DataFrame, # Of an `Evaluation`
+    splits,             # Has `train` and `val`
+):
+    "Was anything judged on bars that trained or chose the model?"
+    bad, said = 0, []
+    for k in ('train', 'val'):
+        if not len(part := getattr(splits, k)): continue
+        last = part.groupby('symbol', observed=True)['timestamps'].max().astype('datetime64[ns]')
+        late = rows.loc[rows['h'] == 1, ['symbol', 'origin']].drop_duplicates()
+        late = late[late['origin'].to_numpy('datetime64[ns]') < late['symbol'].map(last).to_numpy('datetime64[ns]')]
+        bad += len(late)
+        if len(late): said.append(f'{len(late)} forecasts begin inside {k}, the first of {late.iloc[0].symbol} after {late.iloc[0].origin}')
+    return float(bad), '; '.join(said) or f"{rows['origin'].nunique()} origins, all after the last bar of train and val"
+
+def _of_run(folder, bars):
+    "What there is to check about the run in `folder`"
+    if not (folder/'config.yaml').is_file(): raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
+    d = Config.load(folder/'config.yaml').data
+    if bars is None: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows) if d.source else sample_klines(list(d.symbols) if d.symbols else None)
+    if d.repair == 'standard' and not check_klines(bars).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window)
+    target = Forecaster.from_pretrained(folder)
+    gap = 'auto' if d.max_gap is None else pd.Timedelta(d.max_gap * bar_interval(bars['timestamps'][bars['symbol'] == bars['symbol'].iloc[0]]), unit='ns')
+    dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=gap)
+    judged = Evaluation.load(folder).rows if (folder/'evaluation'/'evaluation.json').is_file() else None
+    return target, bars, d.lookback_window, d.predict_window, split_by_time(bars, d.train, d.val, d.test, d.embargo), dataset, judged
+
+# %% ../nbs/api/14a_leaks.ipynb #cell-024
+TOLERANCE = dict(statistics=0., inputs=0., symbols=1e-3, splits=0., tokens=1e-4, logits=1e-4, batch=1e-4, evaluation=0.)
 
 def check_leaks(
-    target=None,        # A forecaster: its normalizer, tokenizer, predictors and forecasts are checked
-    bars=None,          # Canonical bars to experiment with; None: simulated ones of two symbols
-    lookback_window: int = 64,
+    target=None,        # A forecaster, or the folder of a run: then its windows, splits, models and evaluation are checked
+    bars=None,          # Canonical bars to experiment with; None: those that the run names, else simulated ones of two symbols
+    lookback_window: int = 64, # Of a run: its own
     predict_window: int = 16,
     *,
     splits=None,        # What `split_by_time` gave; None: splits of `bars` are made and checked
     dataset=None,       # Bars -> data set with `hist_features`, `pred_features`; None: `WindowDataset`
 ) -> LeakReport:
     "Perturb the future and report any movement in statistics, inputs, splits, tokens, logits and forecasts"
+    judged = None
+    if isinstance(target, (str, Path)): target, bars, lookback_window, predict_window, splits, dataset, judged = _of_run(Path(target), bars)
     if bars is None: bars = random_walks(4 * (lookback_window + predict_window), ('A', 'B'))
     if len(bars) < 2 * (lookback_window + predict_window): raise DataError(f"a leak check needs at least {2 * (lookback_window + predict_window)} bars (twice lookback_window + predict_window), got {len(bars)}")
     norm = getattr(target, 'normalizer', None) or ZScore()
     make = dataset or (lambda o: WindowDataset(o, lookback_window, predict_window, norm, max_gap=None))
-    size = (bars, lookback_window, predict_window)
-    done = dict(statistics=leak_statistics(norm, *size), inputs=leak_inputs(make, *size), symbols=leak_symbols(make, *size), splits=leak_splits(splits or split_by_time(bars)))
+    size, splits = (bars, lookback_window, predict_window), splits or split_by_time(bars)
+    done = dict(statistics=leak_statistics(norm, *size), inputs=leak_inputs(make, *size), symbols=leak_symbols(make, *size), splits=leak_splits(splits))
     if hasattr(target, 'tokenizer'): done['tokens'] = leak_tokens(target.tokenizer)
     for i, p in enumerate(getattr(target, 'predictors', [target.predictor] if hasattr(target, 'predictor') else [])): done[f'logits {i + 1}' if i else 'logits'] = leak_logits(p)
     if hasattr(target, 'predict_many'): done['batch'] = leak_batch(target, *size)
+    if judged is not None: done['evaluation'] = leak_evaluation(judged, splits)
     return LeakReport(pd.DataFrame([dict(check=k, ok=bool(m <= TOLERANCE[k.split()[0]]), moved=m, detail=d) for k, (m, d) in done.items()]))

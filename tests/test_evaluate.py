@@ -107,3 +107,73 @@ def test_bad_input():
     with pytest.raises(ConfigError, match='baselines is empty'): evaluate(LastValue(), walks(), 60, 5, baselines=[])
     with pytest.raises(DataError, match='touches bars'): evaluate(LastValue(), walks(), 60, 5, used=walks(300))
     with pytest.raises(DataError, match='no origin is possible'): evaluate(LastValue(), walks(50), 60, 5)
+
+def tiny(seed=0):
+    import torch
+    from kronos_nb.forecast import Forecaster
+    from kronos_nb.model.predictor import Kronos
+    from kronos_nb.model.tokenizer import KronosTokenizer
+    torch.manual_seed(seed)
+    none = dict(ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
+    t = KronosTokenizer(d_in=6, d_model=16, n_heads=2, ff_dim=32, n_enc_layers=2, n_dec_layers=2, s1_bits=3, s2_bits=3, beta=.05, gamma0=1., gamma=1.1, zeta=.05, group_size=3, **none)
+    return Forecaster(t, Kronos(s1_bits=3, s2_bits=3, n_layers=1, d_model=16, n_heads=2, ff_dim=32, token_dropout_p=0., learn_te=True, **none), max_context=70)
+
+def test_a_forecaster_is_judged_against_its_base(tmp_path):
+    how = {**quick, 'temperature': .8, 'top_p': .95}
+    e = evaluate(tiny(), walks(), base=tiny(1), out_dir=tmp_path, **how)
+    assert e.models == ['model', 'base', 'LastValue'] and e.settings['sampling'] == dict(temperature=.8, top_p=.95)
+    assert 'temperature 0.8' in e.to_markdown() and e.verdict in ('helped', 'did not help', 'cannot tell')
+    same = evaluate(tiny(), walks(), base=tiny(), **how)
+    assert same.tests.loc['base', 'skill'] == 0 and same.verdict != 'helped'
+    pd.testing.assert_frame_equal(same.rows[same.rows.model == 'model'], e.rows[e.rows.model == 'model'])
+
+def test_fingerprints_tell_weights_apart():
+    from kronos_nb.calibrate import Calibrated, Calibration
+    from kronos_nb.evaluate import fingerprint
+    a, b = tiny(), tiny(1)
+    assert fingerprint(a) == fingerprint(tiny()) != fingerprint(b)
+    assert fingerprint(Calibrated(a, Calibration((2., 2., 2.), 30, (.3, .5, .7)))) != fingerprint(a)
+    assert fingerprint(object()) is None
+
+def test_calibrated_forecaster_from_a_folder(tmp_path):
+    from kronos_nb.calibrate import Calibrated, Calibration
+    f = tiny()
+    f.save_pretrained(tmp_path)
+    Calibration((2., 2., 2.), 30, (.3, .5, .7)).save(tmp_path)
+    c, past = Calibrated.from_pretrained(tmp_path), walks().head(100)
+    wide, plain = (o.predict(past, 4, paths=30, seed=1) for o in (c, f))
+    spread = lambda o: np.log(o.paths[..., 3]).std(0)
+    np.testing.assert_allclose(spread(wide), 2 * spread(plain), rtol=.1)
+    assert c.max_context == f.max_context and 'calibrated' in wide.notes[-1]
+
+def test_a_symbol_without_a_test_part_is_left_out():
+    bars = walks()
+    e = evaluate(LastValue(), bars, 60, 5, origins=16, paths=20, progress=False, baselines=[Garch()], start={'A': bars.timestamps[300]}, used={'A': (bars.timestamps[0], bars.timestamps[299]), 'B': (bars.timestamps[0], bars.timestamps[599])})
+    assert e.symbols == ['A'] and list(e.left_out.symbol) == ['B']
+
+def test_a_panel_is_traded_by_rank():
+    from kronos_nb.backtest import backtest
+    e = evaluate(LastValue(), walks(symbols=tuple('ABCDEF'), n=500), 60, 5, origins=40, paths=20, progress=False, baselines=[Garch()])
+    b = backtest(e, 'top_k', 'mean', k=2, cost=.001, slippage=0., delay=1)
+    assert (b.periods.invested <= 1 + 1e-9).all() and (b.periods.turnover <= 2 + 1e-9).all() and len(b.periods) <= 40
+    np.testing.assert_allclose(b.periods.gross - b.periods.net, .001 * b.periods.turnover)
+    with pytest.raises(ConfigError, match='needs at least 8 symbols'): backtest(e, 'top_k', k=4)
+    with pytest.raises(ConfigError, match='delay'): backtest(e, delay=5)
+
+def test_overlapping_dates_are_traded_once():
+    from kronos_nb.backtest import decisions
+    e = evaluate(LastValue(), walks(300, ('A',)), 60, 10, origins=80, paths=5, progress=False, baselines=[Garch()])
+    d = decisions(e.rows[e.rows.model == 'model'])
+    assert overlap_of(pick_origins(walks(300, ('A',)), 60, 10, origins=80)[0]) > 0
+    assert (d.origin.to_numpy()[1:] >= d.end.to_numpy()[:-1]).all()
+
+def test_runs_judged_in_other_steps_are_compared_in_the_same(tmp_path):
+    "A run with another lookback measures in other steps; the pair is brought to one"
+    from kronos_nb.compare import paired
+    bars = walks()
+    a = evaluate(LastValue(), bars, 60, 5, origins=16, paths=20, progress=False, baselines=[Garch()], start=bars.timestamps[200])
+    b = evaluate(LastValue(), bars, 120, 5, origins=16, paths=20, progress=False, baselines=[Garch()], start=bars.timestamps[200])
+    p = paired(a, b)
+    assert p['shared'] == 16 and abs(p['skill']) < .3
+    raw = [e.rows[e.rows.model == 'model'].eval('crps * scale').mean() for e in (a, b)]
+    assert np.sign(p['skill']) == np.sign(raw[0] - raw[1])
