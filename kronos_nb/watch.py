@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINES', 'INK', 'json_line', 'read_lines', 'write_metrics', 'read_metrics', 'stages', 'read_history', 'figure', 'png',
            'numbers', 'trend', 'robust_limits', 'plot_steps', 'best_validation', 'train_loss_at', 'plot_validation',
-           'plot_losses']
+           'plot_losses', 'summary_line']
 
 # %% ../nbs/api/09b_watch.ipynb #cell-002
 import functools, io, json, math
@@ -136,10 +136,10 @@ def best_validation(history) -> dict: # Its row: epoch, step, val_loss, ...; emp
     return min(rows, key=lambda r: r['val_loss'], default={})
 
 def train_loss_at(history: History, step: int) -> float:
-    "Mean training loss around `step`: over the twentieth of the rows that ends there"
+    "Mean training loss around `step`: over the twentieth of the rows that ends there, or begins the fit"
     x, y = numbers(history.steps, 'loss')
-    y = y[x <= step]
-    return float(y[-max(len(x)//20, 1):].mean()) if len(y) else math.nan
+    end, n = int((x <= step).sum()), max(len(x)//20, 1)
+    return float(y[max(end-n, 0):max(end, n)].mean()) if len(y) else math.nan
 
 def plot_validation(
     ax,      # Axes
@@ -152,7 +152,7 @@ def plot_validation(
     if not len(x): return ax.annotate('no validation yet', (.5, .5), xycoords='axes fraction', ha='center', color='gray')
     ax.plot(x, y, color=INK['val'], marker='o', ms=4)
     best = best_validation(history)
-    ax.plot(best['step'], best['val_loss'], marker='*', ms=14, color=INK['best'], ls='', label=f"best: epoch {best['epoch']}, step {best['step']:,}, {best['val_loss']:.4f}")
+    ax.plot(best['step'], best['val_loss'], marker='*', ms=14, color=INK['best'], ls='', label=f"best: epoch {best['epoch']}, step {best['step']:,}, {best['val_loss']:.5g}")
     if x[-1] > best['step']:
         fell = train_loss_at(history, x[-1]) < train_loss_at(history, best['step'])
         ax.axvspan(best['step'], x[-1], color=INK['bad'] if fell else 'gray', alpha=.12, lw=0, label='overfitting: training loss fell on' if fell else 'no improvement')
@@ -172,3 +172,17 @@ def plot_losses(
     plot_validation(axes[2], history)
     if title: fig.suptitle(title)
     return fig
+
+# %% ../nbs/api/09b_watch.ipynb #cell-028
+def summary_line(
+    history,   # History, or the folder of a stage
+    last=1000, # Steps that min, max and mean are of
+) -> str:
+    "Current, min, max and mean of the loss, and the best validation, in one line"
+    history = read_history(history)
+    x, y = numbers(history.steps, 'loss')
+    v = numbers(history.validations, 'val_loss')[1]
+    if len(x): y = y[x > x[-1]-last]
+    parts = [f"step {history.steps[-1]['step']:,}" if history.steps else 'step 0', f'loss {y[-1]:.4f} (min {y.min():.4f}, max {y.max():.4f}, mean {y.mean():.4f} of the last {last:,} steps)' if len(y) else 'no loss yet']
+    best = best_validation(history)
+    return ', '.join(parts + ([f"val {v[-1]:.4f} (best {best['val_loss']:.4f} at step {best['step']:,}, epoch {best['epoch']})"] if best else []))

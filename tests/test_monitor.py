@@ -1,8 +1,8 @@
 "Files of a run, in the cases that teach nothing: second fits, short logs, steps between rows"
-import copy, json
+import copy, importlib.util, json
 import pytest, torch
 from torch import nn
-from kronos_nb.callback.monitor import LossPlot, Progress, RunFiles
+from kronos_nb.callback.monitor import GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
 from kronos_nb.learner import Callback, Learner, TensorSource
 from kronos_nb.watch import read_history, read_lines
 
@@ -60,7 +60,36 @@ def test_log_that_was_deleted_begins_again(tmp_path):
     learn.fit(1)
     assert 'from step 5' in (tmp_path/'logs/tokenizer.log').read_text().splitlines()[0]
 
-def test_every_callback_is_inert(tmp_path):
-    bare = line().fit(2)
-    watched = line(Progress('silent'), RunFiles(tmp_path, 'tokenizer'), LossPlot(tmp_path, 'tokenizer', every=5)).fit(2)
+class Kept:
+    def __init__(self): self.rows = []
+    def log(self, values, step): self.rows.append((step, values))
+    def finish(self): pass
+
+@pytest.mark.parametrize('make', [lambda d: Progress('silent'), lambda d: Progress('text', stream=open('/dev/null', 'w')), lambda d: RunFiles(d, 'tokenizer'), lambda d: LossPlot(d, 'tokenizer', every=7),
+    lambda d: LivePlot(show=False), lambda d: GradNorm(), lambda d: UpdateRatio(3, True), lambda d: Throughput(), lambda d: Tracker(Kept())])
+def test_each_callback_is_inert(make, tmp_path):
+    bare, watched = line(log_every=3).fit(2), line(make(tmp_path), log_every=3).fit(2)
     assert all(torch.equal(a, b) for a, b in zip(bare.model.parameters(), watched.model.parameters()))
+    for k in ('steps', 'epochs', 'validations'):
+        for a, b in zip(getattr(bare.history, k), getattr(watched.history, k)): assert a == {n: b[n] for n in a}
+
+def test_update_ratio_leaves_no_hook_behind():
+    learn = line(UpdateRatio(1)).fit(1)
+    inner = getattr(learn.opt, 'optimizer', learn.opt)
+    assert not inner._optimizer_step_pre_hooks and not inner._optimizer_step_post_hooks
+    class Boom(Callback):
+        def after_step(self, learn): raise ValueError('boom')
+    learn = line(UpdateRatio(1), Boom())
+    with pytest.raises(ValueError): learn.fit(1)
+    assert not getattr(learn.opt, 'optimizer', learn.opt)._optimizer_step_pre_hooks
+
+@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='TensorBoard is optional')
+def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
+    keep = At(keep=5, die=9)
+    with pytest.raises(KeyboardInterrupt): line(keep, Tracker('tensorboard', tmp_path, 'predictor')).fit(2)
+    learn = line(Tracker('tensorboard', tmp_path, 'predictor'))
+    learn.load_state_dict(keep.state)
+    learn.fit(2)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    seen = EventAccumulator(str(tmp_path/'runs'/'predictor')).Reload()
+    assert [e.step for e in seen.Scalars('Training/Loss')] == list(range(1, 15)) and [e.step for e in seen.Scalars('Validation/Loss')] == [7, 14]
