@@ -4,91 +4,113 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ALIASES', 'KLINES12', 'SAMPLES', 'SHARES', 'RULES', 'POLICIES', 'recognise', 'to_utc', 'time_stamps',
-           'to_float', 'canonical', 'Capped', 'sniff', 'symbol_of', 'read_klines', 'read_report', 'sample_klines',
-           'bar_interval', 'find_gaps', 'KlineReport', 'md_table', 'check_klines', 'repair_klines']
+           'to_float', 'Capped', 'sniff', 'symbol_of', 'read_klines', 'read_report', 'sample_klines', 'bar_interval',
+           'find_gaps', 'missing_sessions', 'md_table', 'Section', 'KlineReport', 'check_klines', 'plot',
+           'repair_klines']
 
 # %% ../../nbs/api/02_data.kline.ipynb #cell-002
-import glob, gzip, io, re, zipfile, zlib
-from dataclasses import dataclass
+import csv, glob, gzip, io, re, warnings, zipfile, zlib
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, ConfigError, FEATURES, PRICES, STAMPS, check_choice, nearest
+from ..core import DataError, ConfigError, FEATURES, PRICES, STAMPS, check_choice, nearest, write_atomic
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-006
+# %% ../../nbs/api/02_data.kline.ipynb #cell-007
 COLUMNS = ('symbol', 'timestamps') + FEATURES
 ALIASES = dict(
-    symbol='symbol ticker ts_code stock_code code instrument tic name \u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801',
-    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time trade_time trade_date date time '
+    symbol='symbol ticker ts_code stock_code code instrument tic name asset \u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801',
+    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time trade_time trade_date date time unix '
                '\u65e5\u671f \u65f6\u95f4 \u4ea4\u6613\u65e5\u671f \u4ea4\u6613\u65f6\u95f4',
     open='open open_price openprice o \u5f00\u76d8 \u5f00\u76d8\u4ef7', high='high high_price highprice h \u6700\u9ad8 \u6700\u9ad8\u4ef7',
     low='low low_price lowprice l \u6700\u4f4e \u6700\u4f4e\u4ef7', close='close close_price closeprice c price \u6536\u76d8 \u6536\u76d8\u4ef7',
-    volume='volume vol vol. base_volume v trade_volume \u6210\u4ea4\u91cf',
+    volume='volume vol vol. base_volume v trade_volume tick_volume tickvol \u6210\u4ea4\u91cf',
     amount='amount amt quote_volume quote_asset_volume money value \u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d',
     adj_close='adj_close adjclose adjusted_close adj._close')
 KLINES12 = 'open_time open high low close volume close_time quote_volume count taker_buy_volume taker_buy_quote_volume ignore'.split()
 
-def _key(c): return re.sub(r'[\s\-]+', '_', str(c).strip().lstrip('\ufeff').lower())
+def _key(c): return re.sub(r'[\s\-]+', '_', str(c).strip().lstrip('\ufeff').strip('<>').lower())
 
 def recognise(
-    columns, # Column names as found
+    columns,    # Column names as found
+    given=None, # {'their name': 'our name'}, which overrules the list
 ) -> tuple[dict, list]: # {our name: their name}, columns that are not used
     "Match `columns` to ours"
+    columns, given = list(columns), dict(given or {})
+    for theirs, ours in given.items():
+        check_choice('a name on the right of columns', ours, (*COLUMNS, 'adj_close'))
+        if theirs not in columns: raise DataError(f"columns names {theirs!r}, which is not there; found {', '.join(map(repr, columns))}{nearest(theirs, columns)}")
     have = {}
     for c in columns: have.setdefault(_key(c), c)
     found = {ours: next(have[o] for o in names.split() if o in have) for ours, names in ALIASES.items() if any(o in have for o in names.split())}
+    found.update({ours: theirs for theirs, ours in given.items()})
+    units = [c for c in columns if re.fullmatch(r'volume_\w+', _key(c))]  # 'Volume BTC', 'Volume USDT': base and quote
+    if 'volume' not in found and units: found['volume'] = units[0]
+    if 'amount' not in found and len(units) > 1: found['amount'] = units[1]
     if 'timestamps' not in found:
         blank = [c for c in columns if _key(c) in ('', 'index') or _key(c).startswith('unnamed')]
         if blank: found['timestamps'] = blank[0]
     return found, [c for c in columns if c not in found.values()]
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-010
-def _numeric_time(v):
-    "datetime64[ns] of a float or int array: epoch by magnitude, or digits YYYYMMDD[hhmm[ss[mmm]]]"
-    out = np.full(len(v), np.datetime64('NaT', 'ns'))
-    ok = np.isfinite(v) & (v > 0)
-    for lo, hi, digits in ((19e6, 22e6, 8), (19e10, 22e10, 12), (19e12, 22e12, 14), (19e15, 22e15, 17)):
-        m = ok & (v >= lo) & (v < hi)
-        if m.any():
-            text = pd.Series(v[m]).astype('int64').astype(str).str.slice(0, 14)
-            out[m] = pd.to_datetime(text, format='%Y%m%d%H%M%S'[:{8: 6, 12: 10}.get(digits, 12)], errors='coerce').to_numpy('M8[ns]')
-            ok &= ~m
-    for lo, hi, ns in ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1)):
-        m = ok & (v >= lo) & (v < hi)
-        if m.any(): out[m] = (v[m].astype('int64') * ns).view('M8[ns]')
-    return out
+# %% ../../nbs/api/02_data.kline.ipynb #cell-011
+_DIGITS = ((19e6, 22e6, '%Y%m%d'), (19e10, 22e10, '%Y%m%d%H%M'), (19e12, 22e12, '%Y%m%d%H%M%S'), (19e15, 22e15, '%Y%m%d%H%M%S%f'))
+_EPOCH = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1))  # from, below, ns per unit
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-013
-_OFFSET = r'(?:Z|[+-]\d\d:?\d\d)$'
+def _numeric_time(v):
+    "datetime64[ns] of numbers, and which of them are wall clock (digits) rather than epochs"
+    out, wall = np.full(len(v), np.datetime64('NaT', 'ns')), np.zeros(len(v), bool)
+    for lo, hi, fmt in _DIGITS:
+        m = (v >= lo) & (v < hi) & ~wall
+        if m.any():
+            out[m] = pd.to_datetime(pd.Series(v[m]).astype('int64').astype(str), format=fmt, errors='coerce').to_numpy('M8[ns]')
+            wall |= m
+    for lo, hi, ns in _EPOCH:
+        m = (v >= lo) & (v < hi) & ~wall
+        if m.any(): out[m] = (v[m].astype('int64') * ns).view('M8[ns]')
+    return out, wall
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-014
+def _localise(t, tz):
+    "Naive wall clock of `tz`, datetime64[ns], to naive UTC"
+    if tz in (None, 'UTC'): return t
+    try: return pd.Series(t).dt.tz_localize(tz, ambiguous='infer', nonexistent='shift_forward').dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]')
+    except Exception as e: raise DataError(f"stamps cannot be read as a clock of {tz!r}: {e}; pass the zone they were recorded in, such as 'America/New_York', or None for UTC") from e
 
 def _day_first(text, dayfirst):
-    "Whether slash dates in `text` put the day first; an error where nothing tells"
+    "Whether dates such as 13/02/2024 put the day first; an error where nothing tells"
     parts = text.str.extract(r'^\s*(\d{1,2})[/.\-](\d{1,2})[/.\-]\d{4}').dropna().astype(int)
     if dayfirst is not None or not len(parts): return bool(dayfirst)
     if (parts[0] > 12).any() or (parts[1] > 12).any(): return bool((parts[0] > 12).any())
-    raise DataError(f"dates like {text.iloc[0]!r} can be read day first or month first; pass dayfirst=True or dayfirst=False")
+    raise DataError(f"dates like {text[parts.index[0]]!r} can be read day first or month first; pass dayfirst=True or dayfirst=False")
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-017
+_OFFSET = r':\d\d(?:\.\d+)?\s*(?:Z|UTC|[+-]\d\d:?\d\d)$'
+
+def _slow_text_time(text, tz, day):
+    "Stamps of text cells of any format, zone by zone; NaT where unreadable"
+    aware = text.str.contains(_OFFSET, regex=True, na=False).to_numpy(bool)
+    out = np.full(len(text), np.datetime64('NaT', 'ns'))
+    parse = lambda s, utc: pd.to_datetime(s, errors='coerce', utc=utc, format='mixed', dayfirst=day)
+    if aware.any(): out[aware] = parse(text[aware], True).dt.tz_localize(None).to_numpy('M8[ns]')
+    if not aware.all(): out[~aware] = _localise(parse(text[~aware], False).to_numpy('M8[ns]'), tz)
+    return out, aware
 
 def _text_time(text, tz, dayfirst):
-    "UTC stamps of a text series; unreadable ones become NaT"
-    day = _day_first(text, dayfirst)
-    aware = text.str.contains(_OFFSET, regex=True, na=False) & text.str.contains(':', regex=False, na=False)
-    out = pd.Series(pd.NaT, index=text.index, dtype='M8[ns]')
-    if aware.any():  out[aware] = pd.to_datetime(text[aware], errors='coerce', utc=True, format='mixed', dayfirst=day).dt.tz_localize(None).astype('M8[ns]')
-    if not aware.all():
-        naive = text[~aware]
-        got = pd.to_datetime(naive, errors='coerce', dayfirst=day)
-        if got.isna().any(): got = pd.to_datetime(naive, errors='coerce', dayfirst=day, format='mixed')
-        out[~aware] = _localise(got.astype('M8[ns]'), tz)
-    return out.to_numpy('M8[ns]'), (['mixed zones: some stamps carry a UTC offset, some do not'] if aware.any() and not aware.all() else [])
-
-def _localise(naive, tz):
-    "Naive wall clock of `tz` to naive UTC"
-    if tz in (None, 'UTC'): return naive
-    try: return naive.dt.tz_localize(tz, ambiguous='infer', nonexistent='shift_forward').dt.tz_convert('UTC').dt.tz_localize(None)
-    except (ValueError, KeyError, TypeError) as e: raise DataError(f"stamps are not a clock of {tz!r}: {e}; pass the zone they were recorded in") from e
+    "UTC stamps of a text series, and notes; unreadable ones become NaT"
+    day = _day_first(text, dayfirst) if text.head(100).str.match(r'\s*\d{1,2}[/.\-]\d{1,2}[/.\-]\d{4}').any() else bool(dayfirst)
+    first = bool(re.search(_OFFSET, text.iloc[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # 'could not infer format': the slow path then reads them
+        got = pd.to_datetime(text, errors='coerce', utc=first, dayfirst=day)
+    out = got.dt.tz_localize(None).to_numpy('M8[ns]').copy() if first else _localise(got.to_numpy('M8[ns]'), tz).copy()
+    left = np.isnat(out)
+    if not left.any(): return out, []
+    out[left], aware = _slow_text_time(text[left], tz, day)
+    mixed = (aware != first)[~np.isnat(out[left])].any() and not left.all() or (aware.any() and not aware.all() and left.all())
+    return out, ['mixed zones: some stamps carry a UTC offset, some do not'] if mixed else []
 
 def to_utc(
     values,         # Stamps: numbers, text, dates, with or without a zone
@@ -98,14 +120,19 @@ def to_utc(
     "Stamps as naive UTC"
     s = pd.Series(values).reset_index(drop=True)
     if isinstance(s.dtype, pd.DatetimeTZDtype): return s.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]'), []
-    if s.dtype.kind == 'M': return _localise(s.astype('M8[ns]'), tz).to_numpy('M8[ns]'), []
-    if s.dtype.kind in 'iuf': return _localise(pd.Series(_numeric_time(s.to_numpy('float64' if s.dtype.kind == 'f' else 'int64'))), tz if s.max() < 22e6 else None).to_numpy('M8[ns]'), []
+    if s.dtype.kind == 'M': return _localise(s.to_numpy('M8[ns]'), tz), []
+    if s.dtype.kind in 'iuf': return _from_numbers(s.to_numpy('float64' if s.dtype.kind == 'f' else 'int64'), tz), []
     text = s.astype(str).str.strip()
-    number = pd.to_numeric(text, errors='coerce')
-    if number.notna().mean() > .5: return _numeric_time(number.to_numpy('float64')), []
+    if not len(text): return np.empty(0, 'M8[ns]'), []
+    if pd.to_numeric(text.head(1000), errors='coerce').notna().mean() > .5: return _from_numbers(pd.to_numeric(text, errors='coerce').to_numpy('float64'), tz), []
     return _text_time(text, tz, dayfirst)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-016
+def _from_numbers(v, tz):
+    out, wall = _numeric_time(v)
+    if wall.any(): out[wall] = _localise(out[wall], tz)
+    return out
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-020
 def time_stamps(
     timestamps,      # (T,) datetime64, UTC
     dtype=np.int64,  # int8 holds every value and is what datasets store
@@ -118,60 +145,76 @@ def time_stamps(
     out[:, 3], out[:, 4] = (day - month.astype('M8[D]')).view('i8') + 1, month.view('i8') % 12 + 1
     return out
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-020
+# %% ../../nbs/api/02_data.kline.ipynb #cell-024
+_BLANK = ('', '-', '--', 'nan', 'null', 'none', 'na', 'n/a', '<na>')
+
 def to_float(
     s: pd.Series, # One column
 ) -> tuple[np.ndarray, int]: # float64 values, number of cells that hold something that is no number
-    "A column as floats; thousands separators and the suffixes K, M, B are understood"
-    if s.dtype.kind in 'iuf': return s.to_numpy('float64'), 0
-    out = pd.to_numeric(s, errors='coerce')
-    lost = out.isna() & s.notna()
-    if lost.any():
-        text = s[lost].astype(str).str.strip().str.replace(',', '', regex=False)
-        unit = text.str[-1:].str.upper().map(dict(K=1e3, M=1e6, B=1e9))
-        out = out.astype('float64')
-        out[lost] = pd.to_numeric(text.where(unit.isna(), text.str[:-1]), errors='coerce') * unit.fillna(1.)
-        lost = out.isna() & ~s.astype(str).str.strip().str.lower().isin(('', '-', '--', 'nan', 'null', 'none', 'na', '<na>'))
-    return out.to_numpy('float64'), int(lost.sum())
+    "A column as floats"
+    if s.dtype.kind in 'iuf': return s.to_numpy('float64', na_value=np.nan), 0
+    out = pd.to_numeric(s, errors='coerce').astype('float64')
+    lost = (out.isna() & s.notna()).to_numpy()
+    if not lost.any(): return out.to_numpy(), 0
+    text = s[lost].astype(str).str.strip()
+    unit = text.str[-1:].str.upper().map(dict(K=1e3, M=1e6, B=1e9)).astype('float64')
+    digits = text.where(unit.isna(), text.str[:-1]).str.replace(',', '', regex=False)
+    out = out.to_numpy().copy()
+    out[lost] = pd.to_numeric(digits, errors='coerce').to_numpy('float64') * unit.fillna(1.).to_numpy()
+    return out, int((np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()).sum())
 
-def _values(raw, found, adjust):
-    "The six features and notes on what was made up or could not be parsed"
-    get = lambda k: to_float(raw[found[k]])
-    cols, bad, notes = {}, {}, []
-    for k in found.keys() - {'symbol', 'timestamps'}: cols[k], bad[k] = get(k)
-    notes += [f'{n} cells of {found[k]!r} are not numbers' for k, n in sorted(bad.items()) if n]
-    mean = sum(cols[k] for k in PRICES) / 4
-    if 'volume' not in cols: cols['volume'] = np.zeros(len(raw)); notes.append('no volume: volume is 0')
-    if 'amount' not in cols: cols['amount'] = cols['volume'] * mean; notes.append('no amount: volume x mean price')
+# %% ../../nbs/api/02_data.kline.ipynb #cell-027
+def _features(raw, found, adjust):
+    "(6, T) float64 features and notes on what was made up or is no number"
+    cols, notes = {}, []
+    for ours in (*FEATURES, 'adj_close'):
+        if ours not in found or (ours == 'adj_close' and not adjust): continue
+        cols[ours], bad = to_float(raw[found[ours]])
+        if bad: notes.append(f'{bad} cells of {found[ours]!r} are not numbers')
+    out = np.zeros((len(FEATURES), len(raw)))
+    for i, k in enumerate(PRICES): out[i] = cols[k]
+    if 'volume' in cols: out[4] = cols['volume']
+    else: notes.append('no volume: volume is 0')
+    if 'amount' in cols: out[5] = cols['amount']
+    else: out[5] = out[4] * out[:4].mean(0); notes.append('no amount: volume x mean price')
     if adjust:
-        if 'adj_close' not in cols: raise DataError(f"adjust=True needs an adjusted close; the columns are {', '.join(map(str, raw.columns))}")
-        ratio = cols['adj_close'] / cols['close']
-        for k in PRICES: cols[k] = cols[k] * ratio
-        cols['volume'] = cols['volume'] / ratio
+        if 'adj_close' not in cols: raise DataError(f"adjust=True needs an adjusted close; the columns are {', '.join(map(repr, raw.columns))}")
+        with np.errstate(all='ignore'): ratio = cols['adj_close'] / out[3]
+        out[:4] *= ratio; out[4] /= ratio
         notes.append('prices adjusted by adjusted close / close')
-    return {k: cols[k] for k in FEATURES}, notes
+    return out, notes
 
-def canonical(
-    raw: pd.DataFrame, # Any table of bars
-    symbol='UNKNOWN',  # Used where no column names the symbol
-    tz=None, dayfirst=None, # See `to_utc`
-    adjust=False,      # Apply the adjusted close to prices and volume
-) -> tuple[pd.DataFrame, dict]: # Bars in the order found; what was recognised
-    "Rename, convert and complete the columns of `raw`; drops no row"
-    if isinstance(raw.index, pd.DatetimeIndex) and not recognise(raw.columns)[0].keys() & {'timestamps'}: raw = raw.rename_axis('timestamps').reset_index()
-    found, ignored = recognise(raw.columns)
+def _stamp_column(raw, found):
+    "The stamps, with a separate time of day added where there is one"
+    day = raw[found['timestamps']]
+    clock = next((c for c in raw.columns if _key(c) == 'time' and c != found['timestamps']), None)
+    if clock is None or not len(raw) or ':' in str(day.iloc[0]) or ':' not in str(raw[clock].iloc[0]): return day
+    return day.astype(str) + ' ' + raw[clock].astype(str)
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-030
+def _unfold(raw):
+    "Index to columns, and columns of the form (price, ticker) to a symbol column"
+    if raw.columns.nlevels == 2:
+        level = int(np.argmax([len({_key(o) for o in raw.columns.get_level_values(i)} & set(PRICES)) for i in (0, 1)]))
+        parts = {t: raw.xs(t, axis=1, level=1 - level) for t in dict.fromkeys(raw.columns.get_level_values(1 - level))}
+        raw = pd.concat(parts, names=['symbol']).reset_index(level=0)
+    if raw.columns.nlevels > 1: raise DataError(f"columns with {raw.columns.nlevels} levels are not understood; flatten them")
+    names = [n for n in raw.index.names if n is not None and n not in raw.columns]
+    if isinstance(raw.index, pd.DatetimeIndex) and not names and 'timestamps' not in recognise(raw.columns)[0]: raw = raw.rename_axis('timestamps'); names = ['timestamps']
+    return raw.reset_index(names) if names else raw
+
+def _convert(raw, tz, dayfirst, columns, adjust):
+    "(symbols or None, stamps, (6, T) features, what was recognised) of one table"
+    found, ignored = recognise(raw.columns, columns)
     missing = [k for k in ('timestamps',) + PRICES if k not in found]
     if missing: raise DataError(f"no column for {', '.join(missing)}; found {', '.join(map(repr, raw.columns))}; rename them or pass columns={{'theirs': 'ours'}}")
-    stamps, notes = to_utc(raw[found['timestamps']], tz, dayfirst)
-    values, more = _values(raw, found, adjust)
-    names = raw[found['symbol']].astype(str).to_numpy(object) if 'symbol' in found else symbol
-    bars = pd.DataFrame(dict(symbol=names, timestamps=stamps, **values), columns=COLUMNS, index=range(len(raw)))
-    if 'symbol' not in found: notes.append(f'symbol {symbol} from the name' )
+    stamps, notes = to_utc(_stamp_column(raw, found), tz, dayfirst)
+    x, more = _features(raw, found, adjust)
     lost = int(np.isnat(stamps).sum())
     if lost: notes.append(f'{lost} unreadable timestamps')
-    return bars, dict(columns={v: k for k, v in found.items()}, ignored=ignored, notes=notes + more)
+    return raw[found['symbol']] if 'symbol' in found else None, stamps, x, dict(columns={v: k for k, v in found.items()}, ignored=ignored, notes=notes + more)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-025
+# %% ../../nbs/api/02_data.kline.ipynb #cell-034
 class Capped(io.RawIOBase):
     "A byte stream that raises once more than `limit` bytes have been read"
     def __init__(self, stream, limit, name): self.stream, self.left, self.name = stream, limit, name
@@ -183,45 +226,63 @@ class Capped(io.RawIOBase):
         b[:len(got)] = got
         return len(got)
 
-def _streams(path, max_bytes, max_ratio):
-    "Yield (name, binary stream) of each table in `path`"
-    size = max(path.stat().st_size, 1)
-    limit = min(max_bytes, max(size * max_ratio, 2**24))
-    if path.suffix == '.gz':
-        with gzip.open(path) as f: yield path.stem, io.BufferedReader(Capped(f, limit, path.name))
-    elif path.suffix == '.zip':
-        with zipfile.ZipFile(path) as z:
-            for n in sorted(o for o in z.namelist() if re.search(r'\.(csv|txt|tsv)$', o, re.I)):
-                with z.open(n) as f: yield n, io.BufferedReader(Capped(f, limit, f'{path.name}/{n}'))
-    else:
-        with open(path, 'rb') as f: yield path.name, f
+def _limit(path, max_bytes, max_ratio): return min(max_bytes, max(path.stat().st_size * max_ratio, 2**24))
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-027
-def _looks_like_data(cells):
-    "Whether a row of text cells is data and not a header"
-    return sum(bool(re.fullmatch(r'\s*-?[\d.,:/\- eE+]+\s*', c)) for c in cells) > len(cells) / 2
+def _streams(path, max_bytes, max_ratio):
+    "Yield (name, binary stream, file underneath) of each text table in `path`"
+    limit = _limit(path, max_bytes, max_ratio)
+    with open(path, 'rb') as raw:
+        if path.suffix.lower() == '.gz':
+            with gzip.open(raw) as f: yield path.name, io.BufferedReader(Capped(f, limit, path.name), 2**16), raw
+        elif path.suffix.lower() == '.zip':
+            with zipfile.ZipFile(raw) as z:
+                inside = sorted(o for o in z.namelist() if re.search(r'\.(csv|txt|tsv)$', o, re.I) and not Path(o).name.startswith('.'))
+                if not inside: raise DataError(f"{path.name} holds no csv; it holds {', '.join(z.namelist()[:5]) or 'nothing'}")
+                for n in inside:
+                    with z.open(n) as f: yield n, io.BufferedReader(Capped(f, limit, f'{path.name}/{n}'), 2**16), raw
+        else: yield path.name, io.BufferedReader(raw, 2**16), raw
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-037
+def _decode(head, name):
+    if b'\0' in head: raise DataError(f"{name} is not a text table (it holds zero bytes)")
+    head = head.rpartition(b'\n')[0] or head
+    for enc in ('utf-8-sig', 'gb18030'):
+        try: return head.decode(enc), enc
+        except UnicodeDecodeError: continue
+    raise DataError(f"{name} is neither UTF-8 nor GB18030 text")
+
+def _numberish(cell): return bool(re.fullmatch(r'\s*-?\d[\d.,:/\-T eE+Z]*\s*', cell))
+
+def _headerless(cells, name):
+    "Column names of a table without a header"
+    if len(cells) == len(KLINES12): return KLINES12
+    if len(cells) == 7 and ':' in cells[1] and ':' not in cells[0]: return ['date', 'time', 'open', 'high', 'low', 'close', 'volume']
+    if len(cells) in (6, 7): return ['timestamps', 'open', 'high', 'low', 'close', 'volume', 'amount'][:len(cells)]
+    raise DataError(f"{name} has no header and {len(cells)} columns; known without a header are 12 (exchange klines), 7 and 6; add a header row")
 
 def sniff(
     head: bytes, # Beginning of a text file
     name: str,   # For messages
-) -> dict: # Arguments for `pd.read_csv`
-    "Separator, encoding and header of a text table"
-    if b'\0' in head: raise DataError(f"{name} is not a text table (it holds zero bytes)")
-    for enc in ('utf-8-sig', 'gb18030'):
-        try: text = io.TextIOWrapper(io.BytesIO(head.rpartition(b'\n')[0] or head), enc).read(); break
-        except UnicodeDecodeError: continue
-    else: raise DataError(f"{name} is neither UTF-8 nor GB18030 text")
+) -> tuple[dict, str | None]: # Arguments for `pd.read_csv`, with `names`; the symbol where the header holds it
+    "Separator, encoding, decimal mark and column names of a text table"
+    text, enc = _decode(head, name)
     lines = [o for o in text.splitlines() if o.strip()]
     if not lines: raise DataError(f"{name} is empty")
-    sep = max(',;\t|', key=lines[0].count)
-    cells = lines[0].split(sep)
-    how = dict(sep=sep, encoding=enc)
-    if not _looks_like_data(cells): return how
-    if len(cells) == len(KLINES12): return dict(how, header=None, names=KLINES12)
-    if len(cells) in (6, 7): return dict(how, header=None, names=['timestamps', 'open', 'high', 'low', 'close', 'volume', 'amount'][:len(cells)])
-    raise DataError(f"{name} has no header and {len(cells)} columns; known without header are 12 (exchange klines), 6 and 7; add a header row")
+    sep = max(',;\t|', key=lambda s: sum(o.count(s) for o in lines[:5]))
+    rows = [next(csv.reader([o], delimiter=sep)) for o in lines[:5]]
+    skip = 0
+    while skip < len(rows) - 1 and len(rows[skip]) < 3 <= len(rows[skip + 1]): skip += 1
+    rows = rows[skip:]
+    how = dict(sep=sep, encoding=enc, header=None, decimal=',' if sep == ';' and any(re.search(r'\d,\d', o) for o in lines[skip + 1:]) else '.')
+    if sum(map(_numberish, rows[0])) > len(rows[0]) / 2: return dict(how, names=_headerless(rows[0], name), skiprows=skip), None
+    if len(rows) > 2 and rows[0][0] == 'Price' and rows[1][0] == 'Ticker':
+        if len(set(rows[1][1:])) > 1: raise DataError(f"{name} holds several tickers side by side; save one file per ticker, or the table in long form")
+        return dict(how, names=['timestamps'] + rows[0][1:], skiprows=skip + 3), rows[1][1]
+    extra = [o for o in rows[1:] if len(o) > len(rows[0])]
+    if extra and any(''.join(o[len(rows[0]):]).strip() for o in extra): raise DataError(f"{name}: the header has {len(rows[0])} columns and a row below it {len(extra[0])}")
+    return dict(how, names=rows[0], skiprows=skip + 1), None
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-029
+# %% ../../nbs/api/02_data.kline.ipynb #cell-040
 def symbol_of(
     name: str, # File name
 ) -> str:
@@ -229,43 +290,110 @@ def symbol_of(
     stem = re.sub(r'(\.(csv|txt|tsv|gz|zip|parquet|feather|pq))+$', '', Path(name).name, flags=re.I)
     return re.sub(r'[_\-]\d+(s|m|min|h|d|w|mo)([_\-].*)?$', '', stem, flags=re.I) or stem
 
-def _tables(path, chunk, max_bytes, max_ratio):
-    "Yield (name, DataFrame) pieces of one file, of at most `chunk` rows"
-    kind = path.suffix.lower()
-    if kind in ('.parquet', '.pq'):
-        import pyarrow.parquet as pq
-        f = pq.ParquetFile(path)
-        for b in f.iter_batches(chunk): yield path.name, b.to_pandas()
-        if not f.metadata.num_rows: yield path.name, f.read().to_pandas()
-    elif kind == '.feather': yield path.name, pd.read_feather(path)
-    else:
-        for name, f in _streams(path, max_bytes, max_ratio):
-            f = f if isinstance(f, io.BufferedReader) else io.BufferedReader(f)
-            how = sniff(f.peek(2**16)[:2**16] if f.seekable() is False else f.peek(2**16), name)
-            for df in pd.read_csv(f, chunksize=chunk, low_memory=False, index_col=False, skipinitialspace=True, **how): yield name, df
+def _csv_pieces(path, chunk, columns, max_bytes, max_ratio):
+    for name, f, raw in _streams(path, max_bytes, max_ratio):
+        how, symbol = sniff(f.peek(2**16), name)
+        names = how.pop('names')
+        names = [n if names.index(n) == i else f'{n}.{i}' for i, n in enumerate(names)]
+        found, ignored = recognise(names, columns)
+        clock = [c for c in ignored if _key(c) == 'time']
+        use = [c for c in names if c in (*found.values(), *clock)] or names
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', pd.errors.ParserWarning)  # a trailing separator; real extra cells were refused by `sniff`
+            for df in pd.read_csv(f, names=names, usecols=use, chunksize=chunk, low_memory=False, index_col=False, skipinitialspace=True,
+                                  dtype={found['symbol']: str} if 'symbol' in found else None, **how):
+                yield name, symbol, df, [c for c in ignored if c not in clock], raw.tell()
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-032
-_BROKEN = (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError)
+def _arrow_pieces(path, chunk, columns, max_bytes, max_ratio):
+    import pyarrow as pa, pyarrow.parquet as pq
+    size = path.stat().st_size
+    if path.suffix.lower() == '.feather':
+        with pa.memory_map(str(path)) as source:
+            f = pa.ipc.open_file(source)
+            for i in range(f.num_record_batches): yield path.name, None, f.get_batch(i).to_pandas(), [], size * (i + 1) // f.num_record_batches
+        return
+    with pq.ParquetFile(path) as f:
+        expanded, rows = sum(f.metadata.row_group(i).total_byte_size for i in range(f.num_row_groups)), 0
+        if expanded > _limit(path, max_bytes, max_ratio): raise DataError(f"{path.name} expands to {expanded:,} bytes, beyond the limit on compressed input; raise max_bytes or max_ratio if you trust it")
+        for b in f.iter_batches(chunk):
+            rows += len(b)
+            yield path.name, None, b.to_pandas(), [], size * rows // max(f.metadata.num_rows, 1)
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-044
+class _ReadLog(list):
+    "What was recognised in each file; shared, not copied, by every frame that descends from a read"
+    def __deepcopy__(self, memo): return self
+
+class _Store:
+    "Bars gathered piece by piece"
+    def __init__(self): self.codes, self.names, self.stamps, self.x, self.n = [], {}, [], [], 0
+    def add(self, symbols, stamps, x, keep):
+        if isinstance(symbols, str): code = np.full(len(stamps), self.names.setdefault(symbols, len(self.names)), np.int32)
+        else:
+            code, uniq = pd.factorize(symbols.astype(object).where(symbols.notna(), 'UNKNOWN').astype(str))
+            code = np.array([self.names.setdefault(str(o), len(self.names)) for o in uniq], np.int32)[code] if len(uniq) else np.empty(0, np.int32)
+        if not keep.all(): code, stamps, x = code[keep], stamps[keep], np.ascontiguousarray(x[:, keep])
+        self.codes.append(code); self.stamps.append(stamps); self.x.append(x); self.n += len(code)
+    def frame(self):
+        "All bars, grouped by symbol; the pieces are freed on the way"
+        code, t = (np.concatenate(o) if o else np.empty(0, d) for o, d in ((self.codes, np.int32), (self.stamps, 'M8[ns]')))
+        x, at = np.empty((len(FEATURES), self.n)), 0
+        self.codes, self.stamps = [], []
+        while self.x: p = self.x.pop(0); x[:, at:at + p.shape[1]] = p; at += p.shape[1]
+        names = np.array(list(self.names), dtype=object)
+        rank = np.empty(len(names), np.int32); rank[np.argsort(names)] = np.arange(len(names), dtype=np.int32)
+        code = rank[code] if len(names) else code
+        if (np.diff(code) < 0).any():
+            order = np.argsort(code, kind='stable'); code, t = code[order], t[order]
+            for row in x: row[:] = row[order]
+        bars = pd.DataFrame(x.T, columns=list(FEATURES), copy=False)
+        bars.insert(0, 'timestamps', t)
+        bars.insert(0, 'symbol', pd.Index(np.sort(names), dtype=None if len(names) else object).take(code))
+        return bars
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-045
+_BROKEN = (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, csv.Error, EOFError, OSError, ValueError,
+           NotImplementedError, RuntimeError, OverflowError)  # the last ones: encrypted or exotic zips, absurd numbers
+_ENDINGS = re.compile(r'\.(csv|txt|tsv|csv\.gz|txt\.gz|tsv\.gz|zip|parquet|pq|feather)$', re.I)
 
 def _files(source):
     "The files of a path, glob, list or folder, in order"
     if isinstance(source, (list, tuple)): return [f for o in source for f in _files(o)]
     p = Path(source)
-    if p.is_dir(): out = sorted(f for f in p.rglob('*') if re.search(r'\.(csv|txt|tsv|gz|zip|parquet|pq|feather)$', f.name, re.I) and not f.name.startswith('.'))
+    if p.is_dir(): out = sorted(f for f in p.rglob('*') if f.is_file() and _ENDINGS.search(f.name) and not f.name.startswith('.'))
     elif p.is_file(): out = [p]
     else: out = [Path(o) for o in sorted(glob.glob(str(source), recursive=True)) if Path(o).is_file()]
     if not out: raise DataError(f"no file of bars at {str(source)!r}; give a file, a glob, a list, a folder or a DataFrame")
     return out
 
-def _pieces(source, symbol, columns, chunk, max_bytes, max_ratio):
-    "Yield (name, symbol, raw table) for every piece of `source`"
-    if isinstance(source, pd.DataFrame): yield 'DataFrame', symbol or 'UNKNOWN', source.rename(columns=columns or {}); return
+def _pieces(source, columns, chunk, max_bytes, max_ratio):
+    "Yield (name, symbol in the header, raw table, ignored columns, bytes done) for every piece of `source`"
+    if isinstance(source, pd.DataFrame):
+        raw = _unfold(source)
+        for i in range(0, max(len(raw), 1), chunk): yield 'DataFrame', None, raw.iloc[i:i + chunk], [], 0
+        return
+    done = 0
     for path in _files(source):
+        read = _arrow_pieces if path.suffix.lower() in ('.parquet', '.pq', '.feather') else _csv_pieces
         try:
-            for name, df in _tables(path, chunk, max_bytes, max_ratio): yield name, symbol or symbol_of(name), df.rename(columns=columns or {})
-        except DataError: raise
-        except _BROKEN as e: raise DataError(f"cannot read {path}: {type(e).__name__}: {e}") from e
+            for name, symbol, raw, ignored, at in read(path, chunk, columns, max_bytes, max_ratio): yield name, symbol, _unfold(raw), ignored, done + at
+        except DataError as e: raise DataError(f"{path.name}: {e}" if path.name not in str(e) else str(e)) from e
+        except _BROKEN as e: raise DataError(f"cannot read {path.name}: {type(e).__name__}: {e}; is the file whole and of the kind its name says?") from e
+        done += path.stat().st_size
 
+def _utc(when):
+    "A moment as naive UTC"
+    if when is None: return None
+    t = pd.Timestamp(when)
+    return (t.tz_convert('UTC').tz_localize(None) if t.tzinfo else t).to_datetime64().astype('M8[ns]')
+
+def _progress(source, progress):
+    "A progress bar in bytes, shown for more than 200 MB unless asked otherwise"
+    from tqdm.auto import tqdm
+    total = 0 if isinstance(source, pd.DataFrame) else sum(f.stat().st_size for f in _files(source))
+    return tqdm(total=total, unit='B', unit_scale=True, desc='bars', disable=not (total > 2e8 if progress is None else progress))
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-047
 def read_klines(
     source,          # Path, glob, list of them, folder, or DataFrame; csv, csv.gz, zip, parquet, feather
     symbol=None,     # Symbol of files without a symbol column; None takes it from the file name
@@ -276,39 +404,47 @@ def read_klines(
     symbols=None,    # Keep these only
     start=None, end=None, # Keep start <= timestamps < end (UTC)
     max_rows=None,   # Stop after this many kept rows
-    chunk=1_000_000, # Rows held in raw form at a time
-    max_bytes=2**35, max_ratio=200, # Limits on what compressed input may expand to
-) -> pd.DataFrame: # Canonical columns, grouped by symbol, rows of a symbol in the order found; `.attrs['read']` says what was recognised
+    chunk=500_000,   # Rows held in raw form at a time
+    max_bytes=2**33, max_ratio=100, # Limits on what compressed input may expand to
+    progress=None,   # Show a progress bar; None does for more than 200 MB
+) -> pd.DataFrame: # Canonical columns, grouped by symbol, rows of a symbol in the order found; `read_report` says what was recognised
     "Read bars from what people have; drops nothing but what the filters ask"
-    parts, how, left = [], {}, np.inf if max_rows is None else max_rows
-    for name, sym, raw in _pieces(source, symbol, columns, chunk, max_bytes, max_ratio):
-        bars, found = canonical(raw, sym, tz, dayfirst, adjust)
-        keep = np.ones(len(bars), bool)
-        if symbols is not None: keep &= bars.symbol.isin([symbols] if isinstance(symbols, str) else list(symbols)).to_numpy()
-        if start is not None: keep &= (bars.timestamps >= pd.Timestamp(start)).to_numpy()
-        if end is not None: keep &= (bars.timestamps < pd.Timestamp(end)).to_numpy()
-        if not keep.all(): bars = bars[keep]
-        if len(bars) > left: bars = bars.iloc[:int(left)]
-        row = how.setdefault(name, dict(rows=0, **found))
-        row['rows'] += len(bars); row['notes'] = list(dict.fromkeys(row['notes'] + found['notes']))
-        parts.append(bars); left -= len(bars)
-        if left <= 0: break
-    if not parts: raise DataError(f"no table of bars in {source!r}")
-    out = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0].reset_index(drop=True)
-    code = pd.factorize(out.symbol, sort=True)[0]
-    if (np.diff(code) < 0).any(): out = out.iloc[np.argsort(code, kind='stable')].reset_index(drop=True)
-    out.attrs['read'] = how
+    store, log, left = _Store(), {}, np.inf if max_rows is None else max_rows
+    wanted, lo, hi = None if symbols is None else {symbols} if isinstance(symbols, str) else {str(o) for o in symbols}, _utc(start), _utc(end)
+    with _progress(source, progress) as bar:
+        for name, own, raw, ignored, done in _pieces(source, columns, chunk, max_bytes, max_ratio):
+            col, t, x, found = _convert(raw, tz, dayfirst, columns, adjust)
+            said = symbol or own or ('UNKNOWN' if name == 'DataFrame' else symbol_of(name))
+            keep = np.ones(len(t), bool)
+            if wanted is not None: keep &= col.astype(str).isin(wanted).to_numpy() if col is not None else said in wanted
+            if lo is not None: keep &= t >= lo
+            if hi is not None: keep &= t < hi
+            if keep.sum() > left: keep &= np.cumsum(keep) <= left
+            store.add(said if col is None else col, t, x, keep)
+            _note(log, name, found, ignored, int(keep.sum()), None if col is not None else said)
+            left -= int(keep.sum()); bar.update(done - bar.n)
+            if left <= 0: break
+    out = store.frame()
+    out.attrs['read'] = _ReadLog(log.values())
     return out
+
+def _note(log, name, found, ignored, rows, symbol):
+    "Add what was recognised in one piece of file `name`; counts of bad cells add up"
+    row = log.setdefault(name, dict(file=name, rows=0, symbol=symbol or 'in a column', columns=found['columns'], ignored=list(map(str, ignored + found['ignored'])), notes={}))
+    row['rows'] += rows
+    for o in found['notes']:
+        n, what = re.fullmatch(r'(?:(\d+) )?(.*)', o).groups()
+        row['notes'][what] = row['notes'].get(what, 0) + int(n or 0)
 
 def read_report(
     bars: pd.DataFrame, # From `read_klines`
 ) -> pd.DataFrame: # One row per file
     "What `read_klines` recognised"
-    rows = [dict(file=k, rows=v['rows'], columns=', '.join(f'{a} -> {b}' for a, b in v['columns'].items()), ignored=', '.join(map(str, v['ignored'])), notes='; '.join(v['notes']))
-            for k, v in bars.attrs.get('read', {}).items()]
-    return pd.DataFrame(rows, columns=['file', 'rows', 'columns', 'ignored', 'notes'])
+    rows = [dict(o, columns=', '.join(f'{a} -> {b}' if a != b else a for a, b in o['columns'].items()), ignored=', '.join(o['ignored']),
+                 notes='; '.join(f'{n} {w}' if n else w for w, n in o['notes'].items())) for o in bars.attrs.get('read', [])]
+    return pd.DataFrame(rows, columns=['file', 'rows', 'symbol', 'columns', 'ignored', 'notes'])
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-035
+# %% ../../nbs/api/02_data.kline.ipynb #cell-053
 SAMPLES = dict(ASHARE_5MIN=('ashare_5min.csv.gz', 'Asia/Shanghai'), DOGEUSDT=('dogeusdt_1h.csv.gz', None))
 SHARES = ('AAPL', 'FB', 'GOOG', 'IBM', 'MSFT')
 
@@ -328,7 +464,7 @@ def sample_klines(
     if len(parts) == 1: return parts[0]
     return pd.concat(parts, ignore_index=True).sort_values(['symbol', 'timestamps'], kind='stable', ignore_index=True)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-041
+# %% ../../nbs/api/02_data.kline.ipynb #cell-059
 RULES = dict( # rule: (level, what it means)
     missing_column=('error', 'a column of the canonical frame is absent'),
     not_numbers=('error', 'cells hold something that is no number'),
@@ -345,14 +481,14 @@ RULES = dict( # rule: (level, what it means)
     no_volume=('warning', 'volume is zero throughout'),
     zero_volume=('warning', 'no volume although the price moved'),
     outage=('warning', 'a bar without trades: flat and without volume'),
-    stale=('warning', 'a run of bars with the very same prices'),
-    gap=('warning', 'bars are missing, and the market was not closed'),
+    stale=('warning', 'a run of bars with the very same four prices'),
+    gap=('warning', 'bars are missing after this one, and the market was not closed'),
     missing_session=('warning', 'most other symbols have this bar'),
     split_like=('warning', 'overnight jump by a simple ratio: a split that is not adjusted?'),
-    jump=('warning', 'a move beyond `jump` from one close to the next'),
+    jump=('warning', 'a large move from one close to the next'),
 )
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-043
+# %% ../../nbs/api/02_data.kline.ipynb #cell-063
 _DAY, _HOUR = 86400 * 10**9, 3600 * 10**9
 
 def bar_interval(
@@ -366,108 +502,179 @@ def bar_interval(
     return int(v[n.argmax()])
 
 def find_gaps(
-    timestamps,    # (T,) datetime64, sorted, of one symbol
-    interval=None, # ns; None infers it
+    timestamps,      # (T,) datetime64, sorted, of one symbol
+    interval=None,   # ns; None infers it
     closure_days=11, # A closure of the market is no longer than this
 ) -> np.ndarray: # Positions of the bars that come after a gap
     "Where bars are missing although the market was open"
     t = np.asarray(timestamps, 'M8[ns]').view('i8')
-    d = np.diff(t)
-    step = interval or bar_interval(timestamps)
+    d, step = np.diff(t), interval or bar_interval(timestamps)
     at = np.flatnonzero(d > 1.5 * step) + 1 if step else np.empty(0, int)
     if not len(at): return at
-    pair = np.stack([t[at-1] % _DAY, t[at] % _DAY], 1)
+    pair = np.stack([t[at-1] % _DAY, t[at] % _DAY], 1)  # clock before, clock after
     uniq, which, n = np.unique(pair, axis=0, return_inverse=True, return_counts=True)
     often = uniq[n >= max(3, .05 * (t[-1] - t[0]) / _DAY)]
-    near = (abs((uniq[:, None] - often[None] + _DAY // 2) % _DAY - _DAY // 2) <= _HOUR).all(-1).any(-1) if len(often) else np.zeros(len(uniq), bool)
-    closed = near[which.ravel()] & (d[at-1] <= closure_days * _DAY)
-    return at[~closed]
+    closed = np.zeros(len(uniq), bool)
+    for o in often: closed |= (abs((uniq - o + _DAY // 2) % _DAY - _DAY // 2) <= _HOUR).all(1)
+    return at[~(closed[which.ravel()] & (d[at-1] <= closure_days * _DAY))]
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-045
-def _frame(bars):
-    "Names, codes, stamps and the (T, 6) features of `bars`, grouped by symbol"
-    code, names = pd.factorize(bars['symbol'], sort=True)
-    x, t = bars[list(FEATURES)].to_numpy('float64'), bars['timestamps'].to_numpy('M8[ns]')
-    if (np.diff(code) < 0).any(): o = np.argsort(code, kind='stable'); code, x, t = code[o], x[o], t[o]
-    return list(names), code, t, x
+# %% ../../nbs/api/02_data.kline.ipynb #cell-068
+class _Bars:
+    "Columns of `bars` as arrays, grouped by symbol: names, edges (S+1,), code (T,), t (T,), x (T, 6); `missing` columns, `bad` cells"
+    def __init__(self, bars):
+        n, self.bad = len(bars), {}
+        self.missing = [c for c in COLUMNS if c not in bars]
+        code, names = pd.factorize(bars['symbol'].astype(object).where(bars['symbol'].notna(), 'UNKNOWN'), sort=True) if 'symbol' in bars else (np.zeros(n, int), ['UNKNOWN'])
+        self.t = to_utc(bars['timestamps'])[0] if 'timestamps' in bars else np.full(n, np.datetime64('NaT', 'ns'))
+        self.x = np.full((n, len(FEATURES)), np.nan)
+        for i, c in enumerate(FEATURES):
+            if c in bars: self.x[:, i], self.bad[c] = to_float(bars[c])
+        if (np.diff(code) < 0).any(): o = np.argsort(code, kind='stable'); code, self.t, self.x = code[o], self.t[o], self.x[o]
+        self.code, self.names, self.edges = code, [str(o) for o in names], np.searchsorted(code, np.arange(len(names) + 1))
+        self.same = np.r_[False, code[1:] == code[:-1]][:n]  # row has a row before it of the same symbol
+    def groups(self): return ((n, slice(a, b)) for n, a, b in zip(self.names, self.edges, self.edges[1:]))
 
-def _cell_rules(code, t, x):
-    "Masks over rows for rules that look at one bar or its neighbour"
-    o, h, l, c, v, a = x.T
-    same = np.r_[False, code[1:] == code[:-1]]
-    dt = np.r_[0, np.diff(t.view('i8'))]
-    nat = np.isnat(t)
-    ok = same & ~nat & ~np.r_[True, nat[:-1]]
-    order = np.lexsort((t.view('i8'), code)) if (ok & (dt < 0)).any() else slice(None)
-    ts, cs = t[order], code[order]
+def _order_rules(b):
+    "Masks of stamps that are unreadable, again, or out of order"
+    nat, t = np.isnat(b.t), b.t.view('i8')
+    back = b.same & ~nat & ~np.r_[True, nat[:-1]][:len(nat)] & (np.diff(t, prepend=t[:1]) < 0)
+    order = np.lexsort((t, b.code)) if back.any() or nat.any() else np.arange(len(t))
     dup = np.zeros(len(t), bool)
-    dup[np.arange(len(t))[order][1:]] = (ts[1:] == ts[:-1]) & (cs[1:] == cs[:-1])
-    flat = (o == c) & (h == l) & (o == h)
-    return dict(bad_timestamp=nat, nan=np.isnan(x).any(1), inf=np.isinf(x).any(1), duplicate=dup, disorder=ok & (dt < 0),
-                price_not_positive=(x[:, :4] <= 0).any(1), high_low=(h < np.maximum(np.maximum(o, c), l)) | (l > np.minimum(o, c)),
-                negative_volume=(v < 0) | (a < 0), zero_volume=(v == 0) & ~flat, outage=(v == 0) & flat)
+    dup[order[1:]] = (t[order][1:] == t[order][:-1]) & (b.code[order][1:] == b.code[order][:-1]) & ~nat[order][1:]
+    return dict(bad_timestamp=nat, duplicate=dup, disorder=back)
 
-def _move_rules(code, x, jump, stale_run):
-    "Masks for stale runs, split-like jumps and other large moves"
-    o, c = x[:, 0], x[:, 3]
-    same = np.r_[False, code[1:] == code[:-1]]
-    still = same & (x[:, :4] == np.roll(x[:, :4], 1, 0)).all(1)
-    run_id = np.cumsum(~still)
-    stale = np.bincount(run_id)[run_id] >= stale_run
+def _bar_rules(b):
+    "Masks of bars that are wrong or suspicious by themselves"
+    o, h, l, c, v, a = b.x.T
+    flat = (o == c) & (h == l) & (o == h)
+    silent = np.array([not v[s].any() for _, s in b.groups()], bool)[b.code] if len(v) else np.zeros(0, bool)
+    return dict(nan=np.isnan(b.x).any(1), inf=np.isinf(b.x).any(1), price_not_positive=(b.x[:, :4] <= 0).any(1),
+                high_low=(h < np.fmax(np.fmax(o, c), l)) | (l > np.fmin(o, c)), negative_volume=(v < 0) | (a < 0),
+                zero_volume=(v == 0) & ~flat & ~silent, outage=(v == 0) & flat & ~silent)
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-070
+_RATIOS = np.array([1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50, 100])
+
+def _move_rules(b, jump, stale_run):
+    "Masks of stale runs, of jumps like splits, and of other large moves"
+    o, c = b.x[:, 0], b.x[:, 3]
+    still = b.same & (b.x[:, :4] == np.roll(b.x[:, :4], 1, 0)).all(1)
+    run = np.cumsum(~still)
     with np.errstate(all='ignore'):
         night, day = np.log(o / np.roll(c, 1)), np.log(c / np.roll(c, 1))
-        ratio = np.exp(abs(night))
-        simple = (abs(ratio[:, None] / np.array([1.5, 2, 3, 4, 5, 7, 8, 10, 20]) - 1) < .03).any(1)
-        split = same & simple & (abs(np.log(c / o)) < abs(night) / 3)
-        return dict(stale=stale, split_like=split, jump=same & (abs(day) > jump) & ~split)
+        calm = b.same & (abs(night) > .3) & (abs(np.log(c / o)) < abs(night) / 3)
+        split = np.zeros(len(o), bool)
+        split[calm] = (abs(np.exp(abs(night[calm]))[:, None] / _RATIOS - 1) < .03).any(1)
+        return dict(stale=np.bincount(run)[run] >= stale_run, split_like=split, jump=b.same & (abs(day) > jump) & ~split)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-047
-def _missing_sessions(names, code, t):
-    "{symbol: stamps that more than half of the symbols alive then have and it lacks}; needs three symbols"
-    if len(names) < 3: return {}
-    grid, pos = np.unique(t[~np.isnat(t)], return_inverse=True)
-    code = code[~np.isnat(t)]
-    first, last = np.full(len(names), len(grid)), np.full(len(names), -1)
-    np.minimum.at(first, code, pos); np.maximum.at(last, code, pos)
-    alive = np.bincount(first[last >= 0], minlength=len(grid) + 1).cumsum()[:-1] - np.r_[0, np.bincount(last[last >= 0], minlength=len(grid)).cumsum()[:-1]]
-    common = (np.bincount(pos, minlength=len(grid)) > alive / 2) & (alive >= 3)
+# %% ../../nbs/api/02_data.kline.ipynb #cell-073
+def missing_sessions(
+    stamps: dict, # {symbol: (T,) sorted datetime64}
+) -> dict: # {symbol: stamps that more than half of the symbols alive then have and it lacks}
+    "Bars that the other symbols have; needs three symbols"
+    stamps = {k: v for k, v in stamps.items() if len(v)}
+    if len(stamps) < 3: return {}
+    grid, count = np.unique(np.concatenate(list(stamps.values())), return_counts=True)
+    step = np.zeros(len(grid) + 1, np.int64)
+    for t in stamps.values(): step[np.searchsorted(grid, t[0])] += 1; step[np.searchsorted(grid, t[-1]) + 1] -= 1
+    alive = step.cumsum()[:-1]
+    common = grid[(count > alive / 2) & (alive >= 3)]
     out = {}
-    for i, n in enumerate(names):
-        have = np.zeros(len(grid), bool); have[pos[code == i]] = True
-        miss = np.flatnonzero(common & ~have)
-        miss = miss[(miss > first[i]) & (miss < last[i])]
-        if len(miss): out[n] = grid[miss]
+    for name, t in stamps.items():
+        due = common[np.searchsorted(common, t[0]):np.searchsorted(common, t[-1], 'right')]
+        if len(due) > len(t) or not np.isin(due, t, assume_unique=True).all(): out[name] = due[~np.isin(due, t)]
     return out
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-049
+# %% ../../nbs/api/02_data.kline.ipynb #cell-075
+def _symbol_rules(b, window):
+    "Issue rows and the summary of each symbol: length, interval, gaps, missing sessions"
+    rows, info, stamps = [], [], {}
+    for name, s in b.groups():
+        t = np.sort(b.t[s][~np.isnat(b.t[s])])
+        if len(t): t = t[np.r_[True, t[1:] != t[:-1]]]
+        stamps[name], step, n = t, bar_interval(t), s.stop - s.start
+        gaps = find_gaps(t, step)
+        lost = int(((t[gaps] - t[gaps - 1]).view('i8') // max(step, 1) - 1).sum()) if len(gaps) else 0
+        if len(gaps): rows.append(_issue('gap', name, len(gaps), t[gaps - 1], f'about {lost} bars'))
+        if window and n < window: rows.append(_issue('too_short', name, n, t[:0], f'a window has {window}'))
+        if n and not b.x[s, 4].any(): rows.append(_issue('no_volume', name, n, t[:0]))
+        info.append(dict(symbol=name, bars=n, first=t[0] if n and len(t) else pd.NaT, last=t[-1] if n and len(t) else pd.NaT, interval=pd.Timedelta(step), gaps=len(gaps),
+                         coverage=round(len(t) / max(len(t) + lost, 1), 5)))
+    rows += [_issue('missing_session', n, len(m), m) for n, m in missing_sessions(stamps).items()]
+    return rows, pd.DataFrame(info, columns='symbol bars first last interval gaps coverage'.split())
+
+def _issue(rule, symbol, count, stamps, detail=''):
+    return dict(rule=rule, level=RULES[rule][0], symbol=symbol, count=int(count), first=[pd.Timestamp(o) for o in stamps[:3]], detail=detail)
+
+def _issues(rule, mask, b):
+    "One row per symbol for the rows in `mask`"
+    at = np.flatnonzero(mask)
+    for code, lo, hi in zip(*np.unique(b.code[at], return_index=True), np.r_[np.unique(b.code[at], return_index=True)[1][1:], len(at)]):
+        x, detail = b.x[at[lo:hi]], ''
+        if rule in ('nan', 'inf'): detail = ', '.join(f'{n} {c}' for c, n in zip(FEATURES, (np.isnan(x) if rule == 'nan' else np.isinf(x)).sum(0)) if n)
+        yield _issue(rule, b.names[code], hi - lo, b.t[at[lo:hi]], detail)
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-078
+def md_table(
+    df: pd.DataFrame,
+    limit=60, # Rows shown
+) -> str:
+    "A DataFrame as a Markdown table"
+    if not len(df): return 'none'
+    def cell(v):
+        if isinstance(v, (list, tuple)): return ', '.join(map(cell, v))
+        if isinstance(v, pd.Timestamp): return str(v)[:10] if v == v.normalize() else str(v)[:19]
+        if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
+        return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v).replace('|', '\\|')
+    rows = [list(df.columns), ['---'] * df.shape[1], *zip(*[df[c].head(limit) for c in df])]
+    out = '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in rows)
+    return out + (f'\n\nand {len(df) - limit:,} more rows' if len(df) > limit else '')
+
+@dataclass
+class Section:
+    "One more part of a report: words, a table and a picture"
+    title: str
+    text: str
+    table: pd.DataFrame
+    plot: object = None # Function without arguments that returns a figure
+    name: str = 'more'  # Name of the picture's file
+    def to_markdown(self): return f'## {self.title}\n\n{self.text}\n\n{md_table(self.table)}'
+
 @dataclass
 class KlineReport:
-    "What `check_klines` found; shows itself in a notebook"
-    issues: pd.DataFrame  # rule, level, symbol, count, first (stamps), meaning
-    summary: pd.DataFrame # one row per symbol: bars, first, last, interval, gaps
-    source: pd.DataFrame  # what was recognised on reading, one row per file
+    "What `check_klines` found"
+    issues: pd.DataFrame  # rule, level, symbol, count, first (up to three stamps), detail
+    summary: pd.DataFrame # one row per symbol: bars, first, last, interval, gaps, coverage
+    source: pd.DataFrame  # one row per file: what was recognised
+    bars: pd.DataFrame = field(repr=False, default=None) # what was checked, for the pictures
+    sections: list = field(default_factory=list) # what others add
     @property
     def ok(self) -> bool: return not (self.issues.level == 'error').any()
     def to_markdown(self) -> str:
-        head = 'No errors' if self.ok else f"{int((self.issues.level == 'error').sum())} kinds of errors"
-        return '\n\n'.join([f'# Data report', f'{head}, {int((self.issues.level == "warning").sum())} kinds of warnings in {int(self.summary.bars.sum()):,} bars of {len(self.summary)} symbols.',
-                            '## Issues', md_table(self.issues), '## Symbols', md_table(self.summary), '## Files', md_table(self.source)]) + '\n'
+        "All tables, with a sentence on each rule that was broken"
+        n = self.issues.groupby('level')['count'].sum()
+        head = f"{int(self.summary.bars.sum()):,} bars of {len(self.summary)} symbols: {int(n.get('error', 0)):,} errors, {int(n.get('warning', 0)):,} warnings."
+        rules = '\n'.join(f'- `{r}` ({RULES[r][0]}): {RULES[r][1]}' for r in RULES if (self.issues['rule'] == r).any())
+        parts = ['# Data report', head, '## Issues', md_table(self.issues), rules, '## Symbols', md_table(self.summary), '## Files', md_table(self.source),
+                 *(o.to_markdown() for o in self.sections)]
+        return '\n\n'.join(o for o in parts if o) + '\n'
     def __str__(self): return self.to_markdown()
-    def _repr_markdown_(self): return self.to_markdown()
+    def plots(self) -> dict:
+        "{file name: figure}"
+        own = {'data': self.plot()} if self.bars is not None and len(self.bars) else {}
+        return own | {o.name: o.plot() for o in self.sections if o.plot}
+    def _ipython_display_(self):
+        from IPython.display import Markdown, display
+        display(Markdown(self.to_markdown()), *self.plots().values())
+    def save(self, folder) -> Path:
+        "Write `data_report.md` and its pictures into `folder`"
+        text, folder = self.to_markdown(), Path(folder)
+        for name, fig in self.plots().items():
+            png = io.BytesIO(); fig.savefig(png, format='png', dpi=110, bbox_inches='tight')
+            write_atomic(folder/'plots'/f'{name}.png', png.getvalue()); text += f'\n![{name}](plots/{name}.png)\n'
+        return write_atomic(folder/'data_report.md', text)
 
-def md_table(df: pd.DataFrame) -> str:
-    "A DataFrame as a Markdown table"
-    if not len(df): return 'none'
-    cell = lambda v: (', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)).replace('|', '\\|')
-    rows = [list(df.columns), ['---'] * df.shape[1], *df.astype(object).to_numpy().tolist()]
-    return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in rows)
-
-def _count(rule, mask, names, code, t, n_first=3):
-    "Issue rows of one rule"
-    for i in np.unique(code[mask]):
-        at = np.flatnonzero(mask & (code == i))
-        yield dict(rule=rule, symbol=names[i], count=len(at), first=[str(o)[:19] for o in t[at[:n_first]]])
-
+# %% ../../nbs/api/02_data.kline.ipynb #cell-079
 def check_klines(
     bars: pd.DataFrame, # From `read_klines`, or any frame with its columns
     window=None,    # Bars of one window (lookback + predict); symbols shorter than it are errors
@@ -475,103 +682,157 @@ def check_klines(
     stale_run=10,   # Bars with the same four prices that make a stale run
 ) -> KlineReport:
     "Look for everything that spoils training; changes nothing"
-    missing = [c for c in COLUMNS if c not in bars]
-    source = read_report(bars)
-    rows = [dict(rule='missing_column', symbol=c, count=len(bars), first=[]) for c in missing]
-    summary = pd.DataFrame(columns='symbol bars first last interval gaps'.split())
-    if not missing:
-        names, code, t, x = _frame(bars)
-        masks = _cell_rules(code, t, x) | _move_rules(code, x, jump, stale_run)
-        size = np.bincount(code, minlength=len(names))
-        silent = np.bincount(code, x[:, 4] == 0, minlength=len(names)) == size
-        for k in ('zero_volume', 'outage'): masks[k] &= ~silent[code]
-        rows += [r for k, m in masks.items() for r in _count(k, m, names, code, t)]
-        rows += [dict(rule='no_volume', symbol=names[i], count=int(size[i]), first=[]) for i in np.flatnonzero(silent)]
-        if window: rows += [dict(rule='too_short', symbol=names[i], count=int(size[i]), first=[]) for i in np.flatnonzero(size < window)]
-        rows += [dict(rule='missing_session', symbol=n, count=len(m), first=[str(o)[:19] for o in m[:3]]) for n, m in _missing_sessions(names, code, t).items()]
-        info = []
-        for i, n in enumerate(names):
-            s = t[code == i]; s = np.sort(s[~np.isnat(s)])
-            gaps = find_gaps(s)
-            if len(gaps): rows.append(dict(rule='gap', symbol=n, count=len(gaps), first=[str(o)[:19] for o in s[gaps - 1][:3]]))
-            info.append(dict(symbol=n, bars=int(size[i]), first=str(s[0])[:19] if len(s) else '', last=str(s[-1])[:19] if len(s) else '',
-                             interval=str(pd.Timedelta(bar_interval(s))), gaps=len(gaps)))
-        summary = pd.DataFrame(info, columns=summary.columns)
-    for f, how in bars.attrs.get('read', {}).items():
-        rows += [dict(rule='mixed_zones', symbol=f, count=1, first=[]) for o in how['notes'] if o.startswith('mixed zones')]
-        rows += [dict(rule='not_numbers', symbol=f, count=int(o.split()[0]), first=[]) for o in how['notes'] if 'are not numbers' in o]
-    issues = pd.DataFrame(rows, columns=['rule', 'symbol', 'count', 'first'])
-    issues.insert(1, 'level', [RULES[r][0] for r in issues['rule']])
-    issues['meaning'] = [RULES[r][1] for r in issues['rule']]
-    rank = {k: i for i, k in enumerate(RULES)}
-    return KlineReport(issues.sort_values('rule', key=lambda s: s.map(rank), kind='stable', ignore_index=True), summary, source)
+    b = _Bars(bars)
+    rows = [_issue('missing_column', 'all', len(bars), [], c) for c in b.missing]
+    rows += [_issue('not_numbers', 'all', n, [], c) for c, n in b.bad.items() if n]
+    for how in bars.attrs.get('read', []):
+        rows += [_issue('mixed_zones', how['file'], 1, []) for o in how['notes'] if o.startswith('mixed zones')]
+        if np.isnan(b.x).any(): rows += [_issue('not_numbers', how['file'], n, [], o.removesuffix(' are not numbers')) for o, n in how['notes'].items() if o.endswith('are not numbers')]
+    if len(bars) and not set(b.missing) & {'timestamps', *PRICES}:
+        masks = _order_rules(b) | _bar_rules(b) | _move_rules(b, jump, stale_run)
+        if set(b.missing) & {'volume', 'amount'}: masks = {k: v for k, v in masks.items() if k not in ('nan', 'zero_volume', 'outage')}
+        rows += [r for k, m in masks.items() if m.any() for r in _issues(k, m, b)]
+    more, summary = _symbol_rules(b, window) if len(bars) else ([], pd.DataFrame(columns='symbol bars first last interval gaps coverage'.split()))
+    issues = pd.DataFrame(rows + more, columns=['rule', 'level', 'symbol', 'count', 'first', 'detail'])
+    issues = issues.sort_values('rule', key=lambda s: s.map({k: i for i, k in enumerate(RULES)}), kind='stable', ignore_index=True)
+    return KlineReport(issues, summary, read_report(bars), None if b.missing else bars)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-053
-POLICIES = dict(nan=('drop', 'ffill', 'keep'), duplicates=('last', 'first', 'keep'), high_low=('widen', 'drop', 'keep'), volume=('zero', 'drop', 'keep'), price=('drop', 'keep'))
+# %% ../../nbs/api/02_data.kline.ipynb #cell-080
+def _plot_coverage(ax, report):
+    "When each symbol has bars, and where the issues with stamps lie"
+    top = report.summary.head(40)
+    at = {s: i for i, s in enumerate(top.symbol)}
+    ax.hlines(range(len(top)), top['first'], top['last'], lw=4, color='0.75')
+    for level, colour in (('warning', 'tab:orange'), ('error', 'tab:red')):
+        pts = [(t, at[r.symbol]) for r in report.issues[report.issues.level == level].itertuples() if r.symbol in at for t in r.first]
+        if pts: ax.scatter(*zip(*pts), marker='|', s=90, color=colour, label=f'first {level}s', zorder=3)
+    ax.set_title('Coverage' + (f' (first 40 of {len(report.summary)})' if len(report.summary) > 40 else ''), loc='left')
+    ax.set(yticks=range(len(top)), ylim=(len(top) - .5, -.5))
+    ax.set_yticklabels(top.symbol, fontsize=7 if len(top) > 8 else 9)
+    ax.tick_params(axis='x', rotation=30)
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
-class _Log:
-    "Changes made so far"
-    def __init__(self): self.rows = []
-    def add(self, rule, action, bars, mask, column='', old='', new=''):
+def plot(self: KlineReport):
+    "Coverage, and the distributions of returns and of volume"
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(12, max(2.8, min(.22 * len(self.summary), 7))), layout='constrained')
+    left, mid, right = fig.subplots(1, 3, width_ratios=[1.3, 1, 1])
+    _plot_coverage(left, self)
+    b = _Bars(self.bars)
+    for name, s in list(b.groups())[:8]:
+        with np.errstate(all='ignore'): r, v = np.diff(np.log(b.x[s, 3])), np.log10(b.x[s, 4])
+        r, v = r[np.isfinite(r)], v[np.isfinite(v)]
+        if len(r): mid.hist(r, bins=81, histtype='step', log=True, label=name)
+        if len(v): right.hist(v, bins=60, histtype='step', label=name)
+    mid.set(title='Log return per bar', ylabel='bars')
+    right.set(title='Volume, log10')
+    if len(b.names) > 1: right.legend(fontsize=7)
+    plt.close(fig)  # so that only the caller shows it
+    return fig
+KlineReport.plot = plot
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-087
+POLICIES = dict(nan=('drop', 'ffill', 'keep'), duplicates=('last', 'first', 'keep'), price=('drop', 'keep'), high_low=('widen', 'drop', 'keep'), volume=('zero', 'drop', 'keep'))
+_CHANGE = ['rule', 'action', 'symbol', 'timestamps', 'column', 'old', 'new']
+
+class _Repair:
+    "Bars under repair and the list of changes"
+    def __init__(self, bars): self.bars, self.rows = bars, []
+    def note(self, rule, action, mask, column='', old=np.nan, new=np.nan):
         at = np.flatnonzero(mask)
-        if len(at): self.rows.append(pd.DataFrame(dict(rule=rule, action=action, symbol=bars.symbol.to_numpy()[at], timestamps=bars.timestamps.to_numpy()[at], column=column,
-                                                       old=old if isinstance(old, str) else np.asarray(old)[at], new=new if isinstance(new, str) else np.asarray(new)[at])))
-    def frame(self):
-        cols = ['rule', 'action', 'symbol', 'timestamps', 'column', 'old', 'new']
-        return pd.concat([o.astype(object) for o in self.rows], ignore_index=True)[cols] if self.rows else pd.DataFrame(columns=cols)
+        pick = lambda o: np.asarray(o, 'float64')[at] if np.ndim(o) else np.full(len(at), o)
+        if len(at): self.rows.append(pd.DataFrame(dict(rule=rule, action=action, symbol=self.bars.symbol.to_numpy()[at], timestamps=self.bars.timestamps.to_numpy()[at],
+                                                       column=column, old=pick(old), new=pick(new)), columns=_CHANGE))
+    def drop(self, rule, mask):
+        mask = np.asarray(mask, bool)
+        if mask.any(): self.note(rule, 'dropped', mask); self.bars = self.bars[~mask].reset_index(drop=True)
+    def set(self, rule, action, column, new):
+        old = self.bars[column].to_numpy('float64')
+        mask = (old != new) & ~(np.isnan(old) & np.isnan(new))
+        if mask.any(): self.note(rule, action, mask, column, old, new); self.bars[column] = new
+    def x(self, columns=FEATURES): return self.bars[list(columns)].to_numpy('float64')
+    def changes(self): return pd.concat(self.rows, ignore_index=True) if self.rows else pd.DataFrame({c: [] for c in _CHANGE}).astype(dict(old='float64', new='float64'))
 
-def _drop(bars, mask, rule, log):
-    if not mask.any(): return bars
-    log.add(rule, 'dropped', bars, mask)
-    return bars[~mask].reset_index(drop=True)
+# %% ../../nbs/api/02_data.kline.ipynb #cell-089
+def _repair_time(r, duplicates):
+    "Drop unreadable stamps, sort, and leave one bar per stamp"
+    r.drop('bad_timestamp', r.bars.timestamps.isna())
+    code = np.unique(r.bars.symbol.to_numpy(object).astype(str), return_inverse=True)[1].ravel()
+    t = r.bars.timestamps.to_numpy('M8[ns]').view('i8')
+    apart = pd.Series(t).groupby(code).diff().to_numpy() < 0
+    r.note('disorder', 'moved', apart)
+    order = np.lexsort((t, code))
+    if (np.diff(order) < 0).any(): r.bars = r.bars.iloc[order].reset_index(drop=True)
+    if duplicates != 'keep': r.drop('duplicate', r.bars.duplicated(['symbol', 'timestamps'], keep=duplicates))
 
-def _set(bars, col, new, rule, action, log):
-    old = bars[col].to_numpy('float64')
-    mask = ~((old == new) | (np.isnan(old) & np.isnan(new)))
-    if mask.any(): log.add(rule, action, bars, mask, col, old, new); bars[col] = new
+def _repair_nan(r, how):
+    "Drop bars with NaN or infinity, or fill them with the last value of their symbol"
+    bad = ~np.isfinite(r.x())
+    if how == 'ffill' and bad.any():
+        filled = pd.DataFrame(np.where(bad, np.nan, r.x()), columns=list(FEATURES)).groupby(r.bars.symbol.to_numpy()).ffill().to_numpy()
+        for i, c in enumerate(FEATURES): r.set('nan', 'filled', c, np.where(bad[:, i], filled[:, i], r.bars[c].to_numpy('float64')))
+    if how != 'keep': r.drop('nan', ~np.isfinite(r.x()).all(1))
 
+def _repair_prices(r, price, high_low, volume):
+    "Prices that are not positive, high and low that do not contain open and close, negative volume"
+    if price == 'drop': r.drop('price_not_positive', (r.x(PRICES) <= 0).any(1))
+    o, h, l, c = r.x(PRICES).T
+    hi, lo = np.fmax.reduce([o, h, l, c]), np.fmin.reduce([o, h, l, c])
+    if high_low == 'drop': r.drop('high_low', (h < hi) | (l > lo))
+    if high_low == 'widen': r.set('high_low', 'widened', 'high', np.where(h < hi, hi, h)); r.set('high_low', 'widened', 'low', np.where(l > lo, lo, l))
+    if volume == 'drop': r.drop('negative_volume', (r.x(('volume', 'amount')) < 0).any(1))
+    if volume == 'zero':
+        for c in ('volume', 'amount'): v = r.bars[c].to_numpy('float64'); r.set('negative_volume', 'set to zero', c, np.where(v < 0, 0., v))
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-091
+def _limits(close, window):
+    "1.4826 x median of |log returns| over the `window` returns before each bar; NaN until half of them are there"
+    r = np.abs(np.diff(np.log(close), prepend=np.nan))
+    return 1.4826 * pd.Series(r).shift(1).rolling(window, min_periods=window // 2).median().to_numpy()
+
+def _winsorise(x, k, window):
+    "(T, 4) prices with moves limited to `k` sigmas of the past, one bar at a time from each outlier on"
+    out, limit = x.copy(), k * _limits(x[:, 3], window)
+    with np.errstate(all='ignore'):
+        far = np.abs(np.log(x[1:] / x[:-1, 3:])).max(1) > limit[1:]
+    for t in np.flatnonzero(far) + 1:
+        while t < len(x) and limit[t] > 0:
+            low, high = out[t-1, 3] * np.exp(-limit[t]), out[t-1, 3] * np.exp(limit[t])
+            new = x[t].clip(low, high)
+            if (new == out[t]).all(): break
+            out[t], t = new, t + 1
+    return out
+
+def _repair_outliers(r, k, window):
+    if k is None: return
+    if not k > 0: raise ConfigError(f"winsorise must be above 0 robust sigmas, got {k}")
+    new = r.x(PRICES)
+    for at in r.bars.groupby('symbol', sort=False).indices.values(): new[at] = _winsorise(new[at], k, window)
+    for i, c in enumerate(PRICES): r.set('winsorise', 'limited', c, new[:, i])
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-093
 def repair_klines(
     bars: pd.DataFrame,  # Bars with canonical columns
     *, nan='drop',       # Rows with NaN or inf: 'drop', 'ffill' (last value of the symbol; leading ones are dropped), 'keep'
     duplicates='last',   # Of bars with one timestamp keep the 'last' or 'first'; 'keep'
     price='drop',        # Prices that are not positive: 'drop', 'keep'
     high_low='widen',    # High and low that do not contain open and close: 'widen', 'drop', 'keep'
-    volume='zero',       # Negative volume: 'zero', 'drop', 'keep'
+    volume='zero',       # Negative volume or amount: 'zero', 'drop', 'keep'
+    winsorise=None,      # Limit moves to this many robust sigmas of the past; None leaves them
+    winsorise_window=200, # Bars of past for that
     min_bars=0,          # Drop symbols with fewer bars than this
-) -> tuple[pd.DataFrame, pd.DataFrame]: # Canonical bars, sorted and unique; every change
+) -> tuple[pd.DataFrame, pd.DataFrame]: # Canonical bars, sorted and unique; every change: rule, action, symbol, timestamps, column, old, new
     "Repair `bars` by explicit policies; nothing is changed silently"
     for k, v in dict(nan=nan, duplicates=duplicates, price=price, high_low=high_low, volume=volume).items(): check_choice(k, v, POLICIES[k])
-    missing = [c for c in COLUMNS if c not in bars]
-    if missing: raise DataError(f"bars lack the columns {', '.join(missing)}; pass them through read_klines first")
-    log, b = _Log(), bars[list(COLUMNS)].reset_index(drop=True).copy()
-    b = _drop(b, b.timestamps.isna().to_numpy(), 'bad_timestamp', log)
-    names, code = np.unique(b.symbol.astype(str).to_numpy(), return_inverse=True)
-    order = np.lexsort((b.timestamps.to_numpy('M8[ns]').view('i8'), code))
-    moved = order != np.arange(len(b))
-    log.add('disorder', 'moved', b, np.r_[False, (np.diff(code) == 0) & (np.diff(b.timestamps.to_numpy('M8[ns]').view('i8')) < 0)])
-    if moved.any(): b = b.iloc[order].reset_index(drop=True)
-    if duplicates != 'keep': b = _drop(b, b.duplicated(['symbol', 'timestamps'], keep=duplicates).to_numpy(), 'duplicate', log)
-    x = b[list(FEATURES)].to_numpy('float64')
-    bad = ~np.isfinite(x)
-    if nan == 'ffill' and bad.any():
-        filled = pd.DataFrame(np.where(bad, np.nan, x), columns=FEATURES).groupby(b.symbol.to_numpy()).ffill()
-        for c in FEATURES: _set(b, c, filled[c].to_numpy(), 'nan', 'filled', log)
-        bad = b[list(FEATURES)].isna().to_numpy()
-    if nan != 'keep': b = _drop(b, bad.any(1), 'nan', log)
-    if price == 'drop': b = _drop(b, (b[list(PRICES)] <= 0).any(axis=1).to_numpy(), 'price_not_positive', log)
-    if high_low != 'keep': b = _repair_high_low(b, high_low, log)
-    negative = (b[['volume', 'amount']] < 0).any(axis=1).to_numpy()
-    if volume == 'drop': b = _drop(b, negative, 'negative_volume', log)
-    if volume == 'zero':
-        for c in ('volume', 'amount'): _set(b, c, b[c].clip(lower=0).to_numpy(), 'negative_volume', 'set to zero', log)
-    if min_bars: b = _drop(b, (b.groupby('symbol').symbol.transform('size') < min_bars).to_numpy(), 'too_short', log)
-    b['timestamps'] = b.timestamps.astype('M8[ns]')
-    return b, log.frame()
-
-def _repair_high_low(b, how, log):
-    body = b[['open', 'close']]
-    hi, lo = body.max(axis=1).to_numpy(), body.min(axis=1).to_numpy()
-    if how == 'drop': return _drop(b, (b.high < hi).to_numpy() | (b.low > lo).to_numpy() | (b.high < b.low).to_numpy(), 'high_low', log)
-    _set(b, 'high', np.maximum(b.high.to_numpy(), hi), 'high_low', 'widened', log)
-    _set(b, 'low', np.minimum(b.low.to_numpy(), lo), 'high_low', 'widened', log)
-    return b
+    b = _Bars(bars)
+    if b.missing: raise DataError(f"bars lack the columns {', '.join(b.missing)}; pass them through read_klines first")
+    if any(b.bad.values()): raise DataError(f"cells that are no numbers: {', '.join(f'{n} in {c}' for c, n in b.bad.items() if n)}; pass the table through read_klines first")
+    r = _Repair(pd.DataFrame(b.x, columns=list(FEATURES)))
+    r.bars.insert(0, 'timestamps', b.t); r.bars.insert(0, 'symbol', pd.Index(b.names, dtype=None if b.names else object).take(b.code))
+    _repair_time(r, duplicates)
+    _repair_nan(r, nan)
+    _repair_prices(r, price, high_low, volume)
+    _repair_outliers(r, winsorise, winsorise_window)
+    if min_bars: r.drop('too_short', r.bars.groupby('symbol').symbol.transform('size').to_numpy() < min_bars)
+    if 'read' in bars.attrs: r.bars.attrs['read'] = bars.attrs['read']
+    return r.bars, r.changes()
