@@ -85,8 +85,8 @@ class Data(Section):
     "Which bars, and how they become windows"
     source: tuple[str, ...] | None = knob(None, "files, globs or folders of bars; none: given to fit, or the bundled sample")
     symbols: tuple[str, ...] | None = knob(None, "only these symbols")
-    start: str | None = knob(None, "first day used, YYYY-MM-DD")
-    end: str | None = knob(None, "last day used, YYYY-MM-DD")
+    start: str | None = knob(None, "bars from this moment on, YYYY-MM-DD")
+    end: str | None = knob(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = knob(None, "read at most this many rows", lo=1, unit='rows')
     repair: str = knob('off', "'off' stops at errors in the bars; 'standard' repairs them and lists every change", choices=('off', 'standard'))
     lookback_window: int = knob(90, "history that the model sees", lo=2, hi=8192, unit='bars')
@@ -99,7 +99,7 @@ class Data(Section):
     val: float = knob(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = knob(.15, "share that is touched once, for the verdict", lo=0., hi=.9)
     embargo: int = knob(0, "bars dropped between two splits", lo=0, unit='bars')
-    max_gap: float | None = knob(None, "no window crosses a gap longer than this; none: inferred from the bars' own sessions", lo=0., unit='bars')
+    max_gap: str | None = knob('auto', "no window crosses a longer break: 3h, 5d; auto cuts where bars are missing, none never does")
     windows_per_epoch: int | None = knob(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
     val_windows: int | None = knob(None, "windows per validation, evenly spread; none: all of them", lo=1, unit='windows')
     sampling: str = knob('shuffled', "balanced draws every symbol equally often", choices=('shuffled', 'balanced', 'sequential'))
@@ -167,6 +167,7 @@ class Predictor(Stage):
 class Base(Section):
     "A model trained from scratch on other symbols, for fine-tuning where no released weights are at hand"
     symbols: tuple[str, ...] | None = knob(None, "symbols to train the base on; none: no base")
+    windows_per_epoch: int | None = knob(None, "windows drawn per epoch of the base; none: all of them", lo=1, unit='windows')
     tokenizer_epochs: int = knob(3, "passes of the base's tokenizer", lo=1, unit='epochs')
     predictor_epochs: int = knob(3, "passes of the base's predictor", lo=1, unit='epochs')
     tokenizer_lr: float = knob(1e-3, "learning rate of the base's tokenizer", lo=0., hi=10., log=True)
@@ -176,7 +177,7 @@ class Base(Section):
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Section):
     "The comparison on the untouched end of each symbol"
-    origins: int = knob(64, "forecasts made from evenly spread points of the test bars", lo=1, hi=100_000)
+    origins: int | None = knob(None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 32", lo=2, hi=100_000)
     paths: int = knob(50, "sampled futures per forecast", lo=2, hi=10_000)
     temperature: float = knob(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = knob(0, "0 keeps all tokens", lo=0)
@@ -195,7 +196,7 @@ class Runtime(Section):
     micro_batch: int | None = knob(None, "windows per forward pass at most; more are accumulated", lo=1, unit='windows')
     threads: int | None = knob(None, "CPU threads; none: as the process has them", lo=1)
     workers: int = knob(0, "loader processes beside the main one", lo=0, hi=256)
-    cache_tokens: bool = knob(True, "encode every window once where tokens cannot change between epochs")
+    cache_tokens: str = knob('auto', "encode each window once where tokens cannot change between epochs; auto: in memory up to 2 GB", choices=('auto', 'memory', 'disk', 'off'))
     only: str | None = knob(None, "run one stage alone", choices=('tokenizer', 'predictor'))
     skip_existing: bool = knob(False, "leave a stage alone that has its best_model")
     init_from: str | None = knob(None, "start both stages from the best weights of this run")
@@ -287,7 +288,7 @@ _both = lambda **kw: {f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v
 _small = {'tokenizer.init': 'NeoQuasar/Kronos-Tokenizer-base', 'predictor.init': 'NeoQuasar/Kronos-small'}
 
 PRESETS = dict(
-    quickstart={'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
+    quickstart={'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000, 'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
         'data.embargo': 10, **_both(size='tiny', epochs=4, batch_size=64, weight_decay=.05, schedule='onecycle', warmup=.1, patience=3),
         'tokenizer.lr': 5e-4, 'predictor.lr': 5e-4, 'runtime.save_steps': 50},
     btc_original={**_small, 'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.lr': 2e-4, 'predictor.lr': 4e-5, 'tokenizer.clip_norm': 2., 'predictor.clip_norm': 2.,

@@ -178,11 +178,12 @@ class Learner:
         micro_batch: int | None = None, # Windows per forward pass; None takes a step's windows at once
         log_every: int = 1,           # Steps per row of `history.steps`
         val_every: int | None = None, # Steps between validations inside an epoch; None: at its end alone
+        val_first: bool = False,      # Validate before the first step too: what there was to begin with
         seed: int = 0,                # Dropout of step n on process r is seeded by (seed, n, r)
     ):
         self.engine, self.model = engine or Engine('cpu'), task
         self.task, self.opt = self.engine.prepare(task, opt if opt is not None else torch.optim.AdamW(task.parameters()))
-        self.source, self.valid, self.micro_batch, self.log_every, self.val_every, self.seed = source, valid, micro_batch, log_every, val_every, seed
+        self.source, self.valid, self.micro_batch, self.log_every, self.val_every, self.val_first, self.seed = source, valid, micro_batch, log_every, val_every, val_first, seed
         self.callbacks = []
         for c in callbacks: self.add(c)
         self.epoch = self.epoch_step = self.step = self.epochs = 0
@@ -239,6 +240,7 @@ def fit(self: Learner,
 
 @patch
 def _fit(self: Learner):
+    if self.val_first and self.step == 0: self._validate_once()
     while self.epoch < self.epochs and self.step < self.total_steps and not self.stop_reason:
         at = self.epoch
         self.span('epoch', self._one_epoch)

@@ -44,6 +44,7 @@ def build_model(
         _known(stage, settings, config)
         return cls(**config | settings)
     model = cls.from_pretrained(init)
+    settings = {k: v for k, v in settings.items() if k not in model.config or model.config[k] != v}   # what it is already is no change
     _known(stage, settings, [k for k in model.config if k.endswith('_dropout_p')], why=f' (weights are loaded from {init!r}, so only dropouts can change)')
     if not settings: return model
     changed = cls(**model.config | settings, extra=model.extra)

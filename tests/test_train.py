@@ -1,0 +1,159 @@
+"Training as a whole: killed and gone on with, on two processes, on targets without meaning, in folders that are somebody else's"
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+from kronos_nb.config import Config
+from kronos_nb.core import ConfigError, DataError, ModelError, RunError
+from kronos_nb.data.kline import sample_klines
+from kronos_nb.data.window import WindowDataset
+from kronos_nb.learner import Learner
+from kronos_nb.callback.train import adamw
+from kronos_nb.task import PredictorTask, TokenizerTask, TokenSource, WindowSource, build_model, encode_windows
+from kronos_nb.train import fit, prepare
+
+root = Path(__file__).resolve().parents[1]
+small = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
+SETTINGS = {'base.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 2, 'runtime.save_steps': 4, 'runtime.log_every': 1, 'runtime.progress': False,
+    'runtime.plots': False, 'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'predictor.model': small | dict(n_layers=2), 'evaluate.paths': 4,
+    'tokenizer.epochs': 2, 'predictor.epochs': 2, 'tokenizer.patience': None, 'predictor.patience': None}
+bars = sample_klines('GOOG').head(700)
+cfg = Config.preset('quickstart', **SETTINGS)
+no_test = {'data.train': .8, 'data.val': .2, 'data.test': 0.}
+
+RUN = '''
+import sys, json
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.test_train import *
+from kronos_nb.learner import Callback
+class Slow(Callback):
+    def after_step(self, learn): time.sleep({sleep})
+r = fit(bars, cfg.replace(**{changes!r}), {out!r}, callbacks=[Slow()])
+'''
+def start(out, sleep=0., processes=1, **changes):
+    code = out.parent/f'{out.name}.py'
+    code.write_text(RUN.format(root=str(root), out=str(out), sleep=sleep, changes=no_test | changes))
+    launcher = [] if processes==1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return subprocess.Popen([sys.executable, *launcher, str(code)], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def finish(p):
+    said = p.communicate(timeout=300)[0]
+    assert p.returncode==0, said
+    return said
+
+def weights(out, stage): return load_file(out/stage/'final_model'/'model.safetensors')
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole')/'run'
+    finish(start(out))
+    return out
+
+def test_kill_and_go_on_is_not_having_stopped(whole, tmp_path):
+    "SIGKILL in the middle of each stage; a second and a third process end with the same bits"
+    out = tmp_path/'run'
+    for stage in ('tokenizer', 'predictor'):
+        p, end = start(out, sleep=.1), time.time()+120
+        while not list((out/stage/'checkpoints').glob('step_*')): assert time.time()<end and p.poll() is None; time.sleep(.02)
+        time.sleep(.15)   # somewhere between two checkpoints
+        p.kill(); p.communicate()
+        assert not (out/stage/'final_model').exists()
+    finish(start(out))
+    for stage in ('tokenizer', 'predictor'):
+        a, b = weights(whole, stage), weights(out, stage)
+        assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+        assert json.loads((whole/stage/'training_metrics.json').read_text())==json.loads((out/stage/'training_metrics.json').read_text())
+        assert (whole/stage/'steps.jsonl').read_text()==(out/stage/'steps.jsonl').read_text()
+
+def test_sigterm_keeps_a_checkpoint_and_says_so(tmp_path):
+    out = tmp_path/'run'
+    p = start(out, sleep=.1)
+    while not list((out/'tokenizer'/'checkpoints').glob('step_*')): assert p.poll() is None; time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    assert 'SIGTERM: finishing the step and saving' in finish(p)
+    last = max((out/'tokenizer'/'checkpoints').glob('step_*'))
+    assert (last/'manifest.json').is_file() and not (out/'tokenizer'/'final_model').exists()
+
+def test_two_processes_are_one_with_the_global_batch(tmp_path):
+    "Ranks share the windows of a step; the codebook entropy is a function of the batch mean, so it is off here (zeta=0)"
+    changes = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'predictor.model': cfg.predictor.model | dict(ffn_dropout_p=0., resid_dropout_p=0.), 'tokenizer.epochs': 1, 'predictor.epochs': 1}
+    one, two = tmp_path/'one', tmp_path/'two'
+    finish(start(one, **changes, **{'tokenizer.batch_size': 32, 'predictor.batch_size': 32}))
+    finish(start(two, processes=2, **changes, **{'tokenizer.batch_size': 16, 'predictor.batch_size': 16}))
+    a, b = weights(one, 'tokenizer'), weights(two, 'tokenizer')
+    for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-5, atol=1e-6, msg=k)
+    hist = [pd.DataFrame(json.loads((o/'tokenizer'/'training_metrics.json').read_text())) for o in (one, two)]
+    np.testing.assert_allclose(hist[1].val_loss, hist[0].val_loss, rtol=1e-5)
+    np.testing.assert_allclose(hist[1].train_loss, hist[0].train_loss, rtol=1e-5)
+
+class Shuffled(PredictorTask):
+    "Next-bar targets dealt out at random over the batch: their distribution stays, their meaning goes"
+    def forward(self, stamp, s1, s2):
+        order = torch.randperm(s1[:, 1:].numel(), generator=torch.Generator().manual_seed(int(s1.sum())))
+        t1, t2 = (o[:, 1:].flatten()[order].view(o[:, 1:].shape) for o in (s1, s2))
+        a, b = self.model(s1[:, :-1], s2[:, :-1], stamp[:, :-1], s1_targets=t1)
+        ce = lambda logits, t: torch.nn.functional.cross_entropy(logits.flatten(0, 1), t.flatten())
+        return dict(loss=(ce(a, t1)+ce(b, t2))/2, ce_s1=ce(a, t1).detach(), ce_s2=ce(b, t2).detach())
+
+def test_nothing_is_learnt_from_shuffled_targets():
+    "On real targets the validation loss falls below what the tokens' frequencies give; on shuffled ones it does not: what it learns is no leak"
+    torch.manual_seed(0)
+    d = prepare(sample_klines('GOOG'), Config.preset('quickstart', **SETTINGS | {'data.stride': 1}))
+    tok = TokenizerTask(build_model('tokenizer', 'scratch', 'tiny', cfg.tokenizer.model))
+    Learner(tok, WindowSource(d.train, 64, seed=0), None, adamw(tok, 3e-3)).fit(3)
+    train, val = encode_windows(tok.model, d.train), encode_windows(tok.model, d.val)
+    p = np.bincount(train[..., 0].ravel(), minlength=16) + 1.
+    frequencies = float(-np.log(p/p.sum())[val[:, 1:, 0].ravel()].mean())
+    got = {}
+    for name, cls in dict(real=PredictorTask, shuffled=Shuffled).items():
+        torch.manual_seed(0)
+        task = cls(build_model('predictor', 'scratch', 'tiny', cfg.predictor.model))
+        learn = Learner(task, TokenSource(d.train, train, 64, seed=0), TokenSource(d.val, val, 64, mode='sequential'), adamw(task, 3e-3)).fit(3)
+        got[name] = learn.metrics['val_ce_s1']
+    assert got['real'] < .8*frequencies, (got, frequencies)
+    assert got['shuffled'] > .98*frequencies, (got, frequencies)
+
+def test_a_folder_belongs_to_one_run(whole, tmp_path):
+    changed = cfg.replace(**no_test)
+    with pytest.raises(RunError, match=r'(?s)holds another run.*tokenizer.lr.*init_from'): fit(bars, changed.replace(**{'tokenizer.lr': 1e-3}), whole)
+    with pytest.raises(RunError, match='holds a run on other bars'): fit(bars.head(600), changed, whole)
+    with pytest.raises(RunError, match='resume is False'): fit(bars, changed, whole, resume=False)
+    (tmp_path/'thesis.txt').write_text('mine')
+    with pytest.raises(RunError, match='holds no run of ours'): fit(bars, changed, tmp_path)
+    assert (tmp_path/'thesis.txt').read_text()=='mine' and len(list(tmp_path.iterdir()))==1
+
+def test_stages_alone(whole, tmp_path):
+    with pytest.raises(RunError, match='the predictor needs a tokenizer'): fit(bars, cfg.replace(**no_test, **{'runtime.only': 'predictor'}), tmp_path/'a')
+    alone = fit(bars, cfg.replace(**no_test, **{'runtime.only': 'predictor', 'predictor.tokenizer': str(whole/'tokenizer'/'best_model')}), tmp_path/'b')
+    assert alone.predictor is not None and not (tmp_path/'b'/'tokenizer').exists()
+    assert alone.predictor.extra['tokenizer_hash']==alone.tokenizer.weights_hash()
+    only = fit(bars, cfg.replace(**no_test, **{'runtime.only': 'tokenizer'}), tmp_path/'c')
+    assert only.predictor is None and (tmp_path/'c'/'tokenizer'/'best_model'/'model.safetensors').is_file()
+    with pytest.raises(RunError, match='no finished predictor'): only.forecaster()
+    more = fit(bars, cfg.replace(**no_test, **{'runtime.init_from': str(whole)}), tmp_path/'d')
+    assert more.history.query("stage=='predictor'").val_loss.iloc[-1] < pd.DataFrame(json.loads((whole/'predictor'/'training_metrics.json').read_text())).val_loss.iloc[0]
+
+def test_other_bits_and_other_normalisers_are_errors(whole, tmp_path):
+    base = {**no_test, 'runtime.only': 'predictor', 'predictor.tokenizer': str(whole/'tokenizer'/'best_model')}
+    with pytest.raises(ModelError, match='writes 4 \\+ 4 bits and the predictor reads 5 \\+ 4'): fit(bars, cfg.replace(**base, **{'predictor.model': cfg.predictor.model | dict(s1_bits=5)}), tmp_path/'a')
+    with pytest.raises(ModelError, match='trained with the normaliser'): fit(bars, cfg.replace(**base, **{'data.normalizer': 'median_mad'}), tmp_path/'b')
+
+@pytest.mark.parametrize('what', ['heads', 'last_1'])
+def test_only_what_is_asked_for_is_trained(whole, tmp_path, what):
+    out = tmp_path/'run'
+    fit(bars, cfg.replace(**no_test, **{'runtime.init_from': str(whole), 'tokenizer.trainable': what, 'predictor.trainable': what, 'tokenizer.epochs': 1, 'predictor.epochs': 1}), out)
+    before, after = [load_file(o/'predictor'/f/'model.safetensors') for o, f in ((whole, 'best_model'), (out, 'final_model'))]
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith(('head.', 'norm.', 'dep_layer.') + (('transformer.1.',) if what=='last_1' else ())) for k in moved)
+    assert any(k.startswith('transformer.1.') for k in moved)==(what=='last_1')
+
+def test_lora_merges_into_an_ordinary_model(whole, tmp_path):
+    pytest.importorskip('peft')
+    out = tmp_path/'run'
+    r = fit(bars, cfg.replace(**no_test, **{'runtime.init_from': str(whole), 'tokenizer.trainable': 'lora', 'predictor.trainable': 'lora', 'tokenizer.epochs': 1, 'predictor.epochs': 1}), out)
+    before, after = [load_file(o/'predictor'/f/'model.safetensors') for o, f in ((whole, 'best_model'), (out, 'final_model'))]
+    assert before.keys()==after.keys()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.endswith('_proj.weight') or '.ffn.w' in k for k in moved)
