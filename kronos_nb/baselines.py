@@ -60,16 +60,16 @@ class Baseline:
     ) -> list: # One `Forecast` per history
         "Sample `paths` futures of every history"
         keys = list(range(len(histories)) if keys is None else keys)
-        out, lengths = [None] * len(histories), np.array([len(h) for h in histories])
+        out, lengths, how = [None] * len(histories), np.array([len(h) for h in histories]), dict(baseline=repr(self), paths=paths, seed=seed)
         for n in np.unique(lengths):
             which = np.flatnonzero(lengths == n)
             got = self.candles([histories[i] for i in which], (paths, predict_window), [np_rng(seed, self.name, keys[i]) for i in which])
-            for i, p in zip(which, got): out[i] = self.wrap(p, histories[i], None if futures is None else futures[i])
+            for i, p in zip(which, got): out[i] = self.wrap(p, histories[i], None if futures is None else futures[i], how)
         return out
 
-    def wrap(self, paths, bars, future):
+    def wrap(self, paths, bars, future, how):
         stamps, note = future_stamps(bars['timestamps'], paths.shape[1]) if future is None else (pd.DatetimeIndex(future), '')
-        return Forecast(paths, stamps, bars.set_axis(pd.DatetimeIndex(bars['timestamps']), axis=0), str(bars['symbol'].iloc[0]) if 'symbol' in bars else '', [note] if note else [], dict(baseline=repr(self)))
+        return Forecast(paths, stamps, bars.set_axis(pd.DatetimeIndex(bars['timestamps']), axis=0), str(bars['symbol'].iloc[0]) if 'symbol' in bars else '', [note] if note else [], how)
 
     def candles(self, bars, size, rngs):
         "Returns as bars of six features, (N, S, H, 6)"

@@ -175,5 +175,5 @@ def plot(self: Comparison):
         if f'skill_{who}' not in v: continue
         y, lo, hi = (100 * v[c].to_numpy(float) for c in (f'skill_{who}', f'{who}_low', f'{who}_high'))
         axs[2].errorbar(np.arange(len(v)) + .15 * (2 * k - 1), y, [y - lo, hi - y], fmt=mark, ms=4, lw=1, label=f'against {"its base" if who == "base" else "best naive"}', color=('#4c72b0', '#c44e52')[k])
-    axs[2].axhline(0, color='k', lw=.6, ls='--'); axs[2].set_xticks(range(len(v)), v.index, fontsize=8); axs[2].set(title='CRPS skill, %', xlim=(-.6, len(v) - .4)); axs[2].legend(fontsize=7, frameon=False, loc='best')
+    axs[2].margins(y=.3); axs[2].axhline(0, color='k', lw=.6, ls='--'); axs[2].set_xticks(range(len(v)), v.index, fontsize=8); axs[2].set(title='CRPS skill, %', xlim=(-.6, len(v) - .4)); axs[2].legend(fontsize=7, frameon=False, loc='best')
     return fig

@@ -9,7 +9,7 @@ __all__ = ['QUANTILES', 'BANDS', 'METRICS', 'LOSSES', 'COLOURS', 'candidates', '
            'fingerprint', 'overlap_of', 'evaluate', 'control']
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-002
-import hashlib, inspect, io, json, time
+import functools, hashlib, inspect, io, json, time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -240,6 +240,7 @@ METRICS = dict( # name -> what it is; lower is better unless said
     direction='share of right directions (higher is better, 0.5 is a coin)', brier='Brier score of P(up) (0.25 is a coin)', vol_mae='error of realised volatility over the horizon, in %',
     qlike='QLIKE of realised variance over the horizon', ic='correlation of expected and realised returns over symbols (higher is better)', rank_ic='the same over ranks (higher is better)')
 
+@functools.lru_cache(maxsize=8)
 def resample_weights(
     n: int,     # Dates
     block: int, # Dates in a block
@@ -248,7 +249,9 @@ def resample_weights(
 ) -> np.ndarray: # (draws, n), each row sums to 1
     "Block bootstrap as weights of dates"
     idx = block_indices(n, block, draws, seed)
-    return np.stack([np.bincount(i, minlength=n) for i in idx]) / n
+    out = np.bincount((idx + n * np.arange(draws)[:, None]).ravel(), minlength=n * draws).reshape(draws, n) / n
+    out.flags.writeable = False                                         # one for all who ask
+    return out
 
 def weighted(
     w,      # (draws, n) weights of dates

@@ -6,7 +6,7 @@
 __all__ = ['t_cdf', 't_ppf', 'block_length', 'block_indices', 'expanded', 'interval', 'diebold_mariano', 'Power', 'power']
 
 # %% ../nbs/api/13b_evidence.ipynb #cell-002
-import math
+import functools, math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -26,6 +26,7 @@ def t_cdf(
     area = math.exp(log_c) * np.trapezoid(np.cos(a)**(df - 1), a) if hasattr(np, 'trapezoid') else math.exp(log_c) * np.trapz(np.cos(a)**(df - 1), a)
     return float(.5 + math.copysign(area, x))
 
+@functools.lru_cache(maxsize=None)
 def t_ppf(
     p: float,  # In (0, 1)
     df: float, # Degrees of freedom, > 0
