@@ -483,7 +483,8 @@ def to_markdown(self: Evaluation) -> str:
            f"Intervals: circular block bootstrap over origins, blocks of {block_length(self.n, s['overlap'])}. Errors are in steps, the mean absolute change of the close over the lookback.")
     out = '' if self.left_out is None or not len(self.left_out) else '\n\nLeft out: ' + '; '.join(f'{o.symbol}, {o.reason} ({o.count})' for o in self.left_out.head(10).itertuples()) + \
           (f' and {len(self.left_out) - 10} more' if len(self.left_out) > 10 else '') + '.'
-    return f'## Evaluation\n\n**{self.sentence}**\n\n{md_table(shown.reset_index())}\n\n{md_table(self.table().reset_index())}\n\n{how}{out}\n'
+    panel = '' if not len(self.ics) else md_table(self.ics.round(4).reset_index()) + '\n\n'
+    return f'## Evaluation\n\n**{self.sentence}**\n\n{md_table(shown.reset_index())}\n\n{md_table(self.table().reset_index())}\n\n{panel}{how}{out}\n'
 
 @patch
 def _repr_markdown_(self: Evaluation): return self.to_markdown()
@@ -576,6 +577,14 @@ def _names(forecaster, base, naive):
         out[b.name] = b
     return out
 
+def _extra(forecaster): return getattr(getattr(forecaster, 'predictor', None), 'extra', {}) # what training noted beside the weights
+
+def _recorded(forecaster, name, given):
+    "A window that was given, or else the one that the model was trained with"
+    if given is None: given = getattr(forecaster, name, None) or _extra(forecaster).get(name)
+    if given is None: raise ConfigError(f"{name} was not given and {forecaster!r} does not say what it was trained with; pass {name}=")
+    return int(given)
+
 def overlap_of(
     origins: pd.DataFrame, # From `pick_origins`
 ) -> int:
@@ -587,15 +596,15 @@ def overlap_of(
 def evaluate(
     forecaster,            # Anything with `predict_many`: the model to be judged
     bars: pd.DataFrame,    # Canonical bars, with the history that the first origins need
-    lookback_window: int,  # `L`, bars of history each forecast gets
-    predict_window: int,   # `H`, bars to forecast
+    lookback_window: int | None = None, # `L`, bars of history each forecast gets; None: what the model was trained on
+    predict_window: int | None = None,  # `H`, bars to forecast; None: what the model was trained on
     *,
     base=None,             # The model before fine-tuning
     baselines=None,        # Naive forecasts; None: `default_baselines`
     origins: int | None = None, # Dates to forecast from; None: up to 64 that do not overlap
     periods: int = 4,      # Separate stretches of time, at least 4
     start=None,            # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
-    used=None,             # Bars, or {symbol: (first, last)}, that trained or selected the model: an error if touched
+    used=None,             # Bars, or {symbol: (first, last)}, that trained or selected the model: an error if touched; None: what the model says, if it does
     max_gap='auto',        # Longest break inside a window, as in `segments`
     paths: int = 100,      # Sampled futures of each origin, for every forecaster
     seed: int = 0,
@@ -607,9 +616,9 @@ def evaluate(
     **sampling,            # temperature, top_k, top_p of the models
 ) -> Evaluation:
     "Forecast from many origins with the model, its base and naive forecasts, and judge"
+    lookback_window, predict_window = (_recorded(forecaster, k, v) for k, v in (('lookback_window', lookback_window), ('predict_window', predict_window)))
     picked, left_out = pick_origins(bars, lookback_window, predict_window, origins, periods, start, max_gap)
-    used = getattr(forecaster, 'trained_on', None) if used is None else used
-    check_untouched(picked, used)
+    check_untouched(picked, _extra(forecaster).get('trained_on') if used is None else used)
     todo = _names(forecaster, base, default_baselines(bars, lookback_window) if baselines is None else baselines)
     if len(todo) < 2 + (base is not None): raise ConfigError("baselines is empty: the verdict needs at least one naive forecast; pass None for all of them")
     settings = dict(lookback_window=lookback_window, predict_window=predict_window, periods=periods, paths=paths, seed=seed, level=level, worthwhile=worthwhile, draws=2000,

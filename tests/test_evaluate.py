@@ -127,6 +127,15 @@ def test_a_forecaster_is_judged_against_its_base(tmp_path):
     assert same.tests.loc['base', 'skill'] == 0 and same.verdict != 'helped'
     pd.testing.assert_frame_equal(same.rows[same.rows.model == 'model'], e.rows[e.rows.model == 'model'])
 
+def test_windows_and_training_bars_are_read_off_the_model():
+    f, bars = tiny(), walks()
+    with pytest.raises(ConfigError, match='lookback_window was not given'): evaluate(f, bars)
+    f.predictor.extra.update(lookback_window=60, predict_window=5, trained_on={'A': ['2024-01-01', '2024-01-12'], 'B': ['2024-01-01', '2024-01-12']})
+    kw = dict(origins=4, paths=4, progress=False, baselines=[LastValue()])
+    with pytest.raises(DataError, match='trained or selected'): evaluate(f, bars, **kw)
+    e = evaluate(f, bars, start='2024-01-12 01:00', **kw)
+    assert (e.settings['lookback_window'], e.settings['predict_window']) == (60, 5)
+
 def test_fingerprints_tell_weights_apart():
     from kronos_nb.calibrate import Calibrated, Calibration
     from kronos_nb.evaluate import fingerprint
