@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from kronos_nb.core import ConfigError, DataError, KronosError, ModelError
 from kronos_nb.data.normalize import MedianMAD, ZScore
 from kronos_nb.forecast import Forecaster, coherent, impossible
-from kronos_nb.generate import decode_tail, evaluating, generate
+from kronos_nb.engine import Engine, Painter
+from kronos_nb.generate import Prompt, decode_tail, evaluating, generate
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 
@@ -40,8 +41,8 @@ def test_greedy_generation(size, name, max_context):
     e, f = load_file(golden/size/'expected.safetensors'), load(size)
     s1, s2, stamp = e['s1'][:, :28], e['s2'][:, :28], e['stamp']
     with evaluating(f.tokenizer, f.predictor):
-        made = generate(f.predictor, s1, s2, stamp, torch.zeros(3, 1, 12, 2), max_context, temperature=0)
-        z = decode_tail(f.tokenizer, (s1, s2), made, max_context)
+        made = generate(Prompt(Engine(f.predictor), s1, s2, stamp, max_context), torch.zeros(3, 1, 12, 2), temperature=0)
+        z = decode_tail(Painter(f.tokenizer), (s1, s2), made, max_context)
     torch.testing.assert_close(z, e[name][:, -12:], rtol=1e-4, atol=1e-5)
     with torch.no_grad(): whole = f.tokenizer.decode([torch.cat(o, 1)[:, -max_context:] for o in zip((s1, s2), made)], half=True)
     torch.testing.assert_close(whole, e[name], rtol=1e-4, atol=1e-5)
