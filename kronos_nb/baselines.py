@@ -10,6 +10,7 @@ __all__ = ['log_returns', 'Baseline', 'draw', 'random_walks', 'LastValue', 'Drif
 # %% ../nbs/api/13c_baselines.ipynb #cell-002
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import FEATURES, ConfigError, DataError, np_rng
 from .calendar import future_stamps
@@ -48,39 +49,47 @@ class Baseline:
     def name(self): return type(self).__name__
     def __repr__(self): return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
-    def predict_many(self,
-        histories,           # One frame of bars per history, oldest first
-        predict_window: int, # `H`
-        *,
-        keys=None,           # Address of each history's random numbers
-        futures=None,        # Timestamps to forecast, per history
-        paths: int = 100,    # `S`
-        seed: int = 0,
-        **sampling,          # A model's own settings mean nothing here
-    ) -> list: # One `Forecast` per history
-        "Sample `paths` futures of every history"
-        keys = list(range(len(histories)) if keys is None else keys)
-        out, lengths, how = [None] * len(histories), np.array([len(h) for h in histories]), dict(baseline=repr(self), paths=paths, seed=seed)
-        for n in np.unique(lengths):
-            which = np.flatnonzero(lengths == n)
-            got = self.candles([histories[i] for i in which], (paths, predict_window), [np_rng(seed, self.name, keys[i]) for i in which])
-            for i, p in zip(which, got): out[i] = self.wrap(p, histories[i], None if futures is None else futures[i], how)
-        return out
+# %% ../nbs/api/13c_baselines.ipynb #cell-010
+@patch
+def predict_many(self: Baseline,
+    histories,           # One frame of bars per history, oldest first
+    predict_window: int, # `H`
+    *,
+    keys=None,           # Address of each history's random numbers
+    futures=None,        # Timestamps to forecast, per history
+    paths: int = 100,    # `S`
+    seed: int = 0,
+    **sampling,          # A model's own settings mean nothing here
+) -> list: # One `Forecast` per history
+    "Sample `paths` futures of every history"
+    keys, lengths = list(range(len(histories)) if keys is None else keys), np.array([len(h) for h in histories])
+    out, how = [None] * len(histories), dict(baseline=repr(self), paths=paths, seed=seed)
+    for n in np.unique(lengths):
+        which = np.flatnonzero(lengths == n)
+        rngs = [np_rng(seed, self.name, keys[i]) for i in which]
+        made = self.candles([histories[i] for i in which], (paths, predict_window), rngs)
+        for i, p in zip(which, made): out[i] = self.wrap(p, histories[i], None if futures is None else futures[i], how)
+    return out
 
-    def wrap(self, paths, bars, future, how):
-        stamps, note = future_stamps(bars['timestamps'], paths.shape[1]) if future is None else (pd.DatetimeIndex(future), '')
-        return Forecast(paths, stamps, bars.set_axis(pd.DatetimeIndex(bars['timestamps']), axis=0), str(bars['symbol'].iloc[0]) if 'symbol' in bars else '', [note] if note else [], how)
+@patch
+def wrap(self: Baseline, paths, bars, future, how):
+    stamps, note = (pd.DatetimeIndex(future), '') if future is not None else future_stamps(bars['timestamps'], paths.shape[1])
+    history = bars.set_axis(pd.DatetimeIndex(bars['timestamps']), axis=0)
+    return Forecast(paths, stamps, history, str(bars['symbol'].iloc[0]) if 'symbol' in bars else '', [note] if note else [], how)
 
-    def candles(self, bars, size, rngs):
-        "Returns as bars of six features, (N, S, H, 6)"
-        last = np.array([b['close'].to_numpy()[-1] for b in bars])[:, None, None]
-        close = last * np.exp(np.cumsum(self.returns(np.stack([log_returns(b) for b in bars]), size, rngs, bars), -1))
-        out = np.empty((*close.shape, len(FEATURES)))
-        out[..., 3], out[..., 1:, 0], out[..., :1, 0] = close, close[..., :-1], last
-        out[..., 1], out[..., 2] = np.maximum(out[..., 0], close), np.minimum(out[..., 0], close)
-        for i in (4, 5): out[..., i] = np.array([b[FEATURES[i]].to_numpy().mean() if FEATURES[i] in b else 0. for b in bars])[:, None, None]
-        return out
+# %% ../nbs/api/13c_baselines.ipynb #cell-012
+@patch
+def candles(self: Baseline, bars, size, rngs):
+    "Returns as bars of six features, (N, S, H, 6)"
+    last = np.array([b['close'].to_numpy()[-1] for b in bars])[:, None, None]
+    close = last * np.exp(np.cumsum(self.returns(np.stack([log_returns(b) for b in bars]), size, rngs, bars), -1))
+    out = np.empty((*close.shape, len(FEATURES)))
+    out[..., 3], out[..., 1:, 0], out[..., :1, 0] = close, close[..., :-1], last
+    out[..., 1], out[..., 2] = np.maximum(out[..., 0], close), np.minimum(out[..., 0], close)
+    for i in (4, 5): out[..., i] = np.array([b[FEATURES[i]].to_numpy().mean() if FEATURES[i] in b else 0. for b in bars])[:, None, None]
+    return out
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-014
 def draw(
     values, # (N, T), one row per history
     size,   # (paths, predict_window)
@@ -90,7 +99,7 @@ def draw(
     at = np.stack([g.integers(values.shape[1], size=size) for g in rngs])
     return np.take_along_axis(values, at.reshape(len(values), -1), 1).reshape(at.shape)
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-011
+# %% ../nbs/api/13c_baselines.ipynb #cell-017
 def random_walks(
     n: int = 1000,     # Bars of each symbol
     symbols=('WALK',), # One walk each
@@ -110,11 +119,11 @@ def random_walks(
         opens = np.r_[100, close[:-1]]
         wick = np.exp(sd / 2 * abs(rng.normal(size=(2, n))))
         volume = 1000 * np.exp(tell + .3 * rng.normal(size=n))
-        out.append(pd.DataFrame(dict(symbol=s, timestamps=pd.date_range('2024-01-01', periods=n, freq=freq), open=opens, high=np.maximum(opens, close) * wick[0],
-                                     low=np.minimum(opens, close) / wick[1], close=close, volume=volume, amount=volume * close)))
+        t, high, low = pd.date_range('2024-01-01', periods=n, freq=freq), np.maximum(opens, close) * wick[0], np.minimum(opens, close) / wick[1]
+        out.append(pd.DataFrame(dict(symbol=s, timestamps=t, open=opens, high=high, low=low, close=close, volume=volume, amount=volume * close)))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-015
+# %% ../nbs/api/13c_baselines.ipynb #cell-021
 class LastValue(Baseline):
     "The last close, plus past returns drawn at random, their mean removed"
     def returns(self, r, size, rngs, bars): return draw(r - r.mean(1, keepdims=True), size, rngs)
@@ -125,9 +134,10 @@ class Drift(Baseline):
 
 class GeometricBrownian(Baseline):
     "Normal returns with the mean and standard deviation of the history"
-    def returns(self, r, size, rngs, bars): return np.stack([g.normal(o.mean(), o.std(ddof=1), size) for g, o in zip(rngs, r)])
+    def returns(self, r, size, rngs, bars):
+        return np.stack([g.normal(o.mean(), o.std(ddof=1), size) for g, o in zip(rngs, r)])
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-021
+# %% ../nbs/api/13c_baselines.ipynb #cell-027
 def fit_ar1(
     r, # (N, T) log returns
 ) -> tuple: # c (N, 1), phi (N, 1), residuals (N, T-1)
@@ -139,6 +149,7 @@ def fit_ar1(
     c = y.mean(1, keepdims=True) - phi * x.mean(1, keepdims=True)
     return c, phi, y - c - phi * x
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-029
 class AR1(Baseline):
     "Each return leans on the one before it; residuals drawn at random"
     def returns(self, r, size, rngs, bars):
@@ -147,7 +158,7 @@ class AR1(Baseline):
         for h in range(size[1]): e[..., h] = now = c + phi * now + e[..., h]
         return e
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-025
+# %% ../nbs/api/13c_baselines.ipynb #cell-033
 def season_of(
     timestamps, # Of the bars, oldest first
 ) -> int: # Bars in a season
@@ -157,6 +168,7 @@ def season_of(
     if step < pd.Timedelta('1D'): return int(pd.Series(1, t).groupby(t.normalize()).sum().mode().iloc[-1])
     return (7 if (t.day_of_week >= 5).any() else 5) if step < pd.Timedelta('5D') else 1
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-035
 class SeasonalNaive(Baseline):
     "The return of the same place in an earlier season, the season drawn at random"
     def __init__(self,
@@ -165,12 +177,13 @@ class SeasonalNaive(Baseline):
     def returns(self, r, size, rngs, bars):
         m = self.season or season_of(bars[0]['timestamps'])
         seasons = r.shape[1] // m
-        if seasons < 1: raise ConfigError(f"a season of {m} bars needs a lookback of at least {m + 1} bars, got {r.shape[1] + 1}; pass season= or leave this baseline out")
+        if seasons < 1: raise ConfigError(f"a season of {m} bars needs a lookback of at least {m + 1} bars, got {r.shape[1] + 1}; "
+                                          "pass season= or leave this baseline out")
         past = r[:, r.shape[1] - seasons * m:].reshape(len(r), seasons, m)
         at = np.stack([g.integers(seasons, size=size) for g in rngs])
         return past[np.arange(len(r))[:, None, None], at, np.arange(size[1]) % m]
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-029
+# %% ../nbs/api/13c_baselines.ipynb #cell-039
 def garch_var(
     r,     # (..., T) demeaned log returns
     omega, # Numbers or arrays that broadcast with (...)
@@ -186,6 +199,7 @@ def garch_var(
     for t, o in enumerate(sq): out[t + 1] = now = omega + alpha * o + beta * now
     return np.moveaxis(out, 0, -1)
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-041
 class EWMA(Baseline):
     "Volatility by exponential weights, returns drawn in its units"
     def __init__(self,
@@ -196,6 +210,7 @@ class EWMA(Baseline):
         v = garch_var(r, 0., 1 - self.decay, self.decay, np.square(r).mean(1))
         return filtered(r, v, size, rngs) * np.sqrt(v[:, -1])[:, None, None]
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-043
 def filtered(
     r, # (N, T) demeaned log returns
     v, # (N, T+1) their variances
@@ -205,7 +220,7 @@ def filtered(
     z = r / np.sqrt(np.maximum(v[:, :-1], 1e-300))
     return draw(z / np.maximum(z.std(1, keepdims=True), 1e-12), size, rngs)
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-032
+# %% ../nbs/api/13c_baselines.ipynb #cell-046
 def fit_garch(
     r, # (N, T) demeaned log returns
 ) -> tuple: # omega, alpha, beta, each (N,)
@@ -220,6 +235,7 @@ def fit_garch(
         a0, p0, da, dp = np.take_along_axis(a, best, 1), np.take_along_axis(p, best, 1), da / 4, dp / 4
     return var[:, 0] * (1 - p0[:, 0]), a0[:, 0], (p0 - a0)[:, 0]
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-048
 def garch_loss(
     r,   # (N, T) demeaned log returns
     var, # (N, 1) their long-run variance
@@ -234,6 +250,7 @@ def garch_loss(
         now = omega + a * o + b * now
     return out
 
+# %% ../nbs/api/13c_baselines.ipynb #cell-050
 class Garch(Baseline):
     "GARCH(1,1) volatility, returns drawn in its units"
     def returns(self, r, size, rngs, bars):
@@ -246,7 +263,7 @@ class Garch(Baseline):
             now = omega + alpha * out[..., h]**2 + beta * now
         return out
 
-# %% ../nbs/api/13c_baselines.ipynb #cell-036
+# %% ../nbs/api/13c_baselines.ipynb #cell-054
 def default_baselines(
     bars: pd.DataFrame, # Bars to be judged on, one or more symbols
     lookback_window: int, # Bars of history each forecast gets

@@ -23,9 +23,10 @@ def t_cdf(
     if not math.isfinite(x): return float(x > 0)
     log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - .5 * math.log(math.pi)
     a = np.linspace(0, math.atan(abs(x) / math.sqrt(df)), 4001)     # x = sqrt(df) tan(a) makes the integral finite and smooth
-    area = math.exp(log_c) * np.trapezoid(np.cos(a)**(df - 1), a) if hasattr(np, 'trapezoid') else math.exp(log_c) * np.trapz(np.cos(a)**(df - 1), a)
-    return float(.5 + math.copysign(area, x))
+    y = np.cos(a)**(df - 1)
+    return float(.5 + math.copysign(math.exp(log_c) * (y[1:] + y[:-1]).sum() / 2 * (a[1] - a[0]), x))
 
+# %% ../nbs/api/13b_evidence.ipynb #cell-009
 @functools.lru_cache(maxsize=None)
 def t_ppf(
     p: float,  # In (0, 1)
@@ -40,7 +41,7 @@ def t_ppf(
         lo, hi = (mid, hi) if t_cdf(mid, df) < p else (lo, mid)
     return (lo + hi) / 2
 
-# %% ../nbs/api/13b_evidence.ipynb #cell-012
+# %% ../nbs/api/13b_evidence.ipynb #cell-014
 def block_length(
     n: int,           # Dates
     overlap: int = 0, # How many following dates share bars with a date's forecast horizon
@@ -48,6 +49,7 @@ def block_length(
     "Length of the blocks: `n ** (1/3)`, and no shorter than the overlap"
     return int(min(max(round(n ** (1/3)), overlap + 1), n))
 
+# %% ../nbs/api/13b_evidence.ipynb #cell-016
 def block_indices(
     n: int,            # Dates
     block: int,        # Dates in a block
@@ -58,7 +60,7 @@ def block_indices(
     starts = np_rng(seed, 'bootstrap', n, block).integers(n, size=(draws, -(-n // block)))
     return ((starts[..., None] + np.arange(block)) % n).reshape(draws, -1)[:, :n]
 
-# %% ../nbs/api/13b_evidence.ipynb #cell-016
+# %% ../nbs/api/13b_evidence.ipynb #cell-020
 def expanded(
     n: int, # Independent units: blocks
     level: float = 0.95, # Of the interval
@@ -68,6 +70,7 @@ def expanded(
     tail = NormalDist().cdf(math.sqrt(n / (n - 1)) * t_ppf((1 - level) / 2, n - 1))
     return tail, 1 - tail
 
+# %% ../nbs/api/13b_evidence.ipynb #cell-022
 def interval(
     draws, # (draws, ...) statistics of the resamples
     n: int, # Blocks in the sample
@@ -75,10 +78,10 @@ def interval(
 ) -> np.ndarray: # (2, ...): lower and upper end; nan with fewer than two blocks
     "Expanded percentile interval of bootstrap `draws`; arXiv:1411.5279"
     draws = np.asarray(draws, np.float64)
-    if n < 2: return np.full((2, *draws.shape[1:]), np.nan)
-    return np.nanquantile(draws, expanded(n, level), axis=0) if np.isfinite(draws).any() else np.full((2, *draws.shape[1:]), np.nan)
+    if n < 2 or not np.isfinite(draws).any(): return np.full((2, *draws.shape[1:]), np.nan)
+    return np.nanquantile(draws, expanded(n, level), axis=0)
 
-# %% ../nbs/api/13b_evidence.ipynb #cell-021
+# %% ../nbs/api/13b_evidence.ipynb #cell-027
 def diebold_mariano(
     loss,          # (n,) mean loss of the forecaster on each date
     other,         # (n,) mean loss of the one it is compared with
@@ -92,13 +95,13 @@ def diebold_mariano(
     c = d - d.mean()
     cov = [c[k:] @ c[:n-k] / n for k in range(lags + 1)]
     var = (cov[0] + 2 * sum(cov[1:])) / n
-    if var <= 0: var = (cov[0] + 2 * sum((1 - k / (lags + 1)) * cov[k] for k in range(1, lags + 1))) / n # Bartlett weights keep it positive
+    if var <= 0: var = (cov[0] + 2 * sum((1 - k / (lags + 1)) * cov[k] for k in range(1, lags + 1))) / n # Bartlett weights: never below 0
     if var <= 0: return math.copysign(math.inf, d.mean()), 0.0
     small = (n + 1 - 2 * (lags + 1) + lags * (lags + 1) / n) / n
     stat = d.mean() / math.sqrt(var) * math.sqrt(max(small, 1 / n))
     return float(stat), float(2 * t_cdf(-abs(stat), n - 1))
 
-# %% ../nbs/api/13b_evidence.ipynb #cell-026
+# %% ../nbs/api/13b_evidence.ipynb #cell-032
 @dataclass(frozen=True)
 class Power:
     "What the dates at hand can and cannot show"
@@ -106,6 +109,7 @@ class Power:
     detectable: float # Smallest difference found with probability `power`, in the unit of the difference
     needed: float     # Dates that the observed difference would need; inf where it is zero
 
+# %% ../nbs/api/13b_evidence.ipynb #cell-034
 def power(
     diff: float, # Observed difference
     se: float,   # Its standard error, from the bootstrap

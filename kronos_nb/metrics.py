@@ -75,6 +75,7 @@ def prob_up(
     d = np.asarray(paths, np.float64) - np.asarray(last)[..., None, None]
     return (np.sign(d).mean(-2) + 1) / 2
 
+# %% ../nbs/api/13a_metrics.ipynb #cell-030
 def hits(
     p_up, # (...) forecast probability of a rise
     rise, # (...) 1 up, 0 down, 0.5 no change
@@ -82,7 +83,7 @@ def hits(
     "Was the direction right? No opinion, or no change, counts half"
     return (1 + np.sign(np.asarray(p_up) - .5) * np.sign(np.asarray(rise) - .5)) / 2
 
-# %% ../nbs/api/13a_metrics.ipynb #cell-032
+# %% ../nbs/api/13a_metrics.ipynb #cell-034
 def realised_var(
     close, # (..., H) closes
     last,  # (...) close before the first of them
@@ -100,7 +101,7 @@ def qlike(
     r = np.maximum(var, floor) / np.maximum(f, floor)
     return r - np.log(r) - 1
 
-# %% ../nbs/api/13a_metrics.ipynb #cell-036
+# %% ../nbs/api/13a_metrics.ipynb #cell-038
 def ic(
     forecast, # (n,) expected returns of the symbols of one date
     realised, # (n,) what they returned
@@ -114,6 +115,7 @@ def ic(
     f, r = f - f.mean(), r - r.mean()
     return float((f * r).sum() / np.sqrt((f * f).sum() * (r * r).sum()))
 
+# %% ../nbs/api/13a_metrics.ipynb #cell-040
 def _ranks(x):
     "Average ranks of `x`, ties shared"
     _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
