@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'TIMES', 'TAGS', 'can_redraw', 'clock', 'Progress', 'log_line', 'epoch_table', 'RunFiles', 'LossPlot',
            'in_notebook', 'LivePlot', 'blocks', 'norm_of', 'GradNorm', 'UpdateRatio', 'gpu_use', 'Throughput',
-           'Codebook', 'codebook_numbers', 'collapse', 'tag', 'make_tracker', 'Tracker']
+           'Codebook', 'codebook_numbers', 'tag', 'make_tracker', 'Tracker']
 
 # %% ../../nbs/api/10_callback.monitor.ipynb #cell-002
 import os, platform, subprocess, sys, time
@@ -19,6 +19,7 @@ from ..core import FEATURES, ConfigError, check_choice, write_atomic, write_json
 from ..model.tokenizer import KronosTokenizer
 from ..learner import Callback
 from .train import Clip
+from ..diagnose import collapse
 from ..watch import LINES, json_line, plot_losses, png, summary_line, write_metrics
 
 # %% ../../nbs/api/10_callback.monitor.ipynb #cell-008
@@ -397,14 +398,6 @@ def codebook_numbers(
         on = torch.stack([p[ids >> b & 1 == 1].sum() for b in range(bits)])
         dead += int(((on < .01) | (on > .99)).sum())
     return out | dict(val_dead_bits=float(dead), val_bits=float(sum(len(n).bit_length()-1 for n in counts)))
-
-def collapse(
-    m: dict, # A validation with the numbers of `codebook_numbers`
-) -> str: # What collapsed, in words; empty if nothing did
-    "Name a codebook that is hardly used"
-    said = [f"{name} has {m[f'val_{name}_perplexity']:.1f} tokens in effective use ({m[f'val_{name}_share']:.1%} of what it could)" for name in ('s1', 's2') if m.get(f'val_{name}_share', 1) < .05]
-    if 'val_bits' in m and m['val_dead_bits'] > m['val_bits']/3: said.append(f"{m['val_dead_bits']:.0f} of {m['val_bits']:.0f} bits never flip")
-    return '; '.join(said)
 
 # %% ../../nbs/api/10_callback.monitor.ipynb #cell-060
 TAGS = dict(loss='Loss', gradient_norm='GradNorm', gradient_norm_max='GradNormMax', learning_rate='LearningRate')
