@@ -171,7 +171,7 @@ def too_low(h: History):
 @rule
 def starving(h: History):
     step, data = numbers(h.steps, 'step_seconds')[1], numbers(h.steps, 'data_seconds')[1]
-    if not len(step) or data.mean() <= LIMITS['waiting']*step.mean(): return
+    if not len(step) or not len(data) or data.mean() <= LIMITS['waiting']*step.mean(): return
     return Finding('data starvation', 'problem', f"{data.mean()/step.mean():.0%} of the time ({1000*data.mean():.3g} of {1000*step.mean():.3g} ms a step) goes into waiting for batches",
         "raise runtime.workers, keep the bars on a local disk, or let tokens be cached (runtime.cache_tokens)")
 

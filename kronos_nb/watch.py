@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINES', 'INK', 'json_line', 'read_lines', 'write_metrics', 'read_metrics', 'stages', 'read_history', 'figure', 'png',
            'numbers', 'trend', 'robust_limits', 'plot_steps', 'best_validation', 'train_loss_at', 'plot_validation',
-           'plot_losses', 'summary_line']
+           'plot_losses', 'summary_line', 'clock']
 
 # %% ../nbs/api/09b_watch.ipynb #cell-002
 import functools, io, json, math
@@ -186,3 +186,11 @@ def summary_line(
     parts = [f"step {history.steps[-1]['step']:,}" if history.steps else 'step 0', f'loss {y[-1]:.4f} (min {y.min():.4f}, max {y.max():.4f}, mean {y.mean():.4f} of the last {last:,} steps)' if len(y) else 'no loss yet']
     best = best_validation(history)
     return ', '.join(parts + ([f"val {v[-1]:.4f} (best {best['val_loss']:.4f} at step {best['step']:,}, epoch {best['epoch']})"] if best else []))
+
+# %% ../nbs/api/09b_watch.ipynb #cell-030
+def clock(
+    seconds: float, # Duration
+) -> str: # '4:05' or '1:04:05'
+    "A duration as a clock shows it"
+    m, s = divmod(int(seconds), 60)
+    return f'{m//60}:{m%60:02}:{s:02}' if m >= 60 else f'{m}:{s:02}'
