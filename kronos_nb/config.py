@@ -147,6 +147,9 @@ class Stage(Section):
     patience: int | None = knob(None, "stop after this many validations without improvement; none: never", lo=1, unit='validations')
     min_delta: float = knob(0., "smaller improvements of val_loss do not count", lo=0.)
     val_every: int | None = knob(None, "steps between validations inside an epoch", lo=1, unit='steps')
+    ema_decay: float | None = knob(None, "keep an exponential moving average of the weights with this decay; none: no average", lo=0., hi=.99999)
+    lawa: float | None = knob(None, "keep the mean of the weights over this last share of the steps; none: no mean", lo=.01, hi=1.)
+    average_last: int = knob(0, "average so many of the last checkpoints when the stage ends; 0: none", lo=0, hi=100, unit='checkpoints')
     def check(self):
         t = self.trainable
         if t not in ('all', 'heads', 'lora') and not (t.startswith('last_') and t[5:].isdigit() and int(t[5:]) > 0):
@@ -206,6 +209,8 @@ class Runtime(Section):
     max_time: str | None = knob(None, "stop in time and keep a checkpoint: 11h30m, 45m, 90s")
     progress: bool = knob(True, "progress bars")
     plots: bool = knob(True, "save loss curves at checkpoints")
+    monitor_blocks: bool = knob(False, "record gradient norm and update-to-weight ratio of every block")
+    trackers: tuple[str, ...] | None = knob(None, "also send the numbers to: tensorboard, wandb, trackio, mlflow, ...")
     def check(self): seconds(self.max_time)
 
 def seconds(
@@ -289,7 +294,7 @@ _small = {'tokenizer.init': 'NeoQuasar/Kronos-Tokenizer-base', 'predictor.init':
 
 PRESETS = dict(
     quickstart={'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000, 'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
-        'data.embargo': 10, **_both(size='tiny', epochs=4, batch_size=64, weight_decay=.05, schedule='onecycle', warmup=.1, patience=3),
+        'data.embargo': 10, **_both(size='tiny', epochs=4, batch_size=64, weight_decay=.05, average_last=3, schedule='onecycle', warmup=.1, patience=3),
         'tokenizer.lr': 5e-4, 'predictor.lr': 5e-4, 'runtime.save_steps': 50},
     btc_original={**_small, 'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.lr': 2e-4, 'predictor.lr': 4e-5, 'tokenizer.clip_norm': 2., 'predictor.clip_norm': 2.,
         **_both(epochs=30, batch_size=50, weight_decay=.1, beta1=.9, beta2=.95, schedule='onecycle', warmup=.03, div_factor=10), 'runtime.log_every': 100},

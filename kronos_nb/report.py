@@ -44,9 +44,11 @@ def _stage_section(out, stage):
     if not len(m): return ''
     said = [f"- epoch {n['epoch']}, step {n['step']}: {n['text']}" for n in read_lines(Path(out)/stage/'notes.jsonl')]
     best = f"Best val_loss {m.val_loss.min():.5g} in epoch {int(m.val_loss.idxmin())+1} of {len(m)}.\n" if 'val_loss' in m and m.val_loss.notna().any() else ''
+    chosen = json.loads((Path(out)/stage/'weights.json').read_text(encoding='utf-8'))['table'] if (Path(out)/stage/'weights.json').is_file() else []
     shown = m[[c for c in ('train_loss', 'val_loss', 'learning_rate', 'gradient_norm') if c in m]].copy()
     shown.insert(0, 'epoch', range(1, len(m)+1))
-    return '\n'.join([f'### {stage.title()}\n', best, md_table(shown.map(lambda v: f'{v:.5g}')), '', picture(out, f'{stage}/plots/loss_curve_latest.png', f'{stage} loss'), *said, ''])
+    return '\n'.join([f'### {stage.title()}\n', best, md_table(shown.map(lambda v: f'{v:.5g}')), '', picture(out, f'{stage}/plots/loss_curve_latest.png', f'{stage} loss'),
+        'Which weights were kept, by validation loss:\n\n' + md_table(pd.DataFrame(chosen)[['candidate', 'val_loss', 'chosen']]) + '\n' if chosen else '', *said, ''])
 
 def _verdict_section(out):
     folder = Path(out)/'evaluation'

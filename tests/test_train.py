@@ -11,12 +11,14 @@ from kronos_nb.learner import Learner
 from kronos_nb.callback.train import adamw
 from kronos_nb.task import PredictorTask, TokenizerTask, TokenSource, WindowSource, build_model, encode_windows
 from kronos_nb.train import fit, prepare
+from kronos_nb.watch import read_lines
 
 root = Path(__file__).resolve().parents[1]
 small = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
 SETTINGS = {'base.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 2, 'runtime.save_steps': 4, 'runtime.log_every': 1, 'runtime.progress': False,
     'runtime.plots': False, 'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'predictor.model': small | dict(n_layers=2), 'evaluate.paths': 4,
-    'tokenizer.epochs': 2, 'predictor.epochs': 2, 'tokenizer.patience': None, 'predictor.patience': None}
+    'tokenizer.epochs': 2, 'predictor.epochs': 2, 'tokenizer.patience': None, 'predictor.patience': None,
+    'tokenizer.average_last': 2, 'predictor.ema_decay': .9, 'predictor.lawa': .3}
 bars = sample_klines('GOOG').head(700)
 cfg = Config.preset('quickstart', **SETTINGS)
 no_test = {'data.train': .8, 'data.val': .2, 'data.test': 0.}
@@ -43,6 +45,12 @@ def finish(p):
     assert p.returncode==0, said
     return said
 
+def timeless(row):
+    "All but what a clock and the operating system say"
+    rest = {k: v for k, v in row.items() if k not in ('step_seconds', 'data_seconds', 'memory_gb')}
+    assert 'gradient_norm' in rest
+    return rest
+
 def weights(out, stage): return load_file(out/stage/'final_model'/'model.safetensors')
 
 @pytest.fixture(scope='module')
@@ -64,8 +72,16 @@ def test_kill_and_go_on_is_not_having_stopped(whole, tmp_path):
     for stage in ('tokenizer', 'predictor'):
         a, b = weights(whole, stage), weights(out, stage)
         assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-        assert json.loads((whole/stage/'training_metrics.json').read_text())==json.loads((out/stage/'training_metrics.json').read_text())
-        assert (whole/stage/'steps.jsonl').read_text()==(out/stage/'steps.jsonl').read_text()
+        assert timeless(json.loads((whole/stage/'training_metrics.json').read_text()))==timeless(json.loads((out/stage/'training_metrics.json').read_text()))
+        assert [timeless(o) for o in read_lines(whole/stage/'steps.jsonl')]==[timeless(o) for o in read_lines(out/stage/'steps.jsonl')]
+
+def test_weights_are_chosen_by_validation(whole):
+    for stage, names in dict(tokenizer={'best', 'last', 'average'}, predictor={'best', 'last', 'average', 'ema', 'lawa'}).items():
+        said = json.loads((whole/stage/'weights.json').read_text())
+        table = pd.DataFrame(said['table'])
+        assert set(table.candidate)==names and table.val_loss.min()==table.set_index('candidate').val_loss[said['chosen']]
+        config = json.loads((whole/stage/'best_model'/'config.json').read_text())
+        assert (said['chosen']=='best')==('weights_origin' not in config)
 
 def test_sigterm_keeps_a_checkpoint_and_says_so(tmp_path):
     out = tmp_path/'run'
