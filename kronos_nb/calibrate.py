@@ -29,6 +29,7 @@ def stretch_needed(
     half = np.where(y < mid, mid - lo, hi - mid)
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(y == mid, 0., abs(y - mid) / half)
 
+# %% ../nbs/api/14b_calibrate.ipynb #cell-009
 def conformal_quantile(
     scores,       # One per bar; bars of one date move together
     level: float, # Wanted coverage
@@ -38,7 +39,7 @@ def conformal_quantile(
     s, p = np.sort(scores), min(math.ceil((n + 1) * level - 1e-9) / n, 1)
     return float(s[math.ceil(p * len(s) - 1e-9) - 1])
 
-# %% ../nbs/api/14b_calibrate.ipynb #cell-011
+# %% ../nbs/api/14b_calibrate.ipynb #cell-013
 @dataclass(frozen=True)
 class Calibration:
     "By which factor to widen the 50, 80 and 95 % bands of a model"
@@ -53,23 +54,26 @@ class Calibration:
     def load(cls, folder):
         at = [Path(folder)/o/'calibration.json' for o in ('', 'predictor', 'predictor/best_model')]
         path = next((o for o in at if o.exists()), None)
-        if path is None: raise RunError(f"{at[0]} does not exist; learn a calibration with calibrate(...) and save it beside the model, or forecast without one")
+        if path is None: raise RunError(f"{at[0]} does not exist; learn a calibration with calibrate(...), save it beside the model, or forecast without")
         o = json.loads(path.read_text())
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()})
 
+# %% ../nbs/api/14b_calibrate.ipynb #cell-015
 def learn_calibration(
     rows: pd.DataFrame, # Of one model, from an `Evaluation` on validation bars
 ) -> Calibration:
     "Factors from forecasts whose outcome is known"
     n, found, before = rows['date'].nunique(), [], []
-    if n < 20: raise DataError(f"a calibration needs at least 20 forecast origins to say anything about a 95 % band, got {n}; give more validation bars or ask for more origins")
+    if n < 20:
+        raise DataError(f"a calibration needs at least 20 forecast origins to say anything about a 95 % band, got {n}; "
+                        "give more validation bars or ask for more origins")
     for level, lo, hi in BANDS:
         s = stretch_needed(rows['y'], rows[lo], rows['q50'], rows[hi])
         if not np.isfinite(s).all(): raise DataError("some bands have no width, so no factor widens them; were the paths drawn with temperature 0?")
         found.append(conformal_quantile(s, int(level) / 100, n)); before.append(float((s <= 1).mean()))
     return Calibration(tuple(found), n, tuple(before), str(rows['origin'].min()), str(rows['origin'].max()))
 
-# %% ../nbs/api/14b_calibrate.ipynb #cell-013
+# %% ../nbs/api/14b_calibrate.ipynb #cell-017
 def widen(
     paths,   # (S, H, 6) as in `Forecast.paths`
     factors, # For the 50, 80 and 95 % band
@@ -93,9 +97,10 @@ def widen(
 @patch
 def apply(self: Calibration, forecast: Forecast) -> Forecast:
     "The forecast with widened bands; says so in its notes"
-    return replace(forecast, paths=widen(forecast.paths, self.factors), notes=[*forecast.notes, f"calibrated: bands times {', '.join(f'{f:.2f}' for f in self.factors)}"])
+    note = f"calibrated: bands times {', '.join(f'{f:.2f}' for f in self.factors)}"
+    return replace(forecast, paths=widen(forecast.paths, self.factors), notes=[*forecast.notes, note])
 
-# %% ../nbs/api/14b_calibrate.ipynb #cell-016
+# %% ../nbs/api/14b_calibrate.ipynb #cell-020
 class Calibrated:
     "A forecaster whose paths are widened by a `Calibration`; everything else is the forecaster's"
     def __init__(self, forecaster, calibration: Calibration): self.forecaster, self.calibration = forecaster, calibration
@@ -114,11 +119,13 @@ class Calibrated:
     def fingerprint(self):
         inner = fingerprint(self.forecaster)
         return None if inner is None else f'{inner} {self.calibration}'
-    def predict_many(self, histories, predict_window, **kw): return [self.calibration.apply(f) for f in self.forecaster.predict_many(histories, predict_window, **kw)]
+    def predict_many(self, histories, predict_window, **kw):
+        return [self.calibration.apply(f) for f in self.forecaster.predict_many(histories, predict_window, **kw)]
     def predict(self, bars, predict_window, **kw):
         got = self.forecaster.predict(bars, predict_window, **kw)
         return {k: self.calibration.apply(f) for k, f in got.items()} if isinstance(got, dict) else self.calibration.apply(got)
 
+# %% ../nbs/api/14b_calibrate.ipynb #cell-022
 def calibrate(
     forecaster,            # The model
     bars: pd.DataFrame,    # Validation bars: they may have selected the model, but not trained it, and may not judge it

@@ -21,7 +21,7 @@ from .data.normalize import ZScore
 from .data.window import WindowDataset, split_by_time
 from .forecast import Forecaster
 from .baselines import random_walks
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
 
 # %% ../nbs/api/14a_leaks.ipynb #cell-006
 @dataclass
@@ -34,18 +34,20 @@ class LeakReport:
     def found(self) -> list: return list(self.checks.loc[~self.checks['ok'], 'check'])
     def to_markdown(self) -> str:
         head = 'No leak was found.' if self.ok else f"**Leaks: {', '.join(self.found)}.**"
-        rows = ''.join(f"| {o.check} | {'ok' if o.ok else '**leak**'} | {o.moved:.3g} | {o.detail} |\n" for o in self.checks.itertuples())
+        line = lambda o: f"| {o.check} | {'ok' if o.ok else '**leak**'} | {o.moved:.3g} | {o.detail} |\n"
+        rows = ''.join(map(line, self.checks.itertuples()))
         return f'{head}\n\n| check | | moved by | what was done |\n| --- | --- | --- | --- |\n{rows}'
     def _repr_markdown_(self): return self.to_markdown()
     def __repr__(self): return self.to_markdown()
 
+# %% ../nbs/api/14a_leaks.ipynb #cell-008
 def _moved(a, b):
     "Largest difference of two arrays, in units of their size; inf where shapes differ"
     a, b = (np.asarray(o.detach().cpu() if isinstance(o, torch.Tensor) else o, np.float64) for o in (a, b))
     if a.shape != b.shape: return np.inf
     return float((abs(a - b) / np.maximum(abs(a), 1e-6 + abs(a).mean() if a.size else 1)).max()) if a.size else 0.0
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-009
+# %% ../nbs/api/14a_leaks.ipynb #cell-011
 def perturbed(
     bars: pd.DataFrame, # Canonical bars
     rows,               # Boolean mask of what to change
@@ -58,6 +60,7 @@ def perturbed(
     out[list(FEATURES)] = x
     return out
 
+# %% ../nbs/api/14a_leaks.ipynb #cell-013
 def leak_statistics(normalizer, bars, lookback_window, predict_window):
     "Do statistics of a window read its future?"
     x = np.ascontiguousarray(bars[list(FEATURES)].to_numpy(np.float64)[:lookback_window + predict_window])
@@ -65,15 +68,17 @@ def leak_statistics(normalizer, bars, lookback_window, predict_window):
     a, b = (normalizer.fit(o, lookback_window) for o in (x, y))
     return max(_moved(a.loc, b.loc), _moved(a.scale, b.scale)), f'{normalizer}: the {predict_window} bars after the lookback times 3'
 
+# %% ../nbs/api/14a_leaks.ipynb #cell-015
 def leak_inputs(dataset, bars, lookback_window, predict_window):
     "Do inputs of a window read bars after its lookback?"
     one = bars[bars['symbol'] == bars['symbol'].iloc[0]].reset_index(drop=True)
     cut = (len(one) + lookback_window) // 2
     a, b = (dataset(o) for o in (one, perturbed(one, np.arange(len(one)) >= cut)))
     n = cut - lookback_window + 1                                      # windows whose lookback ends before the cut
-    return max(_moved(a[i][k], b[i][k]) for i in range(max(0, n - 50), n) for k in ('hist_features', 'hist_timestamps')), f'every bar from number {cut} on changed; 50 lookbacks that end before it compared'
+    moved = max(_moved(a[i][k], b[i][k]) for i in range(max(0, n - 50), n) for k in ('hist_features', 'hist_timestamps'))
+    return moved, f'every bar from number {cut} on changed; 50 lookbacks that end before it compared'
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-011
+# %% ../nbs/api/14a_leaks.ipynb #cell-017
 def leak_symbols(dataset, bars, lookback_window, predict_window):
     "Do windows run over from one symbol into the next?"
     code = pd.factorize(bars['symbol'])[0]
@@ -81,11 +86,12 @@ def leak_symbols(dataset, bars, lookback_window, predict_window):
     y = bars.copy()
     y.loc[code % 2 == 1, list(FEATURES)] *= 3.0
     a, b = dataset(bars), dataset(y)
-    edge = np.cumsum(np.bincount(code))[:-1]
-    at = sorted({int(np.clip(round(i), 0, len(a) - 1)) for e in edge for i in np.linspace(e - 2 * (lookback_window + predict_window), e, 40)} | set(np.linspace(0, len(a) - 1, 100).astype(int).tolist()))
-    return max(_moved(a[i][k], b[i][k]) for i in at for k in ('hist_features', 'pred_features')), f'every second of {code.max() + 1} symbols times 3; {len(at)} windows compared'
+    near = [np.linspace(e - 2 * (lookback_window + predict_window), e, 40) for e in np.cumsum(np.bincount(code))[:-1]]
+    at = np.unique(np.clip(np.concatenate([*near, np.linspace(0, len(a) - 1, 100)]), 0, len(a) - 1).astype(int))
+    moved = max(_moved(a[int(i)][k], b[int(i)][k]) for i in at for k in ('hist_features', 'pred_features'))
+    return moved, f'every second of {code.max() + 1} symbols times 3; {len(at)} windows compared'
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-013
+# %% ../nbs/api/14a_leaks.ipynb #cell-019
 def leak_splits(
     splits, # Has `train`, `val`, `test`: frames of canonical bars
 ):
@@ -93,16 +99,17 @@ def leak_splits(
     parts = {k: p for k in ('train', 'val', 'test') if (p := getattr(splits, k, None)) is not None and len(p)}
     bad, names, said = 0, list(parts), []
     for a, b in zip(names, names[1:]):
-        last, first = parts[a].groupby('symbol', observed=True)['timestamps'].max(), parts[b].groupby('symbol', observed=True)['timestamps'].min()
+        last = parts[a].groupby('symbol', observed=True)['timestamps'].max()
+        first = parts[b].groupby('symbol', observed=True)['timestamps'].min()
         both = last.index.intersection(first.index)
         late = both[(last[both] >= first[both]).to_numpy()]
         bad += len(late)
         if len(late): said.append(f'{a} of {late[0]} ends {last[late[0]]}, {b} begins {first[late[0]]}')
-    keys = pd.concat([p[['symbol', 'timestamps']] for p in parts.values()])
-    twice = int(keys.duplicated().sum())
-    return float(bad + twice), '; '.join(said) + (f'; {twice} bars in two parts' if twice else '') or f"{', '.join(f'{k} {len(p)} bars' for k, p in parts.items())}, in order"
+    twice = int(pd.concat([p[['symbol', 'timestamps']] for p in parts.values()]).duplicated().sum())
+    if twice: said.append(f'{twice} bars in two parts')
+    return float(bad + twice), '; '.join(said) or f"{', '.join(f'{k} {len(p)} bars' for k, p in parts.items())}, in order"
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-016
+# %% ../nbs/api/14a_leaks.ipynb #cell-022
 @torch.no_grad()
 def leak_tokens(tokenizer, seed=0, bars=64):
     "Do tokens or reconstructions of early bars depend on later ones?"
@@ -113,10 +120,12 @@ def leak_tokens(tokenizer, seed=0, bars=64):
     y[:, half:] = torch.randn(y[:, half:].shape, generator=torch_rng(seed, 'later')).to(device)
     a, b = tokenizer.encode(x), tokenizer.encode(y)
     same = a.clone(); same[:, half:] = b[:, half:]
-    moved = max(float((a[:, :half] != b[:, :half]).double().mean()), _moved(tokenizer.decode(a)[:, :half], tokenizer.decode(same)[:, :half]))
+    flipped = float((a[:, :half] != b[:, :half]).double().mean())
+    moved = max(flipped, _moved(tokenizer.decode(a)[:, :half], tokenizer.decode(same)[:, :half]))
     tokenizer.train(was)
     return moved, f'the last {bars - half} of {bars} bars replaced; tokens and reconstruction of the first {half} compared'
 
+# %% ../nbs/api/14a_leaks.ipynb #cell-024
 @torch.no_grad()
 def leak_logits(predictor, seed=0, bars=64):
     "Do logits of early bars depend on later ones?"
@@ -131,7 +140,7 @@ def leak_logits(predictor, seed=0, bars=64):
     predictor.train(was)
     return max(_moved(x[:, :half], y[:, :half]) for x, y in zip(one, two)), f'tokens after bar {half} of {bars} replaced; logits of the first {half} compared'
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-019
+# %% ../nbs/api/14a_leaks.ipynb #cell-027
 def leak_batch(forecaster, bars, lookback_window, predict_window):
     "Does a forecast depend on the other histories of its batch?"
     one = bars[bars['symbol'] == bars['symbol'].iloc[0]].reset_index(drop=True)
@@ -140,9 +149,10 @@ def leak_batch(forecaster, bars, lookback_window, predict_window):
     how = dict(paths=4, seed=0)
     alone, = forecaster.predict_many([now], predict_window, keys=['now'], **how)
     _, among = forecaster.predict_many([later, now], predict_window, keys=['later', 'now'], **how)
-    return max(_moved(a, b) for a, b in zip(np.moveaxis(alone.paths, -1, 0), np.moveaxis(among.paths, -1, 0))), f'{lookback_window} bars forecast alone and beside the {lookback_window} bars that end {predict_window} later'
+    moved = max(_moved(alone.paths[..., i], among.paths[..., i]) for i in range(len(FEATURES)))
+    return moved, f'{lookback_window} bars forecast alone and beside the {lookback_window} bars that end {predict_window} later'
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-022
+# %% ../nbs/api/14a_leaks.ipynb #cell-030
 def leak_evaluation(
     rows: pd.DataFrame, # Of an `Evaluation`
     splits,             # Has `train` and `val`
@@ -158,19 +168,22 @@ def leak_evaluation(
         if len(late): said.append(f'{len(late)} forecasts begin inside {k}, the first of {late.iloc[0].symbol} after {late.iloc[0].origin}')
     return float(bad), '; '.join(said) or f"{rows['origin'].nunique()} origins, all after the last bar of train and val"
 
+# %% ../nbs/api/14a_leaks.ipynb #cell-032
 def _of_run(folder, bars):
     "What there is to check about the run in `folder`"
     if not (folder/'config.yaml').is_file(): raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
     d = Config.load(folder/'config.yaml').data
-    if bars is None: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows) if d.source else sample_klines(list(d.symbols) if d.symbols else None)
+    if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows)
+    if bars is None: bars = sample_klines(list(d.symbols) if d.symbols else None)
     if d.repair == 'standard' and not check_klines(bars).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window)
     target = Forecaster.from_pretrained(folder)
-    gap = 'auto' if d.max_gap is None else pd.Timedelta(d.max_gap * bar_interval(bars['timestamps'][bars['symbol'] == bars['symbol'].iloc[0]]), unit='ns')
+    one = bars['timestamps'][bars['symbol'] == bars['symbol'].iloc[0]]
+    gap = 'auto' if d.max_gap is None else pd.Timedelta(d.max_gap * bar_interval(one), unit='ns')
     dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=gap)
     judged = Evaluation.load(folder).rows if (folder/'evaluation'/'evaluation.json').is_file() else None
     return target, bars, d.lookback_window, d.predict_window, split_by_time(bars, d.train, d.val, d.test, d.embargo), dataset, judged
 
-# %% ../nbs/api/14a_leaks.ipynb #cell-024
+# %% ../nbs/api/14a_leaks.ipynb #cell-034
 TOLERANCE = dict(statistics=0., inputs=0., symbols=1e-3, splits=0., tokens=1e-4, logits=1e-4, batch=1e-4, evaluation=0.)
 
 def check_leaks(
@@ -185,14 +198,15 @@ def check_leaks(
     "Perturb the future and report any movement in statistics, inputs, splits, tokens, logits and forecasts"
     judged = None
     if isinstance(target, (str, Path)): target, bars, lookback_window, predict_window, splits, dataset, judged = _of_run(Path(target), bars)
-    if bars is None: bars = random_walks(4 * (lookback_window + predict_window), ('A', 'B'))
-    if len(bars) < 2 * (lookback_window + predict_window): raise DataError(f"a leak check needs at least {2 * (lookback_window + predict_window)} bars (twice lookback_window + predict_window), got {len(bars)}")
+    window = lookback_window + predict_window
+    if bars is None: bars = random_walks(4 * window, ('A', 'B'))
+    if len(bars) < 2 * window: raise DataError(f"a leak check needs at least {2 * window} bars (twice lookback_window + predict_window), got {len(bars)}")
     norm = getattr(target, 'normalizer', None) or ZScore()
     make = dataset or (lambda o: WindowDataset(o, lookback_window, predict_window, norm, max_gap=None))
     size, splits = (bars, lookback_window, predict_window), splits or split_by_time(bars)
     done = dict(statistics=leak_statistics(norm, *size), inputs=leak_inputs(make, *size), symbols=leak_symbols(make, *size), splits=leak_splits(splits))
     if hasattr(target, 'tokenizer'): done['tokens'] = leak_tokens(target.tokenizer)
-    for i, p in enumerate(getattr(target, 'predictors', [target.predictor] if hasattr(target, 'predictor') else [])): done[f'logits {i + 1}' if i else 'logits'] = leak_logits(p)
+    for i, p in enumerate(getattr(target, 'predictors', [])): done[f'logits {i + 1}' if i else 'logits'] = leak_logits(p)
     if hasattr(target, 'predict_many'): done['batch'] = leak_batch(target, *size)
     if judged is not None: done['evaluation'] = leak_evaluation(judged, splits)
     return LeakReport(pd.DataFrame([dict(check=k, ok=bool(m <= TOLERANCE[k.split()[0]]), moved=m, detail=d) for k, (m, d) in done.items()]))
