@@ -16,7 +16,7 @@ import torch
 
 from .core import DataError, FEATURES, RunError, np_rng, torch_rng
 from .config import Config
-from .data.kline import bar_interval, check_klines, read_klines, repair_klines, sample_klines
+from .data.kline import check_klines, read_klines, repair_klines, sample_klines
 from .data.normalize import ZScore
 from .data.window import WindowDataset, split_by_time
 from .forecast import Forecaster
@@ -177,9 +177,7 @@ def _of_run(folder, bars):
     if bars is None: bars = sample_klines(list(d.symbols) if d.symbols else None)
     if d.repair == 'standard' and not check_klines(bars).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window)
     target = Forecaster.from_pretrained(folder)
-    one = bars['timestamps'][bars['symbol'] == bars['symbol'].iloc[0]]
-    gap = 'auto' if d.max_gap is None else pd.Timedelta(d.max_gap * bar_interval(one), unit='ns')
-    dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=gap)
+    dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=d.max_gap)
     judged = Evaluation.load(folder).rows if (folder/'evaluation'/'evaluation.json').is_file() else None
     return target, bars, d.lookback_window, d.predict_window, split_by_time(bars, d.train, d.val, d.test, d.embargo), dataset, judged
 
