@@ -35,6 +35,7 @@ def _fit_parser(sub):
     p.add_argument('--test', action='store_true', help='check config, data, paths, device, memory and disk, and train nothing')
     p.set_defaults(run=run_fit)
 
+# %% ../nbs/api/19_cli.ipynb #cell-008
 def _forecast_parser(sub):
     p = sub.add_parser('forecast', help='sample futures of bars with a fine-tuned model', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='*', help='files of bars whose end is to be continued; none: the bundled sample')
@@ -50,14 +51,21 @@ def _forecast_parser(sub):
     p.add_argument('--out', default='forecast', help='folder for forecast.csv (quantiles per bar), paths.parquet and a picture per symbol')
     p.set_defaults(run=run_forecast)
 
-def parser() -> argparse.ArgumentParser:
-    "The parser of `kronos-nb`"
-    p = argparse.ArgumentParser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
-    p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
-    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser): add(sub)
-    return p
+def _evaluate_parser(sub):
+    p = sub.add_parser('evaluate', help='judge a model on bars that it has not seen', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
+    p.add_argument('--model', required=True, help="a run's folder, or one that holds tokenizer/ and predictor/")
+    p.add_argument('--symbols', nargs='+', help='only these symbols')
+    p.add_argument('--lookback-window', type=int, help='bars of history; by default what the run was trained for')
+    p.add_argument('--predict-window', type=int, help='bars to forecast; by default what the run was trained for')
+    p.add_argument('--start', help='first moment that may be forecast')
+    p.add_argument('--origins', type=int, help='dates to forecast from')
+    p.add_argument('--paths', type=int, default=100)
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', help='folder for the results')
+    p.set_defaults(run=run_evaluate)
 
+# %% ../nbs/api/19_cli.ipynb #cell-010
 def _report_parser(sub):
     p = sub.add_parser('report', help="write a run's report.md again")
     p.add_argument('out', help="the run's folder")
@@ -77,21 +85,15 @@ def _check_parser(sub):
     p.add_argument('--window', type=int, help='bars of one window; symbols shorter than it are errors')
     p.set_defaults(run=run_check)
 
-def _evaluate_parser(sub):
-    p = sub.add_parser('evaluate', help='judge a model on bars that it has not seen', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
-    p.add_argument('--model', required=True, help="a run's folder, or one that holds tokenizer/ and predictor/")
-    p.add_argument('--symbols', nargs='+', help='only these symbols')
-    p.add_argument('--lookback-window', type=int, help='bars of history; by default what the run was trained for')
-    p.add_argument('--predict-window', type=int, help='bars to forecast; by default what the run was trained for')
-    p.add_argument('--start', help='first moment that may be forecast')
-    p.add_argument('--origins', type=int, help='dates to forecast from')
-    p.add_argument('--paths', type=int, default=100)
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', help='folder for the results')
-    p.set_defaults(run=run_evaluate)
+def parser() -> argparse.ArgumentParser:
+    "The parser of `kronos-nb`"
+    p = argparse.ArgumentParser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
+    p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
+    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser): add(sub)
+    return p
 
-# %% ../nbs/api/19_cli.ipynb #cell-009
+# %% ../nbs/api/19_cli.ipynb #cell-013
 def settings(
     pairs: list, # ['predictor.lr=1e-5', ...]
 ) -> dict: # Changes for `Config.replace`
@@ -119,7 +121,7 @@ def config_of(a: argparse.Namespace) -> Config:
     named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.max_time': a.max_time}
     return cfg.replace(**{k: v for k, v in named.items() if v is not None}, **settings(a.set))
 
-# %% ../nbs/api/19_cli.ipynb #cell-010
+# %% ../nbs/api/19_cli.ipynb #cell-015
 def run_fit(a):
     "`kronos-nb fit`"
     cfg = config_of(a)
@@ -140,7 +142,7 @@ def launch(n: int) -> int:
     argv = [o for i, o in enumerate(sys.argv[1:]) if not o.startswith(('--num-gpus', '--multi-gpu')) and not (i and sys.argv[i] in ('--num-gpus', '--multi-gpu'))]
     return subprocess.call([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', '-m', 'kronos_nb.cli', *argv])
 
-# %% ../nbs/api/19_cli.ipynb #cell-012
+# %% ../nbs/api/19_cli.ipynb #cell-017
 def dry_run(cfg: Config, data, out: Path) -> int:
     "Check everything that a run needs and print what it would do"
     import shutil
@@ -167,7 +169,7 @@ def dry_run(cfg: Config, data, out: Path) -> int:
     print('Everything that a run needs is there.')
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-013
+# %% ../nbs/api/19_cli.ipynb #cell-019
 def _model_and_windows(a):
     "Forecaster, bars and window lengths that the options name"
     import yaml
@@ -228,7 +230,7 @@ def run_check(a):
     print(report.to_markdown())
     return 0 if report.ok else 1
 
-# %% ../nbs/api/19_cli.ipynb #cell-014
+# %% ../nbs/api/19_cli.ipynb #cell-021
 def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted

@@ -37,7 +37,7 @@ def picture(
     "A Markdown picture with a path relative to the report"
     return f'![{text}]({path})\n' if (Path(out)/path).is_file() else ''
 
-# %% ../nbs/api/15a_report.ipynb #cell-007
+# %% ../nbs/api/15a_report.ipynb #cell-008
 def _stage_section(out, stage):
     "Epochs, curve and notes of one stage"
     m = run_metrics(out, stage)
@@ -60,7 +60,7 @@ def _settings_section(out):
     diff = cfg.diff(Config(), names=('this run', 'default')).reset_index()
     return 'Differences from the defaults; the whole is in `config.yaml`.\n\n' + md_table(diff)
 
-# %% ../nbs/api/15a_report.ipynb #cell-008
+# %% ../nbs/api/15a_report.ipynb #cell-010
 def write_report(
     out, # A run's folder
 ) -> Path: # OUT/report.md
