@@ -139,7 +139,7 @@ def _data(facts, data_licence):
     parts = pd.DataFrame([{'part': p['part'], 'symbols': p['symbols'], 'bars': p['bars'], 'first': days(p['first']), 'last': days(p['last']), 'for': dict(train='training', val='choice of weights', test='the verdict')[p['part']]} for p in r['parts']])
     repaired = 'None was needed or asked for.' if not n else f"{n:,} changes: {', '.join(f'{k} {v:,}' for k, v in facts.repairs.items())}. Every one is listed in the run's `repairs.csv`."
     windows = ', '.join(f'{v:,} {k}' for k, v in r['windows'].items() if v)
-    return (f"## Data\n\n{r['bars']:,} bars of {r['symbols']:,} symbol{'s' * (r['symbols'] > 1)} from {some(map(public_name, r['files']))}; {windows} windows.\n\n{md_table(series, 20)}\n\n{md_table(parts)}\n\n"
+    return (f"## Data\n\n{r['bars']:,} bars of {r['symbols']:,} symbol{'s' * (r['symbols'] > 1)} from {some('a table in memory' if o == 'DataFrame' else public_name(o) for o in r['files'])}; {windows} windows.\n\n{md_table(series, 20)}\n\n{md_table(parts)}\n\n"
         f"**Repairs:** {repaired}\n\n**Hash of the bars** (SHA-256 of values, stamps and symbols): `{r['data']}`\n\n"
         f"**Licence of the bars:** {data_licence or 'not stated by the publisher of this model. Ask before you rely on it.'}\n")
 
@@ -155,7 +155,10 @@ def _began(facts, stage):
 
 def _best(facts, stage):
     "Which weights these are"
-    best = best_validation(facts.out/stage)
+    best, chosen = best_validation(facts.out/stage), facts.out/stage/'weights.json'
+    if chosen.is_file() and (o := json.loads(chosen.read_text(encoding='utf-8')))['chosen'] != 'best':
+        table = pd.DataFrame(o['table'])
+        return f"The weights are **{o['chosen']}** ({o['origin']}), chosen by validation among:\n\n{md_table(table.map(lambda v: f'{v:.5g}' if isinstance(v, float) else v))}"
     if not best: return 'There was no validation part, so the weights are those of the last step.'
     if not best['step']: return f"**No step of training improved `val_loss`** ({best['val_loss']:.5g} at the beginning): the weights are those it began with."
     return f"The weights are those of step {best['step']:,} (epoch {best['epoch']}), where `val_loss` was lowest: {best['val_loss']:.5g}."
