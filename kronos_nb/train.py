@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Prepared', 'load_bars', 'prepare', 'Stage', 'compile_task', 'make_learner', 'run_stage', 'finished',
-           'claim_folder', 'base_config', 'FitResult', 'precision_of', 'resolve', 'fit', 'save_figure']
+           'run_facts', 'claim_folder', 'base_config', 'FitResult', 'precision_of', 'resolve', 'fit', 'save_figure']
 
 # %% ../nbs/api/16_train.ipynb #cell-002
-import dataclasses, hashlib, json, time, warnings
+import dataclasses, hashlib, importlib.metadata, json, platform, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from . import __version__
 from .core import ConfigError, DataError, FEATURES, ModelError, RunError, pick_device, seed_everything, threads, write_atomic, write_json
 from .config import PRESETS, Config, check_keys, seconds
 from .data.kline import RULES, KlineReport, check_klines, read_klines, repair_klines, sample_klines
@@ -32,6 +33,7 @@ from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, buil
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
 from .forecast import Forecaster
 from .evaluate import evaluate
+from .hub import write_cards
 from .report import write_report
 
 # %% ../nbs/api/16_train.ipynb #cell-006
@@ -259,6 +261,18 @@ def _write(stage: Stage, folder, weights, origin):
     save_model(model, folder, **stage.extra, weights_origin=origin)
 
 # %% ../nbs/api/16_train.ipynb #cell-020
+def run_facts(
+    cfg: Config,
+    data: Prepared,
+) -> dict: # What OUT/run.json holds
+    "Which bars, cut how, read by which versions: for resuming, and for the card of the model"
+    series = data.report.summary[['symbol', 'bars', 'first', 'last', 'interval', 'gaps']].to_dict('records')
+    parts = data.split.summary.groupby('part', sort=False).agg(symbols=('symbol', 'size'), bars=('bars', 'sum'), first=('first', 'min'), last=('last', 'max')).reset_index()
+    return dict(data=data.hash, bars=len(data.bars), symbols=data.bars.symbol.nunique(), files=data.report.source.file.tolist(), series=[o | dict(interval=o['interval'].total_seconds()) for o in series],
+        parts=parts.to_dict('records'), windows=dict(train=len(data.train), val=len(data.val or ())), device=str(pick_device(cfg.runtime.device)),
+        versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
+
+# %% ../nbs/api/16_train.ipynb #cell-022
 MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time progress plots save_steps keep_last skip_existing only micro_batch cache_tokens'.split()) + ('data.source',)
 
 def claim_folder(
@@ -278,11 +292,11 @@ def claim_folder(
     elif out.is_dir() and any(not o.name.startswith('.') for o in out.iterdir()):
         raise RunError(f"{str(out)!r} is not empty and holds no run of ours: choose another folder, so that nothing is overwritten")
     cfg.save(out/'config.yaml')
-    write_json(known, dict(data=data.hash, bars=len(data.bars), symbols=data.bars.symbol.nunique()))
+    write_json(known, run_facts(cfg, data))
     write_atomic(out/'data_report.md', data.report.to_markdown() + ('' if data.changes.empty else f'\n## Repairs\n\n{len(data.changes)} changes, in `repairs.csv`.\n'))
     if not data.changes.empty: write_atomic(out/'repairs.csv', data.changes.to_csv(index=False))
 
-# %% ../nbs/api/16_train.ipynb #cell-023
+# %% ../nbs/api/16_train.ipynb #cell-025
 def base_config(
     cfg: Config,
     data: Prepared, # Of the run that the base is for
@@ -306,7 +320,7 @@ def _inits(cfg: Config, out: Path) -> dict:
         if not (p/'model.safetensors').is_file(): raise RunError(f"there is no {s} at {str(p)!r}: runtime.init_from needs the folder of a finished run")
     return {s: str(p) for s, p in inits.items()}
 
-# %% ../nbs/api/16_train.ipynb #cell-025
+# %% ../nbs/api/16_train.ipynb #cell-027
 @dataclass
 class FitResult:
     "What a run left behind"
@@ -332,7 +346,7 @@ class FitResult:
         table = '' if self.evaluation is None else self.evaluation.to_markdown()
         return f"{table or '**Not judged**: no test part was held back.'}\n\nRun folder: `{self.out_dir}`, report: `{self.out_dir/'report.md'}`"
 
-# %% ../nbs/api/16_train.ipynb #cell-026
+# %% ../nbs/api/16_train.ipynb #cell-028
 def _tokenizer_for(cfg, out):
     "The tokenizer of a run whose first stage does not train"
     here = out/'tokenizer'/'best_model'
@@ -358,7 +372,7 @@ def resolve(config, overrides) -> Config:
     if isinstance(config, str) and not config.endswith(('.yaml', '.yml')): return Config.preset(config, **overrides)
     return (config if isinstance(config, Config) else Config.load(config)).replace(**overrides)
 
-# %% ../nbs/api/16_train.ipynb #cell-027
+# %% ../nbs/api/16_train.ipynb #cell-029
 def fit(
     data=None,             # Bars, anything `read_klines` takes, 'sample', or None for what the config names
     config='quickstart',   # A preset's name, a YAML file, a dict, or a `Config`
@@ -398,6 +412,7 @@ def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
         if learn.interrupted: return dataclasses.replace(result, interrupted=True, stop_reason=learn.stop_reason)
         setattr(result, name, build_model(name, str(stage.out/'best_model')).eval())
     if engine.is_main and judge: _judge(result, prepared, inits)
+    if engine.is_main: write_cards(out)
     engine.wait()
     return result
 
@@ -406,7 +421,7 @@ def _runs(stage: Stage) -> bool:
     r = stage.cfg.runtime
     return r.only in (None, stage.name) and not (r.skip_existing and finished(stage.out))
 
-# %% ../nbs/api/16_train.ipynb #cell-029
+# %% ../nbs/api/16_train.ipynb #cell-031
 def _judge(result: FitResult, data: Prepared, inits: dict):
     "Evaluate on the test part, and write the report"
     cfg, e = result.config, result.config.evaluate
