@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parser', 'settings', 'config_of', 'run_fit', 'launch', 'dry_run', 'run_forecast', 'run_evaluate', 'run_average',
-           'run_report', 'run_check', 'main']
+           'run_report', 'run_push', 'run_check', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cell-002
 import os
@@ -66,6 +66,18 @@ def _evaluate_parser(sub):
     p.set_defaults(run=run_evaluate)
 
 # %% ../nbs/api/19_cli.ipynb #cell-010
+def _push_parser(sub):
+    p = sub.add_parser('push', help='publish the pair of models of a run, each with its card', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Writes user/name-tokenizer and user/name-predictor to the Hugging Face hub. The login is that of HF_TOKEN in the environment, or of `hf auth login`; there is no option for a token.")
+    p.add_argument('out', help="the run's folder")
+    p.add_argument('name', help="user/name")
+    p.add_argument('--public', action='store_true', help='for everybody to see; otherwise private')
+    p.add_argument('--dry-run', action='store_true', help='write OUT/hub and print the card; send nothing')
+    p.add_argument('--only', choices=('tokenizer', 'predictor'), help='publish one of the two')
+    p.add_argument('--licence', '--license', dest='licence', help='of the weights, as the hub names it: mit, apache-2.0, ...')
+    p.add_argument('--data-licence', '--data-license', dest='data_licence', help='of the bars, in words')
+    p.set_defaults(run=run_push)
+
 def _report_parser(sub):
     p = sub.add_parser('report', help="write a run's report.md again")
     p.add_argument('out', help="the run's folder")
@@ -90,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
     p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser): add(sub)
+    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser, _push_parser): add(sub)
     return p
 
 # %% ../nbs/api/19_cli.ipynb #cell-013
@@ -221,6 +233,14 @@ def run_report(a):
     "`kronos-nb report`"
     from kronos_nb.report import write_report
     print(write_report(a.out))
+    return 0
+
+def run_push(a):
+    "`kronos-nb push`"
+    from kronos_nb.hub import push
+    done = push(a.out, a.name, not a.public, a.dry_run, only=a.only, licence=a.licence, data_licence=a.data_licence)
+    if a.dry_run: print(done.card(a.only or 'predictor'), done.table().to_string(index=False), sep='\n')
+    print(done)
     return 0
 
 def run_check(a):
