@@ -78,7 +78,7 @@ def say(self: Progress, learn):
     print(f'{self.label} step {learn.step}/{learn.total_steps}, {self.status(learn)}, {clock(spent)} spent{left}'.strip(), file=self.out, flush=True)
 
 # %% ../../nbs/api/10_callback.monitor.ipynb #cell-015
-PARTS = dict(loss='Loss', reconstruction_loss='Recon', quantization_loss='Quant', s1_loss='S1', s2_loss='S2', gradient_norm='GradNorm')
+PARTS = dict(loss='Loss', reconstruction_loss='Recon', quantization_loss='Quant', ce_s1='S1', ce_s2='S2', gradient_norm='GradNorm')
 
 def log_line(
     row: dict,            # Row of `history.steps`
