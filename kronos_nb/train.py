@@ -28,7 +28,7 @@ from .learner import Engine, Learner
 from .callback.train import Best, Clip, EarlyStopping, FiniteCheck, Schedule, adamw
 from .callback.monitor import Codebook, GradNorm, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
 from .callback.checkpoint import Checkpoint, Interrupts
-from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, encode_windows, matmul_precision,
+from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, cross_rope_losses, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
 from .forecast import Forecaster
@@ -238,8 +238,19 @@ def _keep(stage: Stage, learn: Learner):
     if e.is_main:
         if best is None: save_model(learn.model.model, out/'best_model', **stage.extra)
         elif (out/'averaged').is_dir(): _write(stage, out/'best_model', Weights(load_file(out/'averaged'/'model.safetensors')), json.loads((out/'weights.json').read_text())['origin'])
-        save_model(learn.model.model, out/'final_model', **stage.extra)
+        rotation = _rotation(stage, learn)
+        save_model(learn.model.model, out/'final_model', **stage.extra, **rotation)
     e.wait()
+
+def _rotation(stage: Stage, learn: Learner) -> dict:
+    "Measure how generation should rotate, write it into best_model, and say it"
+    if stage.tokenizer is None or learn.valid is None: return {}
+    model = build_model(stage.name, str(stage.out/'best_model')).to(stage.engine.device)
+    losses = cross_rope_losses(model, learn.valid, stage.tokenizer)
+    chosen = dict(cross_rope=min(losses, key=losses.get))
+    save_model(model, stage.out/'best_model', **chosen)
+    write_json(stage.out/'cross_rope.json', losses | chosen)
+    return chosen
 
 def _averages(stage: Stage, learn: Learner) -> dict:
     "The averages that the config asks for, by name"
@@ -411,9 +422,10 @@ def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
         result.history = pd.DataFrame(rows)
         if learn.interrupted: return dataclasses.replace(result, interrupted=True, stop_reason=learn.stop_reason)
         setattr(result, name, build_model(name, str(stage.out/'best_model')).eval())
-    if engine.is_main and judge: _judge(result, prepared, inits)
-    if engine.is_main: write_cards(out)
-    engine.wait()
+    if engine.is_main:
+        if judge: _judge(result, prepared, inits)
+        write_cards(out)
+    if not judge: engine.wait()   # the next run begins with these files; a verdict takes longer than other processes can wait for
     return result
 
 def _runs(stage: Stage) -> bool:
