@@ -29,8 +29,10 @@ def bar_step(
 ) -> int: # ns
     "The commonest distance between bars"
     v, n = np.unique(np.diff(t), return_counts=True)
-    if n.max() < .5*(len(t)-1): raise DataError(f"bars have no regular distance (the commonest, {pd.Timedelta(v[n.argmax()])}, is {n.max()} of {len(t)-1}); pass future= with the stamps to forecast")
-    return int(v[n.argmax()])
+    step = v[n.argmax()]
+    near = n[abs(v - step) <= .1*step].sum()                   # months are not equally long
+    if near < .5*(len(t)-1): raise DataError(f"bars have no regular distance (the commonest, {pd.Timedelta(step)}, is {near} of {len(t)-1}); pass future= with the stamps to forecast")
+    return int(step)
 
 # %% ../nbs/api/12b_calendar.ipynb #cell-011
 def _days_open(day, seen, weight):
@@ -74,10 +76,13 @@ def _ahead(t, n, step):
     return at[at > t[-1]][:n], note
 
 def _long_steps(t, n, step):
-    "Weeks and months: by the calendar where one fits"
-    freq = pd.infer_freq(pd.DatetimeIndex(t[-24:].view('M8[ns]'))) if len(t) > 2 else None
-    if freq: return pd.date_range(pd.Timestamp(t[-1]), periods=n+1, freq=freq)[1:].to_numpy('M8[ns]').view('i8'), ''
-    return t[-1] + step*np.arange(1, n+1), f'bars are assumed to come every {pd.Timedelta(step)}'
+    "Weeks go on at their pace; months, quarters and years by the calendar: first or last day, first or last weekday, or the same day"
+    at = pd.DatetimeIndex(t[-24:].view('M8[ns]'))
+    months = np.unique(np.diff(at.year*12 + at.month))
+    if len(months) > 1 or months[0] == 0: return t[-1] + step*np.arange(1, n+1), f'bars are assumed to come every {pd.Timedelta(step)}'
+    ends = [o for o in (pd.offsets.MonthBegin, pd.offsets.MonthEnd, pd.offsets.BMonthBegin, pd.offsets.BMonthEnd) if all(o().is_on_offset(a) for a in at)]
+    ahead = [at[-1] + (ends[0](int(months[0])*i) if ends else pd.DateOffset(months=int(months[0])*i)) for i in range(1, n+1)]
+    return pd.DatetimeIndex(ahead).to_numpy('M8[ns]').view('i8'), ''
 
 # %% ../nbs/api/12b_calendar.ipynb #cell-018
 def _exchange(t, n, step, name):
@@ -85,8 +90,9 @@ def _exchange(t, n, step, name):
     try: import exchange_calendars as ec
     except ImportError as e: raise ConfigError(f"calendar={name!r} needs the package exchange_calendars (pip install exchange_calendars); or leave calendar out, or pass future=") from e
     last = pd.Timestamp(t[-1])
-    try: cal = ec.get_calendar(name, start=last - pd.Timedelta('40D'))
-    except (ec.errors.InvalidCalendarName, ValueError) as e: raise ConfigError(f"calendar {name!r} cannot be used: {e}; exchange_calendars.get_calendar_names() lists them") from e
+    try: cal = ec.get_calendar(name, start=last.normalize() - pd.Timedelta('40D'))
+    except ec.errors.InvalidCalendarName as e: raise ConfigError(f"exchange_calendars has no calendar {name!r}; exchange_calendars.get_calendar_names() lists those it has") from e
+    except ValueError as e: raise DataError(f"the calendar {name} does not reach to {last}, where the history ends ({e}); pass future= with the stamps to forecast") from e
     if step >= DAY: at = cal.sessions.tz_localize(None) + pd.Timedelta(t[-1] % DAY)
     else:
         bars = cal.trading_index(last.normalize() - pd.Timedelta('30D'), cal.last_session, pd.Timedelta(step), force=True)

@@ -21,8 +21,8 @@ from .core import FEATURES, PRICES, ConfigError, DataError, ModelError, check_ch
 from .data.kline import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
 from .engine import Engine, Painter
-from .generate import Prompt, check_sampling, decode_tail, evaluating, generate, uniforms
-from .model.layers import PUBLISHED
+from .generate import Prompt, check_sampling, decode_tail, generate, uniforms
+from .model.layers import PUBLISHED, evaluating
 from .model.predictor import CROSS_ROPE, Kronos
 from .model.tokenizer import KronosTokenizer
 
@@ -187,6 +187,12 @@ def plot(self: Forecast,
     draw = self._plotly if interactive else self._mpl
     return draw(past, self.quantile([.05, .25, .5, .75, .95], feature), lines, actual, feature, ax)
 
+def _time_axis(ax, stamps):
+    "Seven labels; bars stand side by side, so that nights and weekends take no room"
+    at = np.linspace(0, len(stamps)-1, 7).astype(int)
+    daily = (stamps == stamps.normalize()).all()
+    ax.set_xticks(at, [f'{stamps[i]:%Y-%m-%d}' if daily else f'{stamps[i]:%m-%d %H:%M}' for i in at], fontsize=8)
+
 @patch
 def _mpl(self: Forecast, past, q, lines, actual, feature, ax):
     import matplotlib.pyplot as plt
@@ -196,10 +202,10 @@ def _mpl(self: Forecast, past, q, lines, actual, feature, ax):
     for (a, b), c in zip(BANDS, (.18, .3)): ax.fill_between(x, q[a], q[b], color='C0', alpha=c, lw=0, label=f'{b-a:.0%} of the paths')
     for v in lines.values(): ax.plot(x, v, color='C0', lw=.5, alpha=.6)
     ax.plot(x, q[.5], 'C0', lw=1.6, label='median')
-    if actual is not None: ax.plot(x[:len(actual)], actual.reindex(self.timestamps).iloc[:len(x)], 'C3', lw=1.2, label='what happened')
-    stamps = past.index.append(self.timestamps)
-    at = np.linspace(0, len(stamps)-1, 7).astype(int)
-    ax.set_xticks(at, [f'{stamps[i]:%Y-%m-%d}' if stamps[i] == stamps[i].normalize() else f'{stamps[i]:%m-%d %H:%M}' for i in at], fontsize=8)
+    if actual is not None:
+        came = actual.reindex(self.timestamps).to_numpy(float)
+        ax.plot(x[np.isfinite(came)], came[np.isfinite(came)], 'C3', lw=1.2, label='what happened')
+    _time_axis(ax, past.index.append(self.timestamps))
     ax.axvline(n-.5, c='gray', lw=.6, ls='--'); ax.set_title(f'{self.symbol}: {len(self.paths)} paths of {len(self)} bars'); ax.legend(fontsize=8, loc='upper left')
     return ax
 
@@ -215,7 +221,26 @@ def _plotly(self: Forecast, past, q, lines, actual, feature, ax):
     if actual is not None: fig.add_scatter(x=actual.index, y=actual, line=dict(color='#d62728'), name='what happened')
     return fig.update_layout(title=f'{self.symbol}: {len(self.paths)} paths of {len(self)} bars', hovermode='x unified')
 
-# %% ../nbs/api/13_forecast.ipynb #cell-025
+# %% ../nbs/api/13_forecast.ipynb #cell-024
+@patch
+def plot_candles(self: Forecast,
+    history: int = 40, # Bars of history shown
+    ax=None,           # A matplotlib axes to draw on
+):
+    "Candles of the end of the history (gray) and of `candles()` (blue up, red down)"
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(9, 3), dpi=80, layout='constrained')
+    past, ahead = self.history.iloc[-history:], self.candles()
+    both, n = pd.concat([past, ahead]), len(past)
+    colour = ['0.6' if i < n else 'C0' if c >= o else 'C3' for i, (o, c) in enumerate(zip(both['open'], both['close']))]
+    x, body = np.arange(len(both)), both[['open', 'close']]
+    ax.vlines(x, both['low'], both['high'], colour, lw=.8)
+    ax.bar(x, body.max(axis=1) - body.min(axis=1) + 1e-12, .7, body.min(axis=1), color=colour)
+    _time_axis(ax, both.index)
+    ax.set_title(f'{self.symbol}: the path in the middle of {len(self.paths)}')
+    return ax
+
+# %% ../nbs/api/13_forecast.ipynb #cell-027
 def _recorded(models, key):
     "The value of `key` that the models agree on, or None"
     found = {repr(m.extra[key]): m.extra[key] for m in models if key in m.extra}
@@ -278,7 +303,7 @@ class Forecaster:
     def __repr__(self): return (f"Forecaster({len(self.predictors)} predictor{'s'*(len(self.predictors) > 1)} of {self.predictor.n_params:,} weights, {self.normalizer}, "
                                 f"max_context {self.max_context}, lookback {self.lookback_window or 'up to max_context'}, {self.device})")
 
-# %% ../nbs/api/13_forecast.ipynb #cell-027
+# %% ../nbs/api/13_forecast.ipynb #cell-029
 @patch
 def _tokens(self: Forecaster, hists, scales, stamps):
     "Tokens of equally long histories, and stamps of history and future, as tensors"
@@ -301,26 +326,26 @@ def _sample(self: Forecaster, engines, painter, prompts, tokens, keys, horizon, 
         out[:, [k - paths[0] for k in mine]] = z
     return out
 
-# %% ../nbs/api/13_forecast.ipynb #cell-029
+# %% ../nbs/api/13_forecast.ipynb #cell-031
 @patch
-def _path_bytes(self: Forecaster, horizon, length):
-    "Bytes that one path of one symbol holds while it is drawn"
-    c, t = self.predictor.config, self.tokenizer.config
-    width = max((c['n_layers'] + 1)*2*c['d_model'], (t['n_dec_layers'] - 1)*2*t['d_model'])
-    window = horizon if length + horizon > self.max_context else 1
-    return 4*(2*horizon*width + window*(6*c['d_model'] + 2*c['ff_dim'] + 2*c['n_heads']*min(length + horizon, self.max_context)) + 6*2**max(c['s1_bits'], c['s2_bits']))
+def _bytes(self: Forecaster, horizon, length):
+    "Bytes held while drawing: for a symbol, and for each of its paths"
+    c, t, past = self.predictor.config, self.tokenizer.config, length + horizon > self.max_context
+    kept, bar = 8*(c['n_layers'] + 1)*c['d_model'], 4*max(8*o['d_model'] + 3*o['ff_dim'] for o in (c, t)) # keys and values; what a block needs for one bar
+    return min(length, self.max_context)*(kept*(1 + past) + bar), horizon*(kept*(1 + past) + bar) + 100*2**max(c['s1_bits'], c['s2_bits'])
 
 @patch
 def _batches(self: Forecaster, lengths, horizon, paths, memory):
     "(indices of histories, range of paths) for each batch"
     for n in dict.fromkeys(lengths):
-        same = [i for i, o in enumerate(lengths) if o == n]
-        rows = max(1, int(memory*2**20 // self._path_bytes(horizon, n)))
-        per_path, per_call = min(paths, rows), max(1, rows // min(paths, rows))
+        same, (symbol, path) = [i for i, o in enumerate(lengths) if o == n], self._bytes(horizon, n)
+        room = memory*2**20
+        per_path = int(np.clip((room - symbol) // path, 1, paths))
+        per_call = int(max(1, room // (symbol + per_path*path)))
         for i in range(0, len(same), per_call):
             for k in range(0, paths, per_path): yield same[i:i+per_call], range(k, min(k+per_path, paths))
 
-# %% ../nbs/api/13_forecast.ipynb #cell-030
+# %% ../nbs/api/13_forecast.ipynb #cell-032
 @patch
 def predict_many(self: Forecaster,
     histories,       # Frames of bars, one symbol each; lengths may differ
@@ -329,7 +354,7 @@ def predict_many(self: Forecaster,
     keys=None,       # Identity of each history in the address of its random numbers; by default its symbol
     futures=None,    # Stamps of each history's future; by default the calendar's
     paths=100,       # S
-    temperature=1.,  # 0 is greedy: one path, repeated
+    temperature=1.,  # 0 is greedy: one path of each predictor, repeated
     top_k=0, top_p=.9, seed=0,
     calendar=None,   # See `future_stamps`
     lookback_window=None, # Bars of history used; None: the forecaster's
@@ -345,18 +370,18 @@ def predict_many(self: Forecaster,
     hists, scales, stamps, ahead = self._prepare(histories, predict_window, lookback_window, calendar, futures)
     keys = [h.symbol for h in hists] if keys is None else list(keys)
     if len(keys) != len(hists): raise ConfigError(f"keys must name each history: {len(hists)} histories, {len(keys)} keys")
-    n = paths if temperature else 1
+    n, M = paths if temperature else min(paths, len(self.predictors)), len(self.predictors)
     z = np.empty((len(hists), n, predict_window, len(FEATURES)))
     batches = list(self._batches([len(h.x) for h in hists], predict_window, n, memory))
-    with evaluating(self.tokenizer, *self.predictors), _progress(progress, len(batches)*predict_window*min(n, len(self.predictors))) as tick:
+    with evaluating(self.tokenizer, *self.predictors), _progress(progress, predict_window*sum(min(M, len(ks)) for _, ks in batches)) as tick:
         engines, painter = [Engine(m, self.cross_rope, self.dtype) for m in self.predictors], Painter(self.tokenizer)
         for rows, ks in batches:
             if not ks.start: tokens, prompts = self._tokens([hists[i] for i in rows], [scales[i] for i in rows], [stamps[i] for i in rows]), {}
             z[rows, ks[0]:ks[-1]+1] = self._sample(engines, painter, prompts, tokens, [keys[i] for i in rows], predict_window, ks, seed, tick, temperature=temperature, top_k=top_k, top_p=top_p, refresh=refresh)
-    how = dict(paths=paths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, refresh=refresh, lookback_window=[len(h.x) for h in hists], max_context=self.max_context, cross_rope=self.cross_rope or self.predictor.cross_rope)
-    return [self._finish(z[i] if temperature else z[i].repeat(paths, 0), hists[i], scales[i], *ahead[i], coherent_candles, how | dict(lookback_window=len(hists[i].x))) for i in range(len(hists))]
+    how = dict(paths=paths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, refresh=refresh, max_context=self.max_context, cross_rope=self.cross_rope or self.predictor.cross_rope, precision=self.precision)
+    return [self._finish(z[i, np.arange(paths) % n], hists[i], scales[i], *ahead[i], coherent_candles, how | dict(lookback_window=len(hists[i].x))) for i in range(len(hists))]
 
-# %% ../nbs/api/13_forecast.ipynb #cell-032
+# %% ../nbs/api/13_forecast.ipynb #cell-034
 @patch
 def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, futures):
     "Checked histories, their scales, stamps (L+H, 5), and (future stamps, note)"
@@ -387,7 +412,7 @@ class _progress:
     def __enter__(self): return self.bar.update
     def __exit__(self, *_): self.bar.close()
 
-# %% ../nbs/api/13_forecast.ipynb #cell-034
+# %% ../nbs/api/13_forecast.ipynb #cell-036
 @patch
 def predict(self: Forecaster,
     bars: pd.DataFrame,  # Bars of one symbol or of several
@@ -405,7 +430,7 @@ def predict(self: Forecaster,
     futures = None if future is None else [future[k] if isinstance(future, dict) else future for k in groups]
     return dict(zip(groups, call(list(groups.values()), futures=futures)))
 
-# %% ../nbs/api/13_forecast.ipynb #cell-036
+# %% ../nbs/api/13_forecast.ipynb #cell-038
 def _model_folder(folder, kind, which):
     "Where the `kind` of a run lies"
     tried = [folder/kind/which, folder/kind]

@@ -1,18 +1,22 @@
 "Forecasts against the reference's golden ones, and the promises about paths, stamps and errors"
-import copy
+import copy, sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
+from kronos_nb.calendar import future_stamps
 from kronos_nb.core import ConfigError, DataError, KronosError, ModelError
+from kronos_nb.data.kline import sample_klines
 from kronos_nb.data.normalize import MedianMAD, ZScore
 from kronos_nb.forecast import Forecaster, coherent, impossible
 from kronos_nb.engine import Engine, Painter
-from kronos_nb.generate import Prompt, decode_tail, evaluating, generate
+from kronos_nb.generate import Prompt, decode_tail, generate
+from kronos_nb.model.layers import evaluating
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 
@@ -60,9 +64,9 @@ def test_greedy_forecast_in_price_units(size):
 def test_a_path_depends_on_seed_symbol_and_number_alone(fc):
     a, b = walk(symbol='A', seed=1), walk(symbol='B', seed=2)
     alone = fc.predict(a, 12, paths=6, seed=5).paths
-    np.testing.assert_allclose(fc.predict(a, 12, paths=3, seed=5).paths, alone[:3], rtol=1e-6)
-    np.testing.assert_allclose(fc.predict(pd.concat([b, a]), 12, paths=6, seed=5)['A'].paths, alone, rtol=1e-6)
-    np.testing.assert_allclose(fc.predict(a, 12, paths=6, seed=5, memory=.01).paths, alone, rtol=1e-6)
+    np.testing.assert_array_equal(fc.predict(a, 12, paths=3, seed=5).paths, alone[:3])
+    np.testing.assert_array_equal(fc.predict(pd.concat([b, a]), 12, paths=6, seed=5)['A'].paths, alone)
+    np.testing.assert_array_equal(fc.predict(a, 12, paths=6, seed=5, memory=.01).paths, alone)
     assert not np.allclose(fc.predict(a, 12, paths=6, seed=6).paths, alone)
     assert not np.allclose(fc.predict(a.assign(symbol='C'), 12, paths=6, seed=5).paths, alone)
     assert len(np.unique(alone[:, -1, 3])) > 1
@@ -124,6 +128,47 @@ def test_candles_are_repaired_on_a_copy_and_only_where_needed(fc):
     good = ~impossible(raw.paths)
     np.testing.assert_array_equal(ok.paths[good], raw.paths[good])
     assert 0 < ok.settings['repaired'] < 1
+
+# Stamps
+
+@pytest.mark.parametrize('name, symbol, calendar', [('ASHARE_5MIN', 'ASHARE_5MIN', 'XSHG'), ('IBM', 'IBM', 'XNYS')])
+def test_exchange_calendar_knows_holidays_and_labels(name, symbol, calendar):
+    pytest.importorskip('exchange_calendars')
+    t = pd.DatetimeIndex(sample_klines(symbol)['timestamps'])
+    for i in (1000, 1500, 2000): np.testing.assert_array_equal(future_stamps(t[:i], 200, calendar)[0], t[i:i+200])
+    with pytest.raises(DataError, match='pass future='): future_stamps(pd.bdate_range('2030-01-01', periods=60) - pd.Timedelta('5D'), 10**4, calendar)
+    with pytest.raises(ConfigError, match='get_calendar_names'): future_stamps(t, 5, 'NOWHERE')
+
+def test_exchange_calendar_absent_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'exchange_calendars', None)
+    with pytest.raises(ConfigError, match='pip install exchange_calendars'): future_stamps(walk()['timestamps'], 5, 'XNYS')
+
+@given(st.integers(2, 400), st.integers(1, 300), st.sampled_from(['1min', '5min', '30min', 'h', '4h', 'D', 'B', '7D', 'MS', 'ME']), st.datetimes(pd.Timestamp('2001-01-01'), pd.Timestamp('2030-01-01')))
+@settings(max_examples=60, deadline=None)
+def test_stamps_ahead_increase_and_follow_the_history(n, h, freq, start):
+    t = pd.date_range(pd.Timestamp(start).floor('min'), periods=n, freq=freq)
+    if len(t) < 2: return
+    f, _ = future_stamps(t, h)
+    assert len(f) == h and f.is_monotonic_increasing and f.is_unique and f[0] > t[-1]
+    if freq in ('7D', 'MS', 'ME'): assert (f == pd.date_range(t[-1], periods=h+1, freq=freq)[1:]).all()
+    if freq in ('1min', 'h') and n > 3: assert (np.diff(f) == pd.Timedelta(1, freq[-1] if freq == 'h' else 'min')).all()
+
+def test_zone_aware_stamps_become_utc(fc):
+    a = walk()
+    b = a.assign(timestamps=a['timestamps'].dt.tz_localize('UTC').dt.tz_convert('Asia/Shanghai'))
+    np.testing.assert_array_equal(fc.predict(a, 5, paths=2).paths, fc.predict(b, 5, paths=2).paths)
+
+# Pictures
+
+def test_plotly_chart_where_installed(fc):
+    pytest.importorskip('plotly')
+    fig = fc.predict(walk(), 6, paths=9).plot(interactive=True, actual=walk())
+    assert len(fig.data) == 1 + 2 + 5 + 1 + 1
+
+def test_plotly_absent_names_the_remedy(fc, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'plotly', None)
+    monkeypatch.setitem(sys.modules, 'plotly.graph_objects', None)
+    with pytest.raises(ConfigError, match='pip install plotly'): fc.predict(walk(), 3, paths=2).plot(interactive=True)
 
 # Files
 

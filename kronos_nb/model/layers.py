@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RMSNorm', 'Rotary', 'causal_mask', 'KVCache', 'Attention', 'FeedForward', 'Block', 'run_blocks',
-           'find_files', 'load_weights', 'Pretrained']
+           'evaluating', 'find_files', 'load_weights', 'Pretrained']
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-002
-import hashlib, json
+import contextlib, hashlib, json
 from pathlib import Path
 
 import torch
@@ -202,7 +202,18 @@ def run_blocks(
     for b, c in zip(blocks, caches or [None]*len(blocks)): x = b(x, mask=mask, cache=c)
     return x
 
-# %% ../../nbs/api/05b_model.layers.ipynb #cell-039
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-038
+@contextlib.contextmanager
+def evaluating(*models):
+    "Eval and inference mode inside the block; every submodule's own mode is given back"
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models: model.eval()
+        with torch.inference_mode(): yield
+    finally:
+        for m, mode in modes: m.training = mode
+
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-042
 _tokenizer = dict(attn_dropout_p=0., beta=.05, d_in=6, d_model=256, ff_dim=512, ffn_dropout_p=0., gamma=1.1, gamma0=1., n_dec_layers=4, n_enc_layers=4,
                   n_heads=4, resid_dropout_p=0., s1_bits=10, s2_bits=10, zeta=.05)
 _predictor = dict(attn_dropout_p=0., ffn_dropout_p=.2, learn_te=True, resid_dropout_p=.2, s1_bits=10, s2_bits=10, token_dropout_p=0.)
@@ -225,7 +236,7 @@ PUBLISHED = {
         revision='2b554741eca47781b64468546e77fef3e85130e6'),
 }
 
-# %% ../../nbs/api/05b_model.layers.ipynb #cell-042
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-045
 def find_files(
     source,        # A folder, or a hub id such as 'NeoQuasar/Kronos-mini'
     revision=None, # Branch, tag or commit, for a hub id
@@ -245,7 +256,7 @@ def find_files(
         raise ModelError(f"{source!r} is no folder here, and the hub did not give its files ({type(e).__name__}: {str(e).splitlines()[0]}); "
                          f"check the spelling{nearest(source, PUBLISHED)}, or pass a folder when offline") from e
 
-# %% ../../nbs/api/05b_model.layers.ipynb #cell-045
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-048
 def load_weights(
     model,   # Gets the tensors, in float32
     tensors, # Name -> tensor
@@ -261,7 +272,7 @@ def load_weights(
     model.load_state_dict({k: torch.clone(t.float() if t.is_floating_point() else t) for k, t in tensors.items()}, assign=True)
     return model
 
-# %% ../../nbs/api/05b_model.layers.ipynb #cell-047
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-050
 class Pretrained(nn.Module):
     "A module with `config` (its constructor's arguments) and `extra` (what training adds), that can be saved and loaded"
     gradient_checkpointing = False # Recompute activations in the backward pass: less memory, more time
@@ -323,7 +334,7 @@ class Pretrained(nn.Module):
         write_atomic(Path(folder)/'config.json', json.dumps(self.config | self.extra, indent=2, sort_keys=True))
         return Path(folder)
 
-# %% ../../nbs/api/05b_model.layers.ipynb #cell-049
+# %% ../../nbs/api/05b_model.layers.ipynb #cell-052
 @patch
 def weights_hash(self: Pretrained) -> str: # 16 hex digits
     "Changes when any weight does; the same for a model and its saved copy"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import STAMPS, ModelError, check_choice
-from .layers import Attention, Block, KVCache, Pretrained, RMSNorm, causal_mask, run_blocks
+from .layers import Attention, Block, KVCache, Pretrained, RMSNorm, causal_mask, evaluating, run_blocks
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-007
 STAMP_SIZES = dict(zip(STAMPS, (60, 24, 7, 32, 13))) # Days and months count from 1, so row 0 of their tables is never read
@@ -205,3 +205,31 @@ def decode_s2(self: Kronos,
 
 @patch
 def rotates(self: Kronos, cross_rope=None) -> bool: return check_choice('cross_rope', cross_rope or self.cross_rope, CROSS_ROPE) == 'trained'
+
+# %% ../../nbs/api/07_model.predictor.ipynb #cell-035
+@patch
+@torch.no_grad()
+def ce_by_rope(self: Kronos,
+    s1, s2,     # (B, T) tokens of held-out windows
+    stamp=None, # (B, T, 5)
+    start=0,    # First position that counts: the last bar of the lookback
+) -> dict:      # Way -> cross-entropy of s2 in nats
+    "What drawing `s2` costs with a rotated and with an unrotated query"
+    x, sibling, att, out = self.contexts(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1]), self.embedding.emb_s1(s1[:, 1:]), self.dep_layer.cross_attn, {}
+    for way in CROSS_ROPE:
+        o = F.scaled_dot_product_attention(att.query(sibling, 0, self.rotates(way)), *att.keys(x, 0, self.rotates(way)), is_causal=True)
+        logits = self.head.proj_s2(self.dep_layer.norm(x + att.merge(o)))[:, start:]
+        out[way] = float(F.cross_entropy(logits.flatten(0, 1).float(), s2[:, 1+start:].flatten()))
+    return out
+
+@patch
+def pick_cross_rope(self: Kronos,
+    batches,  # Held-out windows: (s1, s2, stamp) each
+    start=0,  # See `ce_by_rope`
+) -> dict:    # Way -> mean cross-entropy
+    "Measure both ways on `batches`, in eval mode, and record the better one in `extra`"
+    with evaluating(self): rows = [self.ce_by_rope(*b, start=start) for b in batches]
+    if not rows: raise ModelError("pick_cross_rope needs at least one batch of held-out windows, got none")
+    mean = {k: sum(r[k] for r in rows)/len(rows) for k in CROSS_ROPE}
+    self.extra['cross_rope'] = min(mean, key=mean.get)
+    return mean
