@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CSS', 'SLIDERS', 'widget_tree', 'Panel', 'error_html', 'guarded', 'button', 'picture', 'show_figure', 'folded', 'now',
-           'code_html', 'as_text', 'from_text', 'changes_from', 'as_yaml', 'settings_text', 'source_text', 'as_code',
-           'read_section', 'make_slider', 'KnobView', 'ConfigPanel', 'light', 'FitJob']
+           'code_html', 'as_text', 'from_text', 'changes_from', 'as_yaml', 'settings_text', 'preset_of', 'source_text',
+           'as_code', 'read_section', 'make_slider', 'KnobView', 'ConfigPanel', 'light', 'FitJob', 'plot_run',
+           'TrainPanel', 'ForecastPanel']
 
 # %% ../nbs/api/18_panel.ipynb #cell-002
 import dataclasses, html, math, threading, time, traceback, typing
@@ -62,15 +63,22 @@ class Panel:
         then, old = Panel.opened.get((type(self), cell), (None, []))
         if cell is not None and then != run: [p.close() for p in old if p is not self]; old = []
         if cell is not None: Panel.opened[type(self), cell] = run, [*old, self]
-        if self.widget is None: self.widget = self.build()
-        view = {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.widget.model_id)}
+        view = {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.open().model_id)}
         display(view | {'text/plain': repr(self)}, raw=True)
 
+    def open(self):
+        "The panel's widgets, made when they are first asked for"
+        if self.widget is None:
+            self.widget = self.build()
+            self.refresh()
+        return self.widget
     def current(self): return self
     def close(self):
         "Give back all widgets"
         for w in widget_tree(self.widget) if self.widget is not None else []: w.close()
         self.widget = None
+    def build(self): raise NotImplementedError
+    def refresh(self): "Show what there is now"
 
 # %% ../nbs/api/18_panel.ipynb #cell-009
 CSS = """<style>
@@ -184,6 +192,8 @@ def settings_text(
     items = [f'{k!r}: {v!r}' for k, v in changes.items()]
     return '**{' + (items[0] if len(items) == 1 else f"\n{' '*indent}" + f",\n{' '*indent}".join(items)) + '}'
 
+def preset_of(config) -> str | None: return config if isinstance(config, str) and config in PRESETS else None
+
 def source_text(data) -> str:
     "Where bars come from, as code"
     return 'bars' if isinstance(data, pd.DataFrame) else repr([str(o) for o in data] if isinstance(data, (list, tuple)) else data if data is None or isinstance(data, str) else str(data))
@@ -294,7 +304,7 @@ def say(self: KnobView,
     "Mark a change, and show what is wrong"
     (self.control.add_class if differs else self.control.remove_class)('knb-changed')
     span = '' if self.meta['choices'] else span_text(self.meta)
-    parts = [f'<i>{html.escape(wrong)}</i>' if wrong else '', f'<b>preset: {html.escape(as_text(base)) or "none"}</b>' if differs else '', html.escape(self.meta['help']) + html.escape(f" ({', '.join(o for o in (self.meta['unit'], span) if o)})")*bool(self.meta['unit'] or span)]
+    parts = [f'<i>{html.escape(wrong)}</i>' if wrong else '', f'<b>preset: {html.escape(as_text(base)) or "none"}</b>' if differs else '', html.escape(self.meta['help']), html.escape(f"{self.meta['unit']} {span}".strip())]
     self.note.value = '; '.join(o for o in parts if o)
 
 # %% ../nbs/api/18_panel.ipynb #cell-026
@@ -305,7 +315,7 @@ class ConfigPanel(Panel):
         data='sample',       # What `fit` will be given, or a DataPanel
         out_dir=None,        # For the code that is shown
     ):
-        self.preset = config if isinstance(config, str) and config in PRESETS else None
+        self.preset = preset_of(config)
         self.base = self.cfg = resolve(config, {})
         self.data, self.out_dir, self.wrong, self.views, self.busy = data, out_dir, {}, {}, False
 
@@ -325,16 +335,16 @@ class ConfigPanel(Panel):
     ):
         "Move controls from code"
         self.cfg = self.config.replace(**changes)
-        self.show()
+        self.refresh()
 
     def start_from(self, preset: str):
         "Take a preset with all its values"
         self.preset, self.base, self.cfg, self.wrong = preset, Config.preset(preset), Config.preset(preset), {}
-        self.show()
+        self.refresh()
 
 # %% ../nbs/api/18_panel.ipynb #cell-027
 @patch
-def show(self: ConfigPanel):
+def refresh(self: ConfigPanel):
     "Put `cfg` into the controls"
     self.busy, flat = True, {k: v for s in SECTIONS for k, v in ((f'{s}.{f.name}', getattr(getattr(self.cfg, s), f.name)) for f in dataclasses.fields(SECTIONS[s]))}
     try:
@@ -388,9 +398,7 @@ def build(self: ConfigPanel):
     self.measured.observe(lambda _: self.summarise(), 'value')
     top = self.build_top(W)
     fold, self.texts = folded(as_code='', as_YAML='')
-    w = W.VBox([W.HTML(CSS), top, tabs, W.HBox([self.measured, self.cost]), self.said, fold], layout=W.Layout(max_width='1000px'))
-    self.show()
-    return w
+    return W.VBox([W.HTML(CSS), top, tabs, W.HBox([self.measured, self.cost]), self.said, fold], layout=W.Layout(max_width='1000px'))
 
 @patch
 def build_top(self: ConfigPanel, W):
@@ -418,11 +426,11 @@ class FitJob(Callback):
         **kwargs, # As for `fit`
     ):
         self.data, self.config, self.out, self.more, self.every, self.kwargs = data, config, Path(out_dir or 'runs/run'), list(callbacks), every, kwargs
-        self.go, self.ending, self.thread, self.listeners, self.told = threading.Event(), False, None, [], 0.
+        self.go, self.ending, self.done, self.thread, self.listeners, self.told = threading.Event(), False, False, None, [], 0.
         self.histories, self.learn, self.result, self.error = {}, None, None, None
 
     @property
-    def alive(self) -> bool: return self.thread is not None and self.thread.is_alive()
+    def alive(self) -> bool: return self.thread is not None and not self.done
     @property
     def state(self) -> str:
         "'new', 'running', 'paused', 'stopping', 'failed', 'interrupted' or 'finished'"
@@ -435,7 +443,7 @@ class FitJob(Callback):
         folder = str(self.out.resolve())
         if FitJob.running.get(folder) is not None: raise RunError(f"a fit is at work in {str(self.out)!r} already: stop it first, or choose another folder")
         self.result = self.error = None
-        self.ending, FitJob.running[folder] = False, self
+        self.ending, self.done, FitJob.running[folder] = False, False, self
         self.go.set()
         self.thread = threading.Thread(target=self.work, name=f'fit {self.out}', daemon=True)
         self.thread.start()
@@ -445,9 +453,8 @@ class FitJob(Callback):
         try: self.result = fit(self.data, self.config, self.out, callbacks=[self, *self.more], **self.kwargs)
         except BaseException as e: self.error = e
         finally:
-            self.learn = None
             FitJob.running.pop(str(self.out.resolve()), None)
-            self.thread = None
+            self.learn, self.done = None, True
             self.tell()
 
 # %% ../nbs/api/18_panel.ipynb #cell-036
@@ -467,8 +474,7 @@ def wait(self: FitJob,
     timeout: float | None = None, # Seconds
 ):  # What `fit` returned; None if it is not done yet
     "Wait for the end; raises what the fit raised"
-    thread = self.thread
-    if thread is not None: thread.join(timeout)
+    if self.thread is not None: self.thread.join(timeout)
     if self.error is not None: raise self.error
     return self.result
 
@@ -503,3 +509,201 @@ def progress(self: FitJob) -> tuple: # Share of the stage that is done, and a se
     (began, first), total = self.began, learn.total_steps
     left = f', {clock((time.monotonic()-began)/(learn.step-first)*(total-learn.step))} left' if learn.step > first and self.state == 'running' else ''
     return learn.step/total, f'{self.state}: {self.stage}, epoch {min(learn.epoch+1, learn.epochs)} of {learn.epochs}, step {learn.step} of {total}{left}'
+
+# %% ../nbs/api/18_panel.ipynb #cell-042
+def plot_run(
+    history, # A History, or the folder of a stage
+    title='',
+):
+    "Training loss, validation loss and gradient norm: a matplotlib Figure"
+    fig, axes = figure(11, 3.1, ncols=3)
+    plot_steps(axes[0], history)
+    plot_validation(axes[1], history)
+    plot_steps(axes[2], history, 'gradient_norm')
+    if title: fig.suptitle(title)
+    return fig
+
+class TrainPanel(Panel):
+    "Start, pause, stop and continue a fit, and watch it"
+    def __init__(self,
+        data='sample',       # What `fit` is given, or a DataPanel
+        config='quickstart', # A preset's name, a YAML file, a dict, a `Config`, or a ConfigPanel
+        out_dir='runs/panel',
+        every: float = 2.,   # Seconds between pictures, at least
+    ):
+        self.data, self.config, self.out, self.every, self.due, self.lock = data, config, str(out_dir), every, 0., threading.RLock()
+        self.job = FitJob.running.get(str(Path(self.out).resolve()))
+
+    @property
+    def code(self):
+        preset = self.config.preset if isinstance(self.config, ConfigPanel) else preset_of(self.config)
+        return as_code(resolve(now(self.config), {}), preset, now(self.data), self.out)
+    def current(self):
+        "What the fit returned"
+        if self.job is None or self.job.result is None: raise RunError('there is no finished run yet: press Start in the training panel, and wait for its end')
+        return self.job.result
+
+    def start(self):
+        "Begin, or go on with what is in the folder"
+        self.listen(FitJob(now(self.data), resolve(now(self.config), {'runtime.progress': False}), self.out))
+        self.job.start()
+    def pause(self): (self.job.pause if self.job.go.is_set() else self.job.resume)()
+    def stop(self): self.job.stop()
+    def listen(self, job):
+        "Follow a job"
+        self.job = job
+        if self.refresh not in job.listeners: job.listeners.append(self.refresh)
+    def close(self):
+        if self.job is not None and self.refresh in self.job.listeners: self.job.listeners.remove(self.refresh)
+        with self.lock: super().close()
+
+# %% ../nbs/api/18_panel.ipynb #cell-043
+@patch
+def build(self: TrainPanel):
+    import ipywidgets as W
+    self.said, self.status, self.findings, self.verdict = (W.HTML() for _ in range(4))
+    self.folder = W.Text(value=self.out, description='folder', continuous_update=False, layout=W.Layout(width='300px'), style=dict(description_width='50px'))
+    self.folder.observe(lambda c: setattr(self, 'out', c['new']), 'value')
+    self.buttons = [button(t, self.said, f, i, st) for t, f, i, st in (('Start', self.start, 'play', 'success'), ('Pause', self.pause, 'pause', ''), ('Stop', self.stop, 'stop', 'warning'))]
+    self.bar, self.chart = W.FloatProgress(min=0., max=1., layout=W.Layout(width='180px')), picture()
+    fold, self.texts = folded(as_code=self.code)
+    if self.job is not None: self.listen(self.job)
+    return W.VBox([W.HTML(CSS), W.HBox([*self.buttons, self.folder, self.bar]), self.status, self.said, self.chart, self.findings, self.verdict, fold], layout=W.Layout(max_width='1000px'))
+
+@patch
+def refresh(self: TrainPanel, job=None):
+    "Show where the job is; called from its thread"
+    job = job or self.job
+    with self.lock:
+        if self.widget is None: return
+        start, pause, stop = self.buttons
+        alive = job is not None and job.alive
+        start.disabled, pause.disabled, stop.disabled = alive, not alive, not alive or job.ending
+        start.description = 'Continue' if job is not None and job.state in ('interrupted', 'failed') else 'Start'
+        pause.description = 'Go on' if job is not None and job.state == 'paused' else 'Pause'
+        if job is None: return
+        self.bar.value, self.status.value = (lambda share, text: (share, html.escape(text)))(*job.progress())
+        if not alive: self.finish(job)
+        if job.histories and (time.monotonic() >= self.due or not alive): self.draw(job)
+
+@patch
+def draw(self: TrainPanel, job):
+    "The curves of the stage at work, or of the last one"
+    began, (stage, history) = time.monotonic(), list(job.histories.items())[-1]
+    show_figure(self.chart, plot_run(history, stage))
+    self.findings.value = f"<div class='knb-note'>{html.escape(summary_line(history))}</div>"
+    self.due = time.monotonic() + max(self.every, 10*(time.monotonic()-began))
+
+@patch
+def finish(self: TrainPanel, job):
+    "The error, or the verdict"
+    self.said.value = error_html(job.error) if job.error is not None else ''
+    r = job.result
+    if r is None or r.interrupted: return
+    table = '' if r.evaluation is None else r.evaluation.table().to_html(border=0)
+    self.verdict.value = f"<div class='knb'><b>{html.escape(r.evaluation.sentence if r.evaluation is not None else 'Not judged: no test part was held back.')}</b>{table}Report: {html.escape(str(r.out_dir/'report.md'))}</div>"
+
+# %% ../nbs/api/18_panel.ipynb #cell-048
+class ForecastPanel(Panel):
+    "Forecast from any bar, and see what happened"
+    def __init__(self,
+        model,         # A Forecaster, what `fit` returned, the folder of a run, or a TrainPanel
+        bars='sample', # Bars, what `read_klines` takes, or a DataPanel
+        **asked,       # symbol, origin (bars before it are history), horizon, paths, temperature, top_p, seed
+    ):
+        self.model, self.data, self.key, self.busy, self.forecast, self.actual = model, bars, None, False, None, None
+        self.asked = dict(symbol=None, origin=None, horizon=None, paths=100, temperature=1., top_p=.9, seed=0) | asked
+
+    def load(self):
+        "The model and the bars, anew if they are others than before"
+        m, data = now(self.model), now(self.data)
+        if self.key is not None and self.key[0] is m and self.key[1] is data: return
+        self.folder = None if isinstance(m, Forecaster) else Path(getattr(m, 'out_dir', m))
+        cfg = Config.load(self.folder/'config.yaml') if self.folder is not None and (self.folder/'config.yaml').is_file() else Config()
+        self.forecaster = m if isinstance(m, Forecaster) else m.forecaster() if hasattr(m, 'forecaster') else Forecaster.from_pretrained(m)
+        self.bars = {str(s): g.reset_index(drop=True) for s, g in load_bars(data, cfg).groupby('symbol', observed=True)}
+        a, self.key = self.asked, (m, data)
+        if a['symbol'] not in self.bars: a['symbol'] = next(iter(self.bars))
+        a['horizon'] = a['horizon'] or cfg.data.predict_window
+
+    def predict(self):
+        "Forecast as asked"
+        self.load()
+        a, bars = self.asked, self.bars[self.asked['symbol']]
+        at = self.origin(bars)
+        self.actual = bars.iloc[at:at+a['horizon']]
+        self.forecast = self.forecaster.predict(bars.iloc[:at], a['horizon'], future=self.actual.timestamps if len(self.actual) == a['horizon'] else None, progress=False, **{k: a[k] for k in ('paths', 'temperature', 'top_p', 'seed')})
+        return self.forecast
+
+    def origin(self, bars) -> int:
+        "Bars of history: those before the last `horizon`, if nothing else was asked"
+        return min(self.asked['origin'] or max(len(bars)-self.asked['horizon'], 2), len(bars))
+
+# %% ../nbs/api/18_panel.ipynb #cell-049
+@patch(as_prop=True)
+def code(self: ForecastPanel) -> str:
+    self.load()
+    a, data = self.asked, now(self.data)
+    bars = 'bars' if isinstance(data, pd.DataFrame) else f"sample_klines({a['symbol']!r})" if isinstance(data, str) and data == 'sample' else f"read_klines({source_text(data)}, symbols={a['symbol']!r})"
+    model = 'forecaster' if self.folder is None else f"Forecaster.from_pretrained({str(self.folder)!r})"
+    at, H = self.origin(self.bars[a['symbol']]), a['horizon']
+    known = f"actual = bars[{at}:{at+H}]\n" if len(self.bars[a['symbol']]) >= at+H else ''
+    return ('from kronos_nb.forecast import Forecaster\nfrom kronos_nb.data.kline import read_klines, sample_klines\n\n'
+        f"bars = {bars}\n{known}forecast = {model}.predict(bars[:{at}], {H}, paths={a['paths']}, temperature={a['temperature']:g}, top_p={a['top_p']:g}, seed={a['seed']}{', future=actual.timestamps' if known else ''})\n"
+        f"forecast.plot({'actual=actual' if known else ''})")
+
+@patch
+def build(self: ForecastPanel):
+    import ipywidgets as W
+    self.said, self.when, self.chart = W.HTML(), W.HTML(), picture()
+    self.when.add_class('knb-note')
+    look = dict(style=dict(description_width='85px'), layout=W.Layout(width='325px'))
+    num = look | dict(continuous_update=False)
+    self.views = dict(symbol=W.Dropdown(description='symbol', **look), origin=W.IntSlider(description='origin', **num), horizon=W.IntSlider(description='bars ahead', min=1, max=120, **num),
+        paths=W.IntSlider(description='paths', min=10, max=500, step=10, **num), temperature=W.FloatSlider(description='temperature', min=0., max=2., step=.05, **num),
+        top_p=W.FloatSlider(description='top-p', min=.05, max=1., step=.05, **num))
+    for v in self.views.values(): v.observe(self.moved, 'value')
+    self.go = button('Forecast', self.said, self.clicked, 'line-chart', 'success')
+    fold, self.texts = folded(as_code='')
+    grid = W.GridBox(list(self.views.values()), layout=W.Layout(grid_template_columns='330px 330px 330px'))
+    return W.VBox([W.HTML(CSS), grid, W.HBox([self.go, self.when]), self.said, self.chart, fold], layout=W.Layout(max_width='1000px'))
+
+# %% ../nbs/api/18_panel.ipynb #cell-050
+@patch
+def refresh(self: ForecastPanel): guarded(self.said, self.fill)()
+
+@patch
+def fill(self: ForecastPanel):
+    "Put what there is into the controls"
+    self.load()
+    v, a, self.busy = self.views, self.asked, True
+    bars = self.bars[a['symbol']]
+    try:
+        v['symbol'].options = list(self.bars)
+        for k in ('symbol', 'horizon', 'paths', 'temperature', 'top_p'): v[k].value = a[k]
+        v['origin'].max = len(bars)
+        v['origin'].value = self.origin(bars)
+        v['origin'].min = min(self.forecaster.lookback_window or 2, len(bars))
+    finally: self.busy = False
+    at = v['origin'].value
+    self.when.value = f"forecast from {bars.timestamps[at-1]}" + ('' if at < len(bars) else ', the last bar: what comes next')
+    self.texts[0].value = code_html(self.code)
+
+@patch
+def moved(self: ForecastPanel, change):
+    "Take over what the controls say"
+    if self.busy: return
+    new = {k: w.value for k, w in self.views.items()}
+    if new['symbol'] != self.asked['symbol'] or new['origin'] == self.origin(self.bars[new['symbol']]): new['origin'] = self.asked['origin'] if new['symbol'] == self.asked['symbol'] else None
+    self.asked |= new
+    self.refresh()
+
+@patch
+def clicked(self: ForecastPanel):
+    "Forecast and draw"
+    f = self.predict()
+    self.fill()
+    fig, ax = figure(10, 3.6)
+    f.plot(actual=self.actual if len(self.actual) else None, ax=ax)
+    show_figure(self.chart, fig)
+    self.said.value = f"<div class='knb-note'>median {f.quantile(.5)['close'].iloc[-1]:.6g} after {len(f)} bars, now {f.last_close:.6g}; {f.prob_up().iloc[-1]:.0%} of the paths end higher. {html.escape('; '.join(f.notes))}</div>"
