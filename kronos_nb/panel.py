@@ -56,7 +56,9 @@ class Panel:
     opened = {}   # (class, cell) -> (run of the cell, panels shown in it)
     widget = None
 
-    def __repr__(self): return f'{type(self).__name__}\n{self.code}'
+    def __repr__(self):
+        try: return f'{type(self).__name__}\n{self.code}'
+        except KronosError as e: return f'{type(self).__name__}: {e}'
     def _ipython_display_(self):
         from IPython.display import display
         cell, run = _place()
@@ -86,7 +88,8 @@ CSS = """<style>
 .knb-note, .knb-note .widget-html-content {line-height: 1.3; font-size: 12px; color: #666}
 .knb-note b {color: #b3541e} .knb-note i {color: #c62828; font-style: normal; font-weight: 600}
 .knb-code pre {margin: 0; padding: 6px 8px; background: #f6f6f6; font-size: 12px; line-height: 1.35; overflow: auto; white-space: pre; color: #222}
-.knb table {font-size: 12px; border-collapse: collapse} .knb td, .knb th {padding: 1px 8px; text-align: left; border: 0}
+.knb table {font-size: 12px; border-collapse: collapse; line-height: 1.3} .knb td {white-space: nowrap}
+.knb.widget-html > .widget-html-content {line-height: 1.4} .knb td, .knb th {padding: 1px 8px; text-align: left; border: 0}
 .knb-error {color: #c62828}
 </style>"""
 
@@ -562,6 +565,7 @@ class TrainPanel(Panel):
 def build(self: TrainPanel):
     import ipywidgets as W
     self.said, self.status, self.findings, self.verdict = (W.HTML() for _ in range(4))
+    for o in (self.findings, self.verdict): o.add_class('knb')
     self.folder = W.Text(value=self.out, description='folder', continuous_update=False, layout=W.Layout(width='300px'), style=dict(description_width='50px'))
     self.folder.observe(lambda c: setattr(self, 'out', c['new']), 'value')
     self.buttons = [button(t, self.said, f, i, st) for t, f, i, st in (('Start', self.start, 'play', 'success'), ('Pause', self.pause, 'pause', ''), ('Stop', self.stop, 'stop', 'warning'))]
@@ -600,8 +604,9 @@ def finish(self: TrainPanel, job):
     self.said.value = error_html(job.error) if job.error is not None else ''
     r = job.result
     if r is None or r.interrupted: return
-    table = '' if r.evaluation is None else r.evaluation.table().to_html(border=0)
-    self.verdict.value = f"<div class='knb'><b>{html.escape(r.evaluation.sentence if r.evaluation is not None else 'Not judged: no test part was held back.')}</b>{table}Report: {html.escape(str(r.out_dir/'report.md'))}</div>"
+    table = '' if r.evaluation is None else f"<details><summary>metrics, with 95 % intervals</summary>{r.evaluation.table().to_html(border=0)}</details>"
+    said = r.evaluation.sentence if r.evaluation is not None else 'Not judged: no test part was held back.'
+    self.verdict.value = f"<div class='knb'><b>{html.escape(said)}</b>{table}Report: {html.escape(str(r.out_dir/'report.md'))}</div>"
 
 # %% ../nbs/api/18_panel.ipynb #cell-048
 class ForecastPanel(Panel):
@@ -693,9 +698,8 @@ def fill(self: ForecastPanel):
 def moved(self: ForecastPanel, change):
     "Take over what the controls say"
     if self.busy: return
-    new = {k: w.value for k, w in self.views.items()}
-    if new['symbol'] != self.asked['symbol'] or new['origin'] == self.origin(self.bars[new['symbol']]): new['origin'] = self.asked['origin'] if new['symbol'] == self.asked['symbol'] else None
-    self.asked |= new
+    name = next(k for k, w in self.views.items() if w is change['owner'])
+    self.asked |= {name: change['new']} | ({'origin': None} if name == 'symbol' else {})
     self.refresh()
 
 @patch
