@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'ALIASES', 'KLINES12', 'SAMPLES', 'SHARES', 'RULES', 'POLI
            'repair_klines']
 
 # %% ../../nbs/api/02_data.kline.ipynb #cell-002
-import csv, glob, gzip, io, re, warnings, zipfile, zlib
+import codecs, csv, glob, gzip, io, re, warnings, zipfile, zlib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -32,8 +32,10 @@ ALIASES = dict(
     adj_close='adj_close adjclose adjusted_close adj._close')
 KLINES12 = 'open_time open high low close volume close_time quote_volume count taker_buy_volume taker_buy_quote_volume ignore'.split()
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-010
 def _key(c): return re.sub(r'[\s\-]+', '_', str(c).strip().lstrip('\ufeff').strip('<>').lower())
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-013
 def recognise(
     columns,    # Column names as found
     given=None, # {'their name': 'our name'}, which overrules the list
@@ -55,7 +57,7 @@ def recognise(
         if blank: found['timestamps'] = blank[0]
     return found, [c for c in columns if c not in found.values()]
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-011
+# %% ../../nbs/api/02_data.kline.ipynb #cell-017
 _DIGITS = ((19e6, 22e6, '%Y%m%d'), (19e10, 22e10, '%Y%m%d%H%M'), (19e12, 22e12, '%Y%m%d%H%M%S'), (19e15, 22e15, '%Y%m%d%H%M%S%f'))
 _EPOCH = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1))  # from, below, ns per unit
 
@@ -72,13 +74,14 @@ def _numeric_time(v):
         if m.any(): out[m] = (v[m].astype('int64') * ns).view('M8[ns]')
     return out, wall
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-014
+# %% ../../nbs/api/02_data.kline.ipynb #cell-020
 def _localise(t, tz):
     "Naive wall clock of `tz`, datetime64[ns], to naive UTC"
     if tz in (None, 'UTC'): return t
     try: return pd.Series(t).dt.tz_localize(tz, ambiguous='infer', nonexistent='shift_forward').dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]')
     except Exception as e: raise DataError(f"stamps cannot be read as a clock of {tz!r}: {e}; pass the zone they were recorded in, such as 'America/New_York', or None for UTC") from e
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-022
 def _day_first(text, dayfirst):
     "Whether dates such as 13/02/2024 put the day first; an error where nothing tells"
     parts = text.str.extract(r'^\s*(\d{1,2})[/.\-](\d{1,2})[/.\-]\d{4}').dropna().astype(int)
@@ -86,32 +89,39 @@ def _day_first(text, dayfirst):
     if (parts[0] > 12).any() or (parts[1] > 12).any(): return bool((parts[0] > 12).any())
     raise DataError(f"dates like {text[parts.index[0]]!r} can be read day first or month first; pass dayfirst=True or dayfirst=False")
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-017
+# %% ../../nbs/api/02_data.kline.ipynb #cell-025
 _OFFSET = r':\d\d(?:\.\d+)?\s*(?:Z|UTC|[+-]\d\d:?\d\d)$'
 
+def _parse(text, day, **kw):
+    "datetime64[ns] of text cells, their offset applied where they have one; NaT where unreadable"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # no format fits the first cell: not a guess but the slow path
+        return pd.to_datetime(text, errors='coerce', utc=True, dayfirst=day, **kw).dt.tz_localize(None).to_numpy('M8[ns]').copy()
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-028
 def _slow_text_time(text, tz, day):
-    "Stamps of text cells of any format, zone by zone; NaT where unreadable"
-    aware = text.str.contains(_OFFSET, regex=True, na=False).to_numpy(bool)
-    out = np.full(len(text), np.datetime64('NaT', 'ns'))
-    parse = lambda s, utc: pd.to_datetime(s, errors='coerce', utc=utc, format='mixed', dayfirst=day)
-    if aware.any(): out[aware] = parse(text[aware], True).dt.tz_localize(None).to_numpy('M8[ns]')
-    if not aware.all(): out[~aware] = _localise(parse(text[~aware], False).to_numpy('M8[ns]'), tz)
+    "Stamps of text cells of any format, and which of them carry an offset"
+    aware = text.str.contains(_OFFSET, regex=True).to_numpy(bool)
+    try: out = _parse(text, day, format='mixed')
+    except (Warning, ValueError, OverflowError): return np.full(len(text), np.datetime64('NaT', 'ns')), aware
+    out[~aware] = _localise(out[~aware], tz)
     return out, aware
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-030
 def _text_time(text, tz, dayfirst):
     "UTC stamps of a text series, and notes; unreadable ones become NaT"
     day = _day_first(text, dayfirst) if text.head(100).str.match(r'\s*\d{1,2}[/.\-]\d{1,2}[/.\-]\d{4}').any() else bool(dayfirst)
-    first = bool(re.search(_OFFSET, text.iloc[0]))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)  # 'could not infer format': the slow path then reads them
-        got = pd.to_datetime(text, errors='coerce', utc=first, dayfirst=day)
-    out = got.dt.tz_localize(None).to_numpy('M8[ns]').copy() if first else _localise(got.to_numpy('M8[ns]'), tz).copy()
+    first = bool(re.search(_OFFSET, next((o for o in text if o), '')))
+    try: out = _parse(text, day)
+    except (Warning, ValueError, OverflowError): out = np.full(len(text), np.datetime64('NaT', 'ns'))
+    if not first: out = np.array(_localise(out, tz))
     left = np.isnat(out)
     if not left.any(): return out, []
     out[left], aware = _slow_text_time(text[left], tz, day)
-    mixed = (aware != first)[~np.isnat(out[left])].any() and not left.all() or (aware.any() and not aware.all() and left.all())
-    return out, ['mixed zones: some stamps carry a UTC offset, some do not'] if mixed else []
+    kinds = set(aware[~np.isnat(out[left])].tolist()) | ({first} if not left.all() else set())
+    return out, ['mixed zones: some stamps carry a UTC offset, some do not'] if len(kinds) > 1 else []
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-032
 def to_utc(
     values,         # Stamps: numbers, text, dates, with or without a zone
     tz=None,        # Zone of naive stamps, e.g. 'Asia/Shanghai'; None takes them as UTC
@@ -119,11 +129,22 @@ def to_utc(
 ) -> tuple[np.ndarray, list]: # datetime64[ns] in UTC, NaT where unreadable; notes
     "Stamps as naive UTC"
     s = pd.Series(values).reset_index(drop=True)
+    out, notes = _stamps(s, tz, dayfirst) if len(s) else (np.empty(0, 'M8[ns]'), [])
+    if len(out) and not (out.min() >= _SANE[0] and out.max() < _SANE[1]): out = np.where((out >= _SANE[0]) & (out < _SANE[1]), out, np.datetime64('NaT', 'ns'))
+    return out, notes
+
+_SANE = np.array(['1800', '2090'], 'M8[ns]')  # any two stamps in between differ by less than 2**63 ns
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-034
+def _text(s):
+    "A column as text without blanks at the ends; what is missing is ''"
+    return s.astype(object).where(s.notna(), '').astype(str).str.strip()
+
+def _stamps(s, tz, dayfirst):
     if isinstance(s.dtype, pd.DatetimeTZDtype): return s.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]'), []
     if s.dtype.kind == 'M': return _localise(s.to_numpy('M8[ns]'), tz), []
-    if s.dtype.kind in 'iuf': return _from_numbers(s.to_numpy('float64' if s.dtype.kind == 'f' else 'int64'), tz), []
-    text = s.astype(str).str.strip()
-    if not len(text): return np.empty(0, 'M8[ns]'), []
+    if s.dtype.kind in 'iufb': return _from_numbers(s.to_numpy('float64'), tz), []
+    text = _text(s)
     if pd.to_numeric(text.head(1000), errors='coerce').notna().mean() > .5: return _from_numbers(pd.to_numeric(text, errors='coerce').to_numpy('float64'), tz), []
     return _text_time(text, tz, dayfirst)
 
@@ -132,7 +153,7 @@ def _from_numbers(v, tz):
     if wall.any(): out[wall] = _localise(out[wall], tz)
     return out
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-020
+# %% ../../nbs/api/02_data.kline.ipynb #cell-037
 def time_stamps(
     timestamps,      # (T,) datetime64, UTC
     dtype=np.int64,  # int8 holds every value and is what datasets store
@@ -145,7 +166,7 @@ def time_stamps(
     out[:, 3], out[:, 4] = (day - month.astype('M8[D]')).view('i8') + 1, month.view('i8') % 12 + 1
     return out
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-024
+# %% ../../nbs/api/02_data.kline.ipynb #cell-041
 _BLANK = ('', '-', '--', 'nan', 'null', 'none', 'na', 'n/a', '<na>')
 
 def to_float(
@@ -163,7 +184,7 @@ def to_float(
     out[lost] = pd.to_numeric(digits, errors='coerce').to_numpy('float64') * unit.fillna(1.).to_numpy()
     return out, int((np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()).sum())
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-027
+# %% ../../nbs/api/02_data.kline.ipynb #cell-044
 def _features(raw, found, adjust):
     "(6, T) float64 features and notes on what was made up or is no number"
     cols, notes = {}, []
@@ -184,14 +205,15 @@ def _features(raw, found, adjust):
         notes.append('prices adjusted by adjusted close / close')
     return out, notes
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-046
 def _stamp_column(raw, found):
     "The stamps, with a separate time of day added where there is one"
     day = raw[found['timestamps']]
     clock = next((c for c in raw.columns if _key(c) == 'time' and c != found['timestamps']), None)
     if clock is None or not len(raw) or ':' in str(day.iloc[0]) or ':' not in str(raw[clock].iloc[0]): return day
-    return day.astype(str) + ' ' + raw[clock].astype(str)
+    return _text(day) + ' ' + _text(raw[clock])
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-030
+# %% ../../nbs/api/02_data.kline.ipynb #cell-049
 def _unfold(raw):
     "Index to columns, and columns of the form (price, ticker) to a symbol column"
     if raw.columns.nlevels == 2:
@@ -203,6 +225,7 @@ def _unfold(raw):
     if isinstance(raw.index, pd.DatetimeIndex) and not names and 'timestamps' not in recognise(raw.columns)[0]: raw = raw.rename_axis('timestamps'); names = ['timestamps']
     return raw.reset_index(names) if names else raw
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-052
 def _convert(raw, tz, dayfirst, columns, adjust):
     "(symbols or None, stamps, (6, T) features, what was recognised) of one table"
     found, ignored = recognise(raw.columns, columns)
@@ -214,7 +237,7 @@ def _convert(raw, tz, dayfirst, columns, adjust):
     if lost: notes.append(f'{lost} unreadable timestamps')
     return raw[found['symbol']] if 'symbol' in found else None, stamps, x, dict(columns={v: k for k, v in found.items()}, ignored=ignored, notes=notes + more)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-034
+# %% ../../nbs/api/02_data.kline.ipynb #cell-056
 class Capped(io.RawIOBase):
     "A byte stream that raises once more than `limit` bytes have been read"
     def __init__(self, stream, limit, name): self.stream, self.left, self.name = stream, limit, name
@@ -228,6 +251,7 @@ class Capped(io.RawIOBase):
 
 def _limit(path, max_bytes, max_ratio): return min(max_bytes, max(path.stat().st_size * max_ratio, 2**24))
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-058
 def _streams(path, max_bytes, max_ratio):
     "Yield (name, binary stream, file underneath) of each text table in `path`"
     limit = _limit(path, max_bytes, max_ratio)
@@ -242,15 +266,15 @@ def _streams(path, max_bytes, max_ratio):
                     with z.open(n) as f: yield n, io.BufferedReader(Capped(f, limit, f'{path.name}/{n}'), 2**16), raw
         else: yield path.name, io.BufferedReader(raw, 2**16), raw
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-037
+# %% ../../nbs/api/02_data.kline.ipynb #cell-061
 def _decode(head, name):
     if b'\0' in head: raise DataError(f"{name} is not a text table (it holds zero bytes)")
-    head = head.rpartition(b'\n')[0] or head
     for enc in ('utf-8-sig', 'gb18030'):
-        try: return head.decode(enc), enc
+        try: return codecs.getincrementaldecoder(enc)().decode(head), enc  # the last character may be cut
         except UnicodeDecodeError: continue
     raise DataError(f"{name} is neither UTF-8 nor GB18030 text")
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-063
 def _numberish(cell): return bool(re.fullmatch(r'\s*-?\d[\d.,:/\-T eE+Z]*\s*', cell))
 
 def _headerless(cells, name):
@@ -260,6 +284,7 @@ def _headerless(cells, name):
     if len(cells) in (6, 7): return ['timestamps', 'open', 'high', 'low', 'close', 'volume', 'amount'][:len(cells)]
     raise DataError(f"{name} has no header and {len(cells)} columns; known without a header are 12 (exchange klines), 7 and 6; add a header row")
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-066
 def sniff(
     head: bytes, # Beginning of a text file
     name: str,   # For messages
@@ -282,7 +307,7 @@ def sniff(
     if extra and any(''.join(o[len(rows[0]):]).strip() for o in extra): raise DataError(f"{name}: the header has {len(rows[0])} columns and a row below it {len(extra[0])}")
     return dict(how, names=rows[0], skiprows=skip + 1), None
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-040
+# %% ../../nbs/api/02_data.kline.ipynb #cell-069
 def symbol_of(
     name: str, # File name
 ) -> str:
@@ -290,6 +315,7 @@ def symbol_of(
     stem = re.sub(r'(\.(csv|txt|tsv|gz|zip|parquet|feather|pq))+$', '', Path(name).name, flags=re.I)
     return re.sub(r'[_\-]\d+(s|m|min|h|d|w|mo)([_\-].*)?$', '', stem, flags=re.I) or stem
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-071
 def _csv_pieces(path, chunk, columns, max_bytes, max_ratio):
     for name, f, raw in _streams(path, max_bytes, max_ratio):
         how, symbol = sniff(f.peek(2**16), name)
@@ -304,26 +330,34 @@ def _csv_pieces(path, chunk, columns, max_bytes, max_ratio):
                                   dtype={found['symbol']: str} if 'symbol' in found else None, **how):
                 yield name, symbol, df, [c for c in ignored if c not in clock], raw.tell()
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-073
 def _arrow_pieces(path, chunk, columns, max_bytes, max_ratio):
     import pyarrow as pa, pyarrow.parquet as pq
     size = path.stat().st_size
     if path.suffix.lower() == '.feather':
         with pa.memory_map(str(path)) as source:
-            f = pa.ipc.open_file(source)
-            for i in range(f.num_record_batches): yield path.name, None, f.get_batch(i).to_pandas(), [], size * (i + 1) // f.num_record_batches
+            f, left = pa.ipc.open_file(source), _limit(path, max_bytes, max_ratio)
+            for i in range(f.num_record_batches):
+                b = f.get_batch(i)
+                b.validate(full=True)  # damaged offsets would point anywhere in memory
+                left -= b.nbytes
+                if left < 0: raise DataError(f"{path.name} expands beyond the limit on compressed input; raise max_bytes or max_ratio if you trust it")
+                yield path.name, None, b.to_pandas(), [], size * (i + 1) // f.num_record_batches
         return
     with pq.ParquetFile(path) as f:
-        expanded, rows = sum(f.metadata.row_group(i).total_byte_size for i in range(f.num_row_groups)), 0
+        meta, rows = f.metadata, 0
+        expanded = max(sum(meta.row_group(i).total_byte_size for i in range(f.num_row_groups)), 8 * meta.num_rows * meta.num_columns)
         if expanded > _limit(path, max_bytes, max_ratio): raise DataError(f"{path.name} expands to {expanded:,} bytes, beyond the limit on compressed input; raise max_bytes or max_ratio if you trust it")
         for b in f.iter_batches(chunk):
             rows += len(b)
-            yield path.name, None, b.to_pandas(), [], size * rows // max(f.metadata.num_rows, 1)
+            yield path.name, None, b.to_pandas(), [], size * rows // max(meta.num_rows, 1)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-044
+# %% ../../nbs/api/02_data.kline.ipynb #cell-077
 class _ReadLog(list):
     "What was recognised in each file; shared, not copied, by every frame that descends from a read"
     def __deepcopy__(self, memo): return self
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-079
 class _Store:
     "Bars gathered piece by piece"
     def __init__(self): self.codes, self.names, self.stamps, self.x, self.n = [], {}, [], [], 0
@@ -351,9 +385,7 @@ class _Store:
         bars.insert(0, 'symbol', pd.Index(np.sort(names), dtype=None if len(names) else object).take(code))
         return bars
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-045
-_BROKEN = (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, csv.Error, EOFError, OSError, ValueError,
-           NotImplementedError, RuntimeError, OverflowError)  # the last ones: encrypted or exotic zips, absurd numbers
+# %% ../../nbs/api/02_data.kline.ipynb #cell-080
 _ENDINGS = re.compile(r'\.(csv|txt|tsv|csv\.gz|txt\.gz|tsv\.gz|zip|parquet|pq|feather)$', re.I)
 
 def _files(source):
@@ -366,6 +398,7 @@ def _files(source):
     if not out: raise DataError(f"no file of bars at {str(source)!r}; give a file, a glob, a list, a folder or a DataFrame")
     return out
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-083
 def _pieces(source, columns, chunk, max_bytes, max_ratio):
     "Yield (name, symbol in the header, raw table, ignored columns, bytes done) for every piece of `source`"
     if isinstance(source, pd.DataFrame):
@@ -378,9 +411,10 @@ def _pieces(source, columns, chunk, max_bytes, max_ratio):
         try:
             for name, symbol, raw, ignored, at in read(path, chunk, columns, max_bytes, max_ratio): yield name, symbol, _unfold(raw), ignored, done + at
         except DataError as e: raise DataError(f"{path.name}: {e}" if path.name not in str(e) else str(e)) from e
-        except _BROKEN as e: raise DataError(f"cannot read {path.name}: {type(e).__name__}: {e}; is the file whole and of the kind its name says?") from e
+        except Exception as e: raise DataError(f"cannot read {path.name}: {type(e).__name__}: {str(e)[:200]}; is the file whole and of the kind its name says?") from e
         done += path.stat().st_size
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-085
 def _utc(when):
     "A moment as naive UTC"
     if when is None: return None
@@ -393,7 +427,7 @@ def _progress(source, progress):
     total = 0 if isinstance(source, pd.DataFrame) else sum(f.stat().st_size for f in _files(source))
     return tqdm(total=total, unit='B', unit_scale=True, desc='bars', disable=not (total > 2e8 if progress is None else progress))
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-047
+# %% ../../nbs/api/02_data.kline.ipynb #cell-087
 def read_klines(
     source,          # Path, glob, list of them, folder, or DataFrame; csv, csv.gz, zip, parquet, feather
     symbol=None,     # Symbol of files without a symbol column; None takes it from the file name
@@ -413,7 +447,8 @@ def read_klines(
     wanted, lo, hi = None if symbols is None else {symbols} if isinstance(symbols, str) else {str(o) for o in symbols}, _utc(start), _utc(end)
     with _progress(source, progress) as bar:
         for name, own, raw, ignored, done in _pieces(source, columns, chunk, max_bytes, max_ratio):
-            col, t, x, found = _convert(raw, tz, dayfirst, columns, adjust)
+            try: col, t, x, found = _convert(raw, tz, dayfirst, columns, adjust)
+            except DataError as e: raise DataError(f"{name}: {e}") from e
             said = symbol or own or ('UNKNOWN' if name == 'DataFrame' else symbol_of(name))
             keep = np.ones(len(t), bool)
             if wanted is not None: keep &= col.astype(str).isin(wanted).to_numpy() if col is not None else said in wanted
@@ -428,6 +463,7 @@ def read_klines(
     out.attrs['read'] = _ReadLog(log.values())
     return out
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-089
 def _note(log, name, found, ignored, rows, symbol):
     "Add what was recognised in one piece of file `name`; counts of bad cells add up"
     row = log.setdefault(name, dict(file=name, rows=0, symbol=symbol or 'in a column', columns=found['columns'], ignored=list(map(str, ignored + found['ignored'])), notes={}))
@@ -444,7 +480,7 @@ def read_report(
                  notes='; '.join(f'{n} {w}' if n else w for w, n in o['notes'].items())) for o in bars.attrs.get('read', [])]
     return pd.DataFrame(rows, columns=['file', 'rows', 'symbol', 'columns', 'ignored', 'notes'])
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-053
+# %% ../../nbs/api/02_data.kline.ipynb #cell-095
 SAMPLES = dict(ASHARE_5MIN=('ashare_5min.csv.gz', 'Asia/Shanghai'), DOGEUSDT=('dogeusdt_1h.csv.gz', None))
 SHARES = ('AAPL', 'FB', 'GOOG', 'IBM', 'MSFT')
 
@@ -464,7 +500,7 @@ def sample_klines(
     if len(parts) == 1: return parts[0]
     return pd.concat(parts, ignore_index=True).sort_values(['symbol', 'timestamps'], kind='stable', ignore_index=True)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-059
+# %% ../../nbs/api/02_data.kline.ipynb #cell-101
 RULES = dict( # rule: (level, what it means)
     missing_column=('error', 'a column of the canonical frame is absent'),
     not_numbers=('error', 'cells hold something that is no number'),
@@ -488,7 +524,7 @@ RULES = dict( # rule: (level, what it means)
     jump=('warning', 'a large move from one close to the next'),
 )
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-063
+# %% ../../nbs/api/02_data.kline.ipynb #cell-105
 _DAY, _HOUR = 86400 * 10**9, 3600 * 10**9
 
 def bar_interval(
@@ -501,6 +537,7 @@ def bar_interval(
     v, n = np.unique(d, return_counts=True)
     return int(v[n.argmax()])
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-108
 def find_gaps(
     timestamps,      # (T,) datetime64, sorted, of one symbol
     interval=None,   # ns; None infers it
@@ -511,14 +548,15 @@ def find_gaps(
     d, step = np.diff(t), interval or bar_interval(timestamps)
     at = np.flatnonzero(d > 1.5 * step) + 1 if step else np.empty(0, int)
     if not len(at): return at
-    pair = np.stack([t[at-1] % _DAY, t[at] % _DAY], 1)  # clock before, clock after
+    pair, long = np.stack([t[at-1] % _DAY, t[at] % _DAY], 1), d[at-1]  # clock before, clock after
     uniq, which, n = np.unique(pair, axis=0, return_inverse=True, return_counts=True)
-    often = uniq[n >= max(3, .05 * (t[-1] - t[0]) / _DAY)]
-    closed = np.zeros(len(uniq), bool)
-    for o in often: closed |= (abs((uniq - o + _DAY // 2) % _DAY - _DAY // 2) <= _HOUR).all(1)
-    return at[~(closed[which.ravel()] & (d[at-1] <= closure_days * _DAY))]
+    closed = np.zeros(len(at), bool)
+    for j in np.flatnonzero(n >= max(3, .05 * (float(t[-1]) - float(t[0])) / _DAY)):
+        moved = (pair - uniq[j] + _DAY // 2) % _DAY - _DAY // 2
+        closed |= (abs(moved) % _HOUR == 0).all(1) & (abs(moved) <= _HOUR).all(1) & (long >= long[which.ravel() == j].min() - _HOUR)
+    return at[~(closed & (long <= closure_days * _DAY))]
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-068
+# %% ../../nbs/api/02_data.kline.ipynb #cell-113
 class _Bars:
     "Columns of `bars` as arrays, grouped by symbol: names, edges (S+1,), code (T,), t (T,), x (T, 6); `missing` columns, `bad` cells"
     def __init__(self, bars):
@@ -534,6 +572,7 @@ class _Bars:
         self.same = np.r_[False, code[1:] == code[:-1]][:n]  # row has a row before it of the same symbol
     def groups(self): return ((n, slice(a, b)) for n, a, b in zip(self.names, self.edges, self.edges[1:]))
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-115
 def _order_rules(b):
     "Masks of stamps that are unreadable, again, or out of order"
     nat, t = np.isnat(b.t), b.t.view('i8')
@@ -543,6 +582,7 @@ def _order_rules(b):
     dup[order[1:]] = (t[order][1:] == t[order][:-1]) & (b.code[order][1:] == b.code[order][:-1]) & ~nat[order][1:]
     return dict(bad_timestamp=nat, duplicate=dup, disorder=back)
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-117
 def _bar_rules(b):
     "Masks of bars that are wrong or suspicious by themselves"
     o, h, l, c, v, a = b.x.T
@@ -552,7 +592,7 @@ def _bar_rules(b):
                 high_low=(h < np.fmax(np.fmax(o, c), l)) | (l > np.fmin(o, c)), negative_volume=(v < 0) | (a < 0),
                 zero_volume=(v == 0) & ~flat & ~silent, outage=(v == 0) & flat & ~silent)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-070
+# %% ../../nbs/api/02_data.kline.ipynb #cell-119
 _RATIOS = np.array([1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50, 100])
 
 def _move_rules(b, jump, stale_run):
@@ -567,7 +607,7 @@ def _move_rules(b, jump, stale_run):
         split[calm] = (abs(np.exp(abs(night[calm]))[:, None] / _RATIOS - 1) < .03).any(1)
         return dict(stale=np.bincount(run)[run] >= stale_run, split_like=split, jump=b.same & (abs(day) > jump) & ~split)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-073
+# %% ../../nbs/api/02_data.kline.ipynb #cell-122
 def missing_sessions(
     stamps: dict, # {symbol: (T,) sorted datetime64}
 ) -> dict: # {symbol: stamps that more than half of the symbols alive then have and it lacks}
@@ -585,7 +625,10 @@ def missing_sessions(
         if len(due) > len(t) or not np.isin(due, t, assume_unique=True).all(): out[name] = due[~np.isin(due, t)]
     return out
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-075
+# %% ../../nbs/api/02_data.kline.ipynb #cell-124
+#| export
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-126
 def _symbol_rules(b, window):
     "Issue rows and the summary of each symbol: length, interval, gaps, missing sessions"
     rows, info, stamps = [], [], {}
@@ -603,6 +646,7 @@ def _symbol_rules(b, window):
     rows += [_issue('missing_session', n, len(m), m) for n, m in missing_sessions(stamps).items()]
     return rows, pd.DataFrame(info, columns='symbol bars first last interval gaps coverage'.split())
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-128
 def _issue(rule, symbol, count, stamps, detail=''):
     return dict(rule=rule, level=RULES[rule][0], symbol=symbol, count=int(count), first=[pd.Timestamp(o) for o in stamps[:3]], detail=detail)
 
@@ -614,7 +658,7 @@ def _issues(rule, mask, b):
         if rule in ('nan', 'inf'): detail = ', '.join(f'{n} {c}' for c, n in zip(FEATURES, (np.isnan(x) if rule == 'nan' else np.isinf(x)).sum(0)) if n)
         yield _issue(rule, b.names[code], hi - lo, b.t[at[lo:hi]], detail)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-078
+# %% ../../nbs/api/02_data.kline.ipynb #cell-131
 def md_table(
     df: pd.DataFrame,
     limit=60, # Rows shown
@@ -630,6 +674,7 @@ def md_table(
     out = '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in rows)
     return out + (f'\n\nand {len(df) - limit:,} more rows' if len(df) > limit else '')
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-133
 @dataclass
 class Section:
     "One more part of a report: words, a table and a picture"
@@ -640,6 +685,7 @@ class Section:
     name: str = 'more'  # Name of the picture's file
     def to_markdown(self): return f'## {self.title}\n\n{self.text}\n\n{md_table(self.table)}'
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-136
 @dataclass
 class KlineReport:
     "What `check_klines` found"
@@ -674,7 +720,10 @@ class KlineReport:
             write_atomic(folder/'plots'/f'{name}.png', png.getvalue()); text += f'\n![{name}](plots/{name}.png)\n'
         return write_atomic(folder/'data_report.md', text)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-079
+# %% ../../nbs/api/02_data.kline.ipynb #cell-137
+#| export
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-139
 def check_klines(
     bars: pd.DataFrame, # From `read_klines`, or any frame with its columns
     window=None,    # Bars of one window (lookback + predict); symbols shorter than it are errors
@@ -697,7 +746,10 @@ def check_klines(
     issues = issues.sort_values('rule', key=lambda s: s.map({k: i for i, k in enumerate(RULES)}), kind='stable', ignore_index=True)
     return KlineReport(issues, summary, read_report(bars), None if b.missing else bars)
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-080
+# %% ../../nbs/api/02_data.kline.ipynb #cell-140
+#| export
+
+# %% ../../nbs/api/02_data.kline.ipynb #cell-142
 def _plot_coverage(ax, report):
     "When each symbol has bars, and where the issues with stamps lie"
     top = report.summary.head(40)
@@ -712,6 +764,7 @@ def _plot_coverage(ax, report):
     ax.tick_params(axis='x', rotation=30)
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-144
 def plot(self: KlineReport):
     "Coverage, and the distributions of returns and of volume"
     import matplotlib.pyplot as plt
@@ -731,7 +784,7 @@ def plot(self: KlineReport):
     return fig
 KlineReport.plot = plot
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-087
+# %% ../../nbs/api/02_data.kline.ipynb #cell-151
 POLICIES = dict(nan=('drop', 'ffill', 'keep'), duplicates=('last', 'first', 'keep'), price=('drop', 'keep'), high_low=('widen', 'drop', 'keep'), volume=('zero', 'drop', 'keep'))
 _CHANGE = ['rule', 'action', 'symbol', 'timestamps', 'column', 'old', 'new']
 
@@ -753,7 +806,7 @@ class _Repair:
     def x(self, columns=FEATURES): return self.bars[list(columns)].to_numpy('float64')
     def changes(self): return pd.concat(self.rows, ignore_index=True) if self.rows else pd.DataFrame({c: [] for c in _CHANGE}).astype(dict(old='float64', new='float64'))
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-089
+# %% ../../nbs/api/02_data.kline.ipynb #cell-153
 def _repair_time(r, duplicates):
     "Drop unreadable stamps, sort, and leave one bar per stamp"
     r.drop('bad_timestamp', r.bars.timestamps.isna())
@@ -765,14 +818,17 @@ def _repair_time(r, duplicates):
     if (np.diff(order) < 0).any(): r.bars = r.bars.iloc[order].reset_index(drop=True)
     if duplicates != 'keep': r.drop('duplicate', r.bars.duplicated(['symbol', 'timestamps'], keep=duplicates))
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-155
 def _repair_nan(r, how):
     "Drop bars with NaN or infinity, or fill them with the last value of their symbol"
     bad = ~np.isfinite(r.x())
     if how == 'ffill' and bad.any():
         filled = pd.DataFrame(np.where(bad, np.nan, r.x()), columns=list(FEATURES)).groupby(r.bars.symbol.to_numpy()).ffill().to_numpy()
-        for i, c in enumerate(FEATURES): r.set('nan', 'filled', c, np.where(bad[:, i], filled[:, i], r.bars[c].to_numpy('float64')))
-    if how != 'keep': r.drop('nan', ~np.isfinite(r.x()).all(1))
+        for rule, test in (('inf', np.isinf), ('nan', np.isnan)):
+            for i, c in enumerate(FEATURES): x = r.bars[c].to_numpy('float64'); r.set(rule, 'filled', c, np.where(test(x), filled[:, i], x))
+    if how != 'keep': r.drop('inf', np.isinf(r.x()).any(1)); r.drop('nan', np.isnan(r.x()).any(1))
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-157
 def _repair_prices(r, price, high_low, volume):
     "Prices that are not positive, high and low that do not contain open and close, negative volume"
     if price == 'drop': r.drop('price_not_positive', (r.x(PRICES) <= 0).any(1))
@@ -784,12 +840,13 @@ def _repair_prices(r, price, high_low, volume):
     if volume == 'zero':
         for c in ('volume', 'amount'): v = r.bars[c].to_numpy('float64'); r.set('negative_volume', 'set to zero', c, np.where(v < 0, 0., v))
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-091
+# %% ../../nbs/api/02_data.kline.ipynb #cell-159
 def _limits(close, window):
     "1.4826 x median of |log returns| over the `window` returns before each bar; NaN until half of them are there"
     r = np.abs(np.diff(np.log(close), prepend=np.nan))
     return 1.4826 * pd.Series(r).shift(1).rolling(window, min_periods=window // 2).median().to_numpy()
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-161
 def _winsorise(x, k, window):
     "(T, 4) prices with moves limited to `k` sigmas of the past, one bar at a time from each outlier on"
     out, limit = x.copy(), k * _limits(x[:, 3], window)
@@ -803,14 +860,15 @@ def _winsorise(x, k, window):
             out[t], t = new, t + 1
     return out
 
+# %% ../../nbs/api/02_data.kline.ipynb #cell-163
 def _repair_outliers(r, k, window):
     if k is None: return
     if not k > 0: raise ConfigError(f"winsorise must be above 0 robust sigmas, got {k}")
-    new = r.x(PRICES)
+    new = r.x(PRICES).copy()
     for at in r.bars.groupby('symbol', sort=False).indices.values(): new[at] = _winsorise(new[at], k, window)
     for i, c in enumerate(PRICES): r.set('winsorise', 'limited', c, new[:, i])
 
-# %% ../../nbs/api/02_data.kline.ipynb #cell-093
+# %% ../../nbs/api/02_data.kline.ipynb #cell-165
 def repair_klines(
     bars: pd.DataFrame,  # Bars with canonical columns
     *, nan='drop',       # Rows with NaN or inf: 'drop', 'ffill' (last value of the symbol; leading ones are dropped), 'keep'

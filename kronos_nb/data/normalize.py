@@ -30,6 +30,7 @@ def _blocked(x):
     k = _group(x.shape[1])
     return x.view(len(x), -1, k * x.shape[2]), k
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-010
 @dataclass(frozen=True)
 class Scale:
     "Location and scale of one window or of a batch of them"
@@ -55,7 +56,7 @@ class Scale:
         "Location and scale by name: price_mean, price_std (..., 4), vol_mean, vol_std (..., 2)"
         return dict(price_mean=self.loc[..., :4], price_std=self.scale[..., :4], vol_mean=self.loc[..., 4:], vol_std=self.scale[..., 4:])
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-013
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-016
 def _past(x, lookback_window):
     "The lookback of `x` (..., T, F) as a (B, L, F) float64 tensor, and the leading shape"
     if np.ndim(x) < 2: raise DataError(f"bars must have the shape (..., T, F), got {tuple(np.shape(x))}")
@@ -72,6 +73,7 @@ def _moments(past):
     mean = rows.mean(1).view(B, k, F).mean(1)
     return mean, (rows - mean.repeat(1, k)[:, None]).square_().mean(1).view(B, k, F).mean(1).sqrt_()
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-019
 class _Normalizer:
     "What both normalisers share: settings that are checked, compared and saved"
     def __post_init__(self):
@@ -90,6 +92,7 @@ class _Normalizer:
         "Settings that JSON can hold"
         return dict(kind=self.kind, **asdict(self))
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-021
 @dataclass(frozen=True)
 class ZScore(_Normalizer):
     "Population mean and standard deviation of the lookback: what released weights expect"
@@ -100,11 +103,12 @@ class ZScore(_Normalizer):
         mean, std = _moments(past)
         return mean.numpy(), std.numpy() + self.eps
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-020
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-028
 def _kth_deviation(q, med, k):
     "The `k`-th smallest distance to `med` (...,) among the sorted last axis of `q` (..., L)"
     return np.maximum(med[..., None] - q[..., :q.shape[-1] - k + 1], q[..., k - 1:] - med[..., None]).min(-1)
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-031
 def _median_mad(past):
     "Median and scaled MAD (B, F) over the bars of a (B, L, F) array; the standard deviation where MAD is 0"
     L = past.shape[1]
@@ -122,6 +126,7 @@ def _stand_in(scale, std):
     if flat.any(): scale[flat] = std(flat)
     return scale
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-033
 @dataclass(frozen=True)
 class MedianMAD(_Normalizer):
     "Median and scaled median absolute deviation of the lookback, for tokenizers trained with it"
@@ -132,12 +137,13 @@ class MedianMAD(_Normalizer):
         med, mad = _median_mad(past.numpy())
         return med, np.maximum(mad, self.eps)
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-025
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-038
 def _merge(m1, s1, n1, m2, s2, n2):
     "Mean and sum of squares about it of two neighbouring stretches of `n1` and `n2` bars"
     d = m2 - m1
     return m1 + d * (n2 / (n1 + n2)), s1 + s2 + d * d * (n1 * n2 / (n1 + n2))
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-041
 def _rolling_moments(x, L):
     "Mean and population standard deviation (T-L+1, F) of every window of `L` bars of x (T, F)"
     mean, sq, k = x, np.zeros_like(x), 1     # of stretches of k bars
@@ -153,7 +159,7 @@ def _rolling_moments(x, L):
     n = len(x) - L + 1
     return out[0][:n], np.sqrt(out[1][:n] / L)
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-028
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-044
 @cache
 def _compiled_mad():
     "The sliding median and MAD as machine code, or None without numba"
@@ -183,6 +189,7 @@ def _compiled_mad():
             med[t], mad[t] = c, d
     return run
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-046
 def _rolling_mad(x, L, run=None):
     "Median and scaled MAD (T-L+1, F) of every window of `L` bars of x (T, F); `run` is what `_compiled_mad` gave"
     if run is None: return _median_mad(np.lib.stride_tricks.sliding_window_view(x, L, axis=0).transpose(0, 2, 1))
@@ -190,7 +197,7 @@ def _rolling_mad(x, L, run=None):
     for f, (med, mad) in enumerate(zip(*out)): run(np.ascontiguousarray(x[:, f]), L, med, mad)
     return out[0].T, _stand_in(1.4826 * out[1].T, lambda flat: _rolling_moments(x, L)[1][flat])
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-030
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-048
 COMPILE_FROM = 300_000  # bars from which compiling pays
 
 @patch
@@ -217,7 +224,7 @@ def rolling(self: MedianMAD,
         med, mad = _rolling_mad(x[s:s + block + lookback_window - 1], lookback_window, run)
         yield s, med, np.maximum(mad, self.eps)
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-034
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-052
 NORMALIZERS = {o.kind: o for o in (ZScore, MedianMAD)}
 
 def normalizer_from_dict(
@@ -229,6 +236,7 @@ def normalizer_from_dict(
     try: return NORMALIZERS[kind](**d)
     except TypeError as e: raise ConfigError(f"normalizer {kind!r} takes clip and eps (numbers), got {d}") from e
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-054
 def check_normalizer(
     got,      # The normaliser in use
     expected, # The normaliser that the model was trained with
@@ -236,7 +244,7 @@ def check_normalizer(
     "Raise unless both are the same"
     if got != expected: raise ConfigError(f"the model was trained with {expected} but {got} is in use; use the model's own normalizer")
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-038
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-058
 def _some_windows(bars, window, n, seed):
     "Up to `n` windows (n, window, 6) of finite bars, each inside one symbol; evenly drawn"
     parts = [g[list(FEATURES)].to_numpy('float64') for _, g in bars.groupby('symbol', observed=True) if len(g) >= window]
@@ -250,6 +258,7 @@ def _some_windows(bars, window, n, seed):
     out = np.stack(out)
     return out[np.isfinite(out).all((1, 2))]
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-060
 def scale_table(
     bars: pd.DataFrame, # Canonical bars
     lookback_window: int,
@@ -269,7 +278,7 @@ def scale_table(
         if predict_window: out[f'clipped_after_{name}'] = far[:, lookback_window:].mean((0, 1))
     return out
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-040
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-062
 def plot_scales(
     tables: dict, # {name: table from `scale_table`}
 ):
@@ -286,6 +295,7 @@ def plot_scales(
     for ax in axes: ax.legend(fontsize=6)
     return fig
 
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-063
 def plt_subplots(*a, **kw):
     "A figure that only its caller shows"
     import matplotlib.pyplot as plt
@@ -293,7 +303,7 @@ def plt_subplots(*a, **kw):
     plt.close(fig)
     return fig, axes
 
-# %% ../../nbs/api/03_data.normalize.ipynb #cell-043
+# %% ../../nbs/api/03_data.normalize.ipynb #cell-066
 def with_scales(
     report: KlineReport, # From `check_klines`
     lookback_window: int,

@@ -30,6 +30,7 @@ def _refuse(bars, mask, what):
     i = int(np.flatnonzero(mask)[0])
     raise DataError(f"{bars.symbol.iloc[i]} at {bars.timestamps.iloc[i]}: {what} ({int(mask.sum())} such bars); repair_klines mends this")
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-009
 def check_canonical(
     bars: pd.DataFrame,
 ):
@@ -38,17 +39,21 @@ def check_canonical(
     if missing: raise DataError(f"bars lack the columns {', '.join(missing)}; pass them through read_klines first")
     if not len(bars): raise DataError("there are no bars")
     edges, t = _edges(bars), bars.timestamps.to_numpy('M8[ns]')
-    if np.isnat(t).any(): _refuse(bars, np.isnat(t), 'unreadable timestamp')
     again = bars.symbol.iloc[edges].duplicated().to_numpy()
     if again.any(): _refuse(bars.iloc[edges], again, 'the rows of a symbol are not together')
-    step = np.diff(t.view('i8'))
-    for bad, what in ((step < 0, 'older than the bar before it'), (step == 0, 'the same timestamp again')):
-        bad = np.r_[False, bad]; bad[edges] = False
-        if bad.any(): _refuse(bars, bad, what)
-    for c in FEATURES:
-        bad = ~np.isfinite(bars[c].to_numpy('float64'))
-        if bad.any(): _refuse(bars, bad, f'{c} is NaN or infinite')
+    for lo in range(0, len(t), 2**17): _check_rows(bars, t, edges, lo, min(lo + 2**17, len(t)))  # piece by piece, to need no memory
 
+def _check_rows(bars, t, edges, lo, hi):
+    "Raise for the first of rows lo..hi that is out of order or not finite"
+    part, step = bars.iloc[lo:hi], np.diff(t[max(lo - 1, 0):hi].view('i8'), prepend=t[:0 if lo else 1].view('i8'))
+    step[edges[(edges >= lo) & (edges < hi)] - lo] = 1   # the first bar of a symbol follows nothing
+    for bad, what in ((np.isnat(t[lo:hi]), 'unreadable timestamp'), (step < 0, 'older than the bar before it'), (step == 0, 'the same timestamp again')):
+        if bad.any(): _refuse(part, bad, what)
+    for c in FEATURES:
+        bad = ~np.isfinite(part[c].to_numpy('float64'))
+        if bad.any(): _refuse(part, bad, f'{c} is NaN or infinite')
+
+# %% ../../nbs/api/04_data.window.ipynb #cell-011
 def segments(
     bars: pd.DataFrame, # Canonical bars
     max_gap='auto',     # Longest break inside a window: a Timedelta or text such as '3h'; 'auto' cuts where `find_gaps` does; None never cuts
@@ -64,7 +69,7 @@ def segments(
     cuts = np.unique(np.concatenate(cuts))
     return np.stack([cuts, np.r_[cuts[1:], len(t)]], 1)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-012
+# %% ../../nbs/api/04_data.window.ipynb #cell-016
 @dataclass(frozen=True)
 class Split:
     "Rows of each part; `train`, `val`, `test` are frames"
@@ -87,6 +92,7 @@ class Split:
         rows = [dict(symbol=self.bars.symbol.iloc[s], part=k, bars=e - s, first=t.iloc[s], last=t.iloc[e-1]) for k, v in self.rows.items() for s, e in v if e > s]
         return pd.DataFrame(rows, columns=['symbol', 'part', 'bars', 'first', 'last']).sort_values(['symbol', 'first'], ignore_index=True)
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-018
 def _parts(bars, cut, embargo):
     "Split from `cut(first row, row after the last) -> two inner cuts`, with `embargo` bars left out before each"
     if int(embargo) != embargo or embargo < 0: raise ConfigError(f"embargo must be a whole number of bars, 0 or more, got {embargo}")
@@ -96,6 +102,7 @@ def _parts(bars, cut, embargo):
         for k, lo, hi in (('train', s, a - embargo if a < e else a), ('val', a, b - embargo if b < e else b), ('test', b, e)): rows[k].append((lo, max(hi, lo)))
     return Split(bars, rows)
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-020
 def split_by_time(
     bars: pd.DataFrame, # Canonical bars
     train=.7, val=.15, test=.15, # Shares of each symbol's bars; they sum to 1, and `test` may be 0
@@ -107,12 +114,13 @@ def split_by_time(
     n = lambda s, e, r: s + int((e - s) * r + 1e-9)
     return _parts(bars, lambda s, e: (n(s, e, train), e if test == 0 else n(s, e, train + val)), embargo)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-015
+# %% ../../nbs/api/04_data.window.ipynb #cell-023
 def _moment(what, when):
     try: t = pd.Timestamp(when)
     except ValueError as e: raise ConfigError(f"{what} must be a date such as '2012-09-01', got {when!r}") from e
     return (t.tz_convert('UTC').tz_localize(None) if t.tzinfo else t).to_datetime64().astype('M8[ns]')
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-025
 def split_by_date(
     bars: pd.DataFrame, # Canonical bars
     val,                # First moment of validation (UTC)
@@ -126,7 +134,7 @@ def split_by_date(
     t = bars.timestamps.to_numpy('M8[ns]')
     return _parts(bars, lambda s, e: (s + np.searchsorted(t[s:e], a), e if b is None else s + np.searchsorted(t[s:e], b)), embargo)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-019
+# %% ../../nbs/api/04_data.window.ipynb #cell-029
 KEEP_BYTES = 2**29  # most memory that 'auto' spends on statistics
 
 def _choose(statistics, normalizer, n_bars, stride):
@@ -136,6 +144,7 @@ def _choose(statistics, normalizer, n_bars, stride):
     slow = normalizer.kind == 'median_mad' and n_bars > 2_000_000 and importlib.util.find_spec('numba') is None
     return 'on the fly' if 48 * n_bars > KEEP_BYTES or stride > 4 or slow else 'rolling'
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-032
 class WindowDataset:
     "Windows of `bars`, normalised on their lookback; nothing is materialised"
     def __init__(self,
@@ -164,14 +173,14 @@ class WindowDataset:
         for i, c in enumerate(FEATURES): self.x[:, i] = bars[c].to_numpy('float64')
         self.timestamps = bars.timestamps.to_numpy('M8[ns]')
         self.stamps = np.empty((len(bars), 5), np.int8)
-        for i in range(0, len(bars), 2**20): self.stamps[i:i + 2**20] = time_stamps(self.timestamps[i:i + 2**20], np.int8)
+        for i in range(0, len(bars), 2**16): self.stamps[i:i + 2**16] = time_stamps(self.timestamps[i:i + 2**16], np.int8)
         self.statistics = _choose(statistics, normalizer, len(bars), stride)
         if self.statistics == 'rolling': self._keep()
     def __len__(self): return int(self.offsets[-1])
     def __repr__(self): return (f'{len(self):,} windows of {self.lookback_window}+{self.predict_window} bars, stride {self.stride}, '
         f'{len(self.symbols)} symbols in {len(self.starts)} segments, {self.normalizer}, statistics {self.statistics}')
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-021
+# %% ../../nbs/api/04_data.window.ipynb #cell-034
 @patch
 def _keep(self: WindowDataset):
     "Compute location (from the window's first bar) and scale of every start"
@@ -181,6 +190,7 @@ def _keep(self: WindowDataset):
             at = slice(s + i, s + i + len(loc))
             self._loc[at], self._scale[at] = loc - self.x[at], scale
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-036
 @patch
 def rows(self: WindowDataset,
     indices,    # Window numbers, -len <= i < len
@@ -195,13 +205,14 @@ def rows(self: WindowDataset,
     at = self.starts[k] + (i - self.offsets[k]) * self.stride
     return at if shift is None else np.clip(at + shift, self.starts[k], self.ends[k] - self.window)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-023
+# %% ../../nbs/api/04_data.window.ipynb #cell-038
 def _gather(a, at, window):
     "Copy rows at..at+window of `a` (N, K) for each of `at`: (B, window, K)"
     step, k = a.strides
     view = np.ndarray((len(a) - window + 1, window * a.shape[1]), a.dtype, a, strides=(step, k))
     return view[at].reshape(len(at), window, a.shape[1])
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-041
 @patch
 def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torch.Tensor, Scale]: # (B, L+H, 6) float32 sigmas, (B, L+H, 5) int64 stamps, their scale
     "Whole windows: what a training step needs"
@@ -211,6 +222,7 @@ def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torc
     else: scale = self.normalizer.fit(x, self.lookback_window)
     return scale.encode(x), torch.from_numpy(_gather(self.stamps, at, self.window).astype(np.int64)), scale
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-043
 @patch
 def batch(self: WindowDataset, indices, shift=None) -> dict:
     "Windows stacked: hist_features (B, L, 6), hist_timestamps (B, L, 5), pred_features, pred_timestamps, window_idx (B,), stats"
@@ -226,6 +238,7 @@ def __getitem__(self: WindowDataset, i) -> dict:
     b = self.batch([i])
     return {k: {n: o[0] for n, o in v.items()} if k == 'stats' else int(v[0]) if k == 'window_idx' else v[0] for k, v in b.items()}
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-045
 @patch
 def where(self: WindowDataset, i) -> tuple: # symbol, first stamp, first stamp of the future part (None without one)
     "Which bars window `i` holds"
@@ -233,7 +246,7 @@ def where(self: WindowDataset, i) -> tuple: # symbol, first stamp, first stamp o
     k = np.searchsorted(self.starts, at, side='right') - 1
     return self.symbols[self.codes[k]], pd.Timestamp(self.timestamps[at]), pd.Timestamp(self.timestamps[at + self.lookback_window]) if self.predict_window else None
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-032
+# %% ../../nbs/api/04_data.window.ipynb #cell-054
 def _mix(v, key):
     "A 64-bit hash of uint64 `v` (the finaliser of splitmix64, https://doi.org/10.1145/2714064.2660195)"
     v = v + np.uint64(key)
@@ -241,6 +254,7 @@ def _mix(v, key):
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return v ^ (v >> np.uint64(31))
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-057
 def permute(
     i,        # Positions, 0 <= i < n
     n: int,   # Length of the permutation
@@ -260,7 +274,7 @@ def permute(
     while (far := out >= n).any(): out[far] = scramble(out[far])
     return out.astype(np.int64)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-035
+# %% ../../nbs/api/04_data.window.ipynb #cell-060
 class BatchSampler:
     "Window numbers of any step of any epoch; a pure function of (seed, epoch, step, rank, world_size)"
     def __init__(self,
@@ -292,6 +306,7 @@ class BatchSampler:
     def set_epoch(self, epoch): self.epoch = epoch
     def __iter__(self): return (self.batch(self.epoch, s) for s in range(len(self)))
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-062
 @patch
 def batch(self: BatchSampler, epoch: int, step: int) -> np.ndarray: # (batch_size,) window numbers; fewer in a last, partial step
     "The windows of `step` in `epoch` on this rank"
@@ -312,6 +327,7 @@ def _stream(self: BatchSampler, pos, n, *name):
         out[m] = permute(pos[m] % n, n, stable_key(self.seed, *name, int(turn)))
     return out
 
+# %% ../../nbs/api/04_data.window.ipynb #cell-064
 @patch
 def _balanced(self: BatchSampler, pos):
     "Symbols in turn, in an order that changes with every round; each has its own stream of windows"
