@@ -1,8 +1,10 @@
 "Files of a run, in the cases that teach nothing: second fits, short logs, steps between rows"
-import copy, importlib.util, json
+import copy, importlib.util, io, json, os, subprocess, sys, time
 import pytest, torch
 from torch import nn
 from kronos_nb.callback.monitor import GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
+from kronos_nb.diagnose import diagnose, read_status
+from kronos_nb.follow import monitor_run, snapshot
 from kronos_nb.learner import Callback, Learner, TensorSource
 from kronos_nb.watch import read_history, read_lines
 
@@ -93,3 +95,37 @@ def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     seen = EventAccumulator(str(tmp_path/'runs'/'predictor')).Reload()
     assert [e.step for e in seen.Scalars('Training/Loss')] == list(range(1, 15)) and [e.step for e in seen.Scalars('Validation/Loss')] == [7, 14]
+
+CHILD = '''
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_monitor import Callback, RunFiles, line
+class Slow(Callback):
+    def after_step(self, learn): time.sleep(.02)
+line(Slow(), RunFiles({out!r}, 'predictor', every=.1)).fit(1000)
+'''
+
+def test_a_killed_run_keeps_its_lines_and_is_called_killed(tmp_path):
+    child = subprocess.Popen([sys.executable, '-c', CHILD.format(tests=os.path.dirname(__file__), out=str(tmp_path))])
+    try:
+        for _ in range(600):
+            if len(read_lines(tmp_path/'predictor/steps.jsonl')) > 20: break
+            time.sleep(.1)
+        assert snapshot(tmp_path)[1] and read_status(tmp_path/'predictor')['state'] == 'running'
+    finally:
+        child.kill()
+        child.wait()
+    said = io.StringIO()
+    assert monitor_run(tmp_path, stream=said) == 'killed' and 'Killed' in said.getvalue()
+    steps = [o['step'] for o in read_history(tmp_path/'predictor').steps]
+    assert steps == list(range(1, len(steps)+1)) and len(steps) > 20
+
+def test_a_half_written_status_or_line_is_no_error(tmp_path):
+    line(RunFiles(tmp_path, 'predictor')).fit(1)
+    with open(tmp_path/'predictor/steps.jsonl', 'a') as f: f.write('{"step": 8, "epo')
+    assert 'finished' in snapshot(tmp_path)[0] and diagnose(tmp_path/'predictor').ended.startswith('Ended at step 7')
+
+def test_base_and_both_stages_are_followed(tmp_path):
+    for where, stage in (('base', 'tokenizer'), ('base', 'predictor'), ('.', 'tokenizer'), ('.', 'predictor')): line(RunFiles(tmp_path/where, stage)).fit(1)
+    text, running = snapshot(tmp_path)
+    assert not running and text.count('finished') == 4 and text.index('[base]') < text.rindex('predictor')
