@@ -7,14 +7,14 @@ __all__ = ['STAYS', 'Place', 'place', 'find_data', 'model_folder', 'find_model',
            'downloads', 'copy_model', 'Bundle', 'bundle']
 
 # %% ../nbs/api/15b_bundle.ipynb #cell-002
-import base64, hashlib, importlib.metadata, importlib.util, json, re, shutil, subprocess, sys, tempfile, zipfile
+import base64, hashlib, importlib.metadata, importlib.util, os, re, shutil, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 import kronos_nb
-from .core import ConfigError, DataError, ModelError, RunError, write_atomic
+from .core import ConfigError, DataError, ModelError, RunError, write_atomic, write_json
 from .model.layers import find_files
 
 # %% ../nbs/api/15b_bundle.ipynb #cell-006
@@ -26,15 +26,16 @@ class Place:
     out: Path     # Folder for runs
 
 def place(
-    root='/', # Of the file system; another one for tests
+    root='/',   # Of the file system; another one for tests
+    env=None,   # None: os.environ
 ) -> Place:
     "Kaggle, Colab, or an ordinary machine"
-    root = Path(root)
+    root, env = Path(root), os.environ if env is None else env
     if (root/'kaggle'/'working').is_dir(): return Place('kaggle', (root/'kaggle'/'input',), root/'kaggle'/'working'/'runs')
-    if (root/'content').is_dir() and (root/'usr'/'local'/'lib'/'colab').exists() | (importlib.util.find_spec('google') is not None and importlib.util.find_spec('google.colab') is not None):
-        drive = root/'content'/'drive'/'MyDrive'
-        return Place('colab', (root/'content', *([drive] if drive.is_dir() else [])), (drive/'kronos_runs' if drive.is_dir() else root/'content'/'runs'))
-    return Place('here', (Path('.'),), Path('runs'))
+    if 'COLAB_RELEASE_TAG' not in env: return Place('here', (Path('data'), Path('bundle')), Path('runs'))
+    content, drive = root/'content', root/'content'/'drive'/'MyDrive'
+    on_drive = (drive/'kronos_nb',) if drive.is_dir() else ()
+    return Place('colab', (content/'data', content/'bundle', *on_drive), (*on_drive, content)[0]/'runs')
 
 # %% ../nbs/api/15b_bundle.ipynb #cell-009
 def find_data(
@@ -170,14 +171,22 @@ def bundle(
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out/'bundle.json').is_file(): raise RunError(f"{str(out)!r} is not empty and holds no bundle: choose another folder, so that nothing is overwritten")
     if dataset is not None and not re.fullmatch(r'[\w-]+/[\w-]{6,50}', dataset): raise ConfigError(f"dataset must look like 'user/slug', the slug of 6 to 50 letters, digits and dashes, got {dataset!r}")
+    work = out.with_name(f'.{out.name}.part')
+    shutil.rmtree(work, ignore_errors=True)
+    try: models = _fill(work, models, extras, python, platform, download, dataset, pip)
+    except Exception: shutil.rmtree(work, ignore_errors=True); raise
     shutil.rmtree(out, ignore_errors=True)
+    work.rename(out)
+    return Bundle(out, sorted((out/'wheels').glob('*.whl')), [out/m for m in models])
+
+def _fill(out, models, extras, python, platform, download, dataset, pip):
+    "Write everything into `out`; the models' paths below it"
     wheel = build_wheel(out/'wheels')
     names = [*(downloads(wheel) if download else ()), *extras]
-    for abi in ('manylinux2014_x86_64',) * (platform == 'manylinux_2_28_x86_64'): pip = ('--platform', abi, *pip)   # older wheels run there too
-    if names: _pip('download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', python, '--platform', platform, '-d', out/'wheels', *pip, *names)
-    copied = [p for m in models for p in copy_model(m, out/'models')]
-    said = ', '.join(p.relative_to(out).as_posix() for p in copied) or 'none'
-    write_atomic(out/'README.md', _README.format(models=said))
-    write_atomic(out/'bundle.json', json.dumps(dict(kronos_nb=kronos_nb.__version__, python=python, platform=platform, models=[p.relative_to(out).as_posix() for p in copied])))
-    if dataset: write_atomic(out/'dataset-metadata.json', json.dumps(dict(title=dataset.partition('/')[2], id=dataset, licenses=[dict(name='other')])))
-    return Bundle(out, sorted((out/'wheels').glob('*.whl')), copied)
+    older = ['--platform', 'manylinux2014_x86_64'] if platform == 'manylinux_2_28_x86_64' else []   # such wheels run there too
+    if names: _pip('download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', python, '--platform', platform, *older, '-d', out/'wheels', *pip, *names)
+    copied = [p.relative_to(out).as_posix() for m in models for p in copy_model(m, out/'models')]
+    write_atomic(out/'README.md', _README.format(models=', '.join(copied) or 'none'))
+    write_json(out/'bundle.json', dict(kronos_nb=kronos_nb.__version__, python=python, platform=platform, models=copied))
+    if dataset: write_json(out/'dataset-metadata.json', dict(title=dataset.partition('/')[2], id=dataset, licenses=[dict(name='other')]))
+    return copied
