@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parser', 'settings', 'config_of', 'run_fit', 'launch', 'dry_run', 'run_forecast', 'run_evaluate', 'run_average',
-           'run_report', 'run_push', 'run_check', 'main']
+           'run_report', 'run_push', 'run_bundle', 'run_check', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cell-002
 import os
@@ -78,6 +78,18 @@ def _push_parser(sub):
     p.add_argument('--data-licence', '--data-license', dest='data_licence', help='of the bars, in words')
     p.set_defaults(run=run_push)
 
+def _bundle_parser(sub):
+    p = sub.add_parser('bundle', help='a folder of wheels and models for machines without internet, such as Kaggle', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Upload the folder as a data set and attach it; its README says how to install from it, and the tutorials find it by themselves.")
+    p.add_argument('out', nargs='?', default='bundle', help='folder to write')
+    p.add_argument('--models', nargs='+', default=[], help="hub ids, model folders, or folders of runs to put in, such as NeoQuasar/Kronos-small NeoQuasar/Kronos-Tokenizer-base")
+    p.add_argument('--extras', nargs='+', default=[], help='more libraries to put in, such as peft')
+    p.add_argument('--python', default='3.12', help='Python of the machine that it is for')
+    p.add_argument('--platform', default='manylinux_2_28_x86_64', help='its platform, as pip names it')
+    p.add_argument('--no-download', action='store_true', help="our wheel and models alone, without the libraries")
+    p.add_argument('--dataset', help='user/slug: also write dataset-metadata.json for `kaggle datasets create -r zip -p OUT`')
+    p.set_defaults(run=run_bundle)
+
 def _report_parser(sub):
     p = sub.add_parser('report', help="write a run's report.md again")
     p.add_argument('out', help="the run's folder")
@@ -102,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
     p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser, _push_parser): add(sub)
+    for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _average_parser, _check_parser, _push_parser, _bundle_parser): add(sub)
     return p
 
 # %% ../nbs/api/19_cli.ipynb #cell-013
@@ -241,6 +253,13 @@ def run_push(a):
     done = push(a.out, a.name, not a.public, a.dry_run, only=a.only, licence=a.licence, data_licence=a.data_licence)
     if a.dry_run: print(done.card(a.only or 'predictor'), done.table().to_string(index=False), sep='\n')
     print(done)
+    return 0
+
+def run_bundle(a):
+    "`kronos-nb bundle`"
+    from kronos_nb.bundle import bundle
+    got = bundle(a.out, a.models, a.extras, a.python, a.platform, not a.no_download, a.dataset)
+    print(got.table().to_string(index=False), got, sep='\n\n')
     return 0
 
 def run_check(a):
