@@ -56,7 +56,7 @@ def nearest(
     allowed, # Names that exist
 ) -> str: # `"; did you mean 'lr'?"`, or nothing where no name is close
     "Suggest the closest of `allowed` to `name`, as the end of an error message"
-    m = difflib.get_close_matches(str(name), [str(o) for o in allowed], n=1, cutoff=0.6)
+    m = difflib.get_close_matches(str(name), [str(o) for o in allowed], n=1, cutoff=0.6) if name not in allowed else None
     return f"; did you mean {m[0]!r}?" if m else ''
 
 def check_choice(
