@@ -101,7 +101,8 @@ def _verdict_row(run):
 @patch(as_prop=True)
 def verdicts(self: Comparison) -> pd.DataFrame: # One row per run
     "Verdict of every run, with the skills it rests on"
-    return pd.DataFrame([_verdict_row(r) if r.evaluation is not None and r.evaluation.models else dict(run=r.name, verdict='not judged') for r in self.runs]).set_index('run')
+    judged = [r.name for r in self.judged]
+    return pd.DataFrame([_verdict_row(r) if r.name in judged else dict(run=r.name, verdict='not judged') for r in self.runs]).set_index('run')
 
 @patch(as_prop=True)
 def metrics(self: Comparison) -> pd.DataFrame: # run, scope, model, metric, value, low, high

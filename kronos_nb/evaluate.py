@@ -402,6 +402,7 @@ def _skills(by_h, by_period, e, shown):
     for ax, name in ((by_h, 'horizon (bars)'), (by_period, 'period')):
         ax.axhline(0, color='k', lw=.6, ls='--')
         ax.set(title=f'skill by {name.split()[0]}', xlabel=name, ylabel=f'% better than {against}')
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
 @patch
 def plot(self: Evaluation):

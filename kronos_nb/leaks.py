@@ -171,7 +171,8 @@ def leak_evaluation(
 # %% ../nbs/api/14a_leaks.ipynb #cell-032
 def _of_run(folder, bars):
     "What there is to check about the run in `folder`"
-    if not (folder/'config.yaml').is_file(): raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
+    if not (folder/'config.yaml').is_file():
+        raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
     d = Config.load(folder/'config.yaml').data
     if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows)
     if bars is None: bars = sample_klines(list(d.symbols) if d.symbols else None)

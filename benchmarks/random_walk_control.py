@@ -1,0 +1,36 @@
+"""Fine-tune Kronos itself on random walks, where nothing can be learnt, and on walks with a planted signal, where something can.
+
+    OMP_NUM_THREADS=1 python benchmarks/random_walk_control.py --out runs/control --walks 20
+    OMP_NUM_THREADS=1 python benchmarks/random_walk_control.py --out runs/control --walks 5 --signal 0.5
+
+A small base is trained on other walks; each walk fine-tunes both stages from it on its first half and is judged on its second. What is finished is kept: the same command goes on.
+"""
+import argparse, time
+from pathlib import Path
+import pandas as pd
+from kronos_nb.baselines import GeometricBrownian, LastValue, random_walks
+from kronos_nb.config import Config
+from kronos_nb.evaluate import control
+from kronos_nb.forecast import Forecaster
+from kronos_nb.train import fit
+
+p = argparse.ArgumentParser()
+p.add_argument('--out', default='runs/control'); p.add_argument('--walks', type=int, default=20); p.add_argument('--signal', type=float, default=0.)
+p.add_argument('--epochs', type=int, default=3); p.add_argument('--base-epochs', type=int, default=4); p.add_argument('--bars', type=int, default=2000)
+a = p.parse_args()
+out, L, H = Path(a.out), 60, 2
+cfg = Config.preset('quickstart').replace(
+    base=dict(symbols=None), data=dict(symbols=None, lookback_window=L, predict_window=H, embargo=0, train=.85, val=.15, test=0.), runtime=dict(progress=False, plots=False, log_every=1000, save_steps=1000),
+    **{f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(init='scratch', size='tiny', epochs=a.epochs, lr=1e-3, patience=None).items()})
+
+def trained(bars, cfg, folder):
+    if not (folder/'report.md').exists() and fit(bars, cfg, folder).interrupted: raise SystemExit(f'{folder} was interrupted; run the same command again to go on')
+    return Forecaster.from_pretrained(folder)
+
+base = trained(random_walks(3000, ('X', 'Y'), seed=10**6), cfg.replace(**{'tokenizer.epochs': a.base_epochs, 'predictor.epochs': a.base_epochs}), out/'base')
+walk = iter(range(a.walks))
+def recipe(train): return trained(train, cfg.replace(**{'runtime.init_from': str(out/'base')}), out/f'signal_{a.signal:g}'/f'walk_{next(walk)}'), base
+
+t = time.time()
+d = control(recipe, a.walks, a.signal, a.bars, L, H, seed=500, origins=150, paths=50, baselines=[LastValue(), GeometricBrownian()], top_p=1.)
+print(d.round(3).to_string()); print(d.verdict.value_counts().to_string()); print(f'{time.time() - t:.0f} s in this session')
