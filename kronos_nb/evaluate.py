@@ -323,9 +323,10 @@ def method(self: Evaluation) -> str:
     s, days = self.settings, self.rows.groupby('period')['origin'].agg(['min', 'max'])
     spans = '; '.join(f'{a:%Y-%m-%d} to {b:%Y-%m-%d}' for _, a, b in days.itertuples())
     drawn = ''.join(f', {k} {v}' for k, v in s['sampling'].items())
+    tried = f" The settings are the best of {s['trials']} that were tried, by the validation part." if s.get('trials') else ''
     return (f"{self.n} origins in {s['periods']} periods ({spans}), {len(self.symbols)} symbols, lookback {s['lookback_window']} bars, "
             f"horizon {s['predict_window']} bars, {s['paths']} paths, seed {s['seed']}{drawn}. Intervals: circular block bootstrap over origins, "
-            f"blocks of {block_length(self.n, s['overlap'])}. Errors are in steps, the mean absolute change of the close over the lookback.")
+            f"blocks of {block_length(self.n, s['overlap'])}. Errors are in steps, the mean absolute change of the close over the lookback.{tried}")
 
 @patch
 def omissions(self: Evaluation, most: int = 10) -> str:

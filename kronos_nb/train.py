@@ -391,6 +391,7 @@ def fit(
     *,
     callbacks=(),          # More callbacks, for both stages
     resume: bool = True,   # Go on with a run of the same configuration and bars that is in `out_dir`
+    judge: bool = True,    # False leaves the test part alone: a search must not see it
     **overrides,           # Settings on top of `config`: predictor=dict(lr=1e-5), or **{'predictor.lr': 1e-5}
 ) -> FitResult:
     "Fine-tune both stages on `data`, keep the best weights, and judge them on bars that nothing has seen"
@@ -398,7 +399,7 @@ def fit(
     out = Path(out_dir or Path('runs')/(config if isinstance(config, str) and config in PRESETS else 'run'))
     limit = seconds(cfg.runtime.max_time)
     with threads(cfg.runtime.threads), matmul_precision(cfg.runtime.matmul_precision):
-        return _fit_run(data, cfg, out, None if limit is None else time.monotonic() + limit, list(callbacks), resume)
+        return _fit_run(data, cfg, out, None if limit is None else time.monotonic() + limit, list(callbacks), resume, judge)
 
 def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     engine = Engine(cfg.runtime.device, precision_of(cfg))
