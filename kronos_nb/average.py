@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -167,10 +166,12 @@ class Averaging(Callback):
         raise NotImplementedError
     def due(self, learn) -> bool: return True
     def before_fit(self, learn):
-        source = self.module(learn)
-        self.average = AveragedModel(source, multi_avg_fn=lambda avg, new, _: torch._foreach_lerp_(avg, new, self.now))
-        if self.kept is not None: self.average.module.load_state_dict(self.kept)
+        if not learn.step: self.n, self.kept, self.average = 0, None, None   # a new fit; otherwise one that goes on
+        held = self.kept if self.kept is not None else self.average and self.average.module.state_dict()
+        self.average = AveragedModel(self.module(learn), multi_avg_fn=lambda avg, new, _: torch._foreach_lerp_(avg, new, self.now))
+        if self.n: self.average.module.load_state_dict(held)
         self.average.n_averaged.fill_(self.n)
+        self.kept = None
     def after_step(self, learn):
         if not self.due(learn): return
         self.now = self.share(learn, self.n)

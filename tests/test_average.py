@@ -103,3 +103,12 @@ def test_averages_leave_training_alone_and_resume_exactly(tmp_path):
 def test_soup_of_runs_with_other_tokenizers_is_refused(tmp_path):
     for h in 'ab': Weights({'w': torch.ones(1)}, config=dict(tokenizer_hash=h)).save(tmp_path/h)
     with pytest.raises(ModelError, match='tokenizer_hash'): greedy_soup({h: tmp_path/h for h in 'ab'}, lambda w: 1.)
+
+def test_an_average_goes_on_in_a_second_fit_and_starts_anew_in_another_learner():
+    ema = EMA()
+    learner(once := EMA()).fit(2)
+    learn = learner(ema).fit(1)
+    learn.fit(2)
+    assert ema.n == once.n == 10 and all(torch.equal(ema.weights[k], once.weights[k]) for k in once.weights)
+    learner(ema).fit(1)
+    assert ema.n == 5

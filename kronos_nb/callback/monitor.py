@@ -351,6 +351,8 @@ class Codebook(Callback):
         windows: int = 512,                       # Validation windows per process that are looked at
     ): self.tokenizer, self.windows, self.said = tokenizer, windows, False
 
+    def before_fit(self, learn): self.said = self.said and learn.step > 0
+
     def after_validate(self, learn):
         m = self.measure(learn)
         learn.metrics |= m

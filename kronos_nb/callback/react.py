@@ -120,6 +120,7 @@ class NormSchedule(Callback):
     ): self.jump, self.factor, self.recover, self.floor, self.memory, self.scale, self.seen = jump, factor, recover, floor, memory, 1., 0
 
     def before_fit(self, learn):
+        if not learn.step: self.scale, self.seen = 1., 0
         if not any(isinstance(c, Schedule) for c in learn.callbacks): raise ConfigError("NormSchedule scales what a Schedule sets; add Schedule('constant', warmup=0.) where the rate should not move otherwise")
     def before_step(self, learn):
         for g in learn.opt.param_groups: g['lr'] *= self.scale
