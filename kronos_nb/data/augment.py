@@ -12,55 +12,62 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core import ConfigError, stable_key
+from ..core import ConfigError, FEATURES, stable_key
 from .window import WindowDataset
 
-# %% ../../nbs/api/05_data.augment.ipynb #cell-006
+# %% ../../nbs/api/05_data.augment.ipynb #cell-007
 @dataclass(frozen=True)
 class Augment:
     "Augmentation of normalised windows, a pure function of (seed, epoch, window)"
     noise_std: float = 0.       # Standard deviation of Gaussian noise, in sigmas of the lookback; 0 is off
-    scale_range: tuple = (1., 1.) # One factor per window, drawn between these; (1, 1) is off
+    scale_range: tuple = (1., 1.) # One factor per window, drawn evenly between these; (1, 1) is off
     feature_dropout: float = 0. # Chance that a feature is 0 (its mean) throughout a window; 0 is off
     time_shift_max: int = 0     # Windows begin up to this many bars earlier or later; 0 is off
     clip: float = 5.            # Sigmas; as the normaliser's
     def __post_init__(self):
-        lo, hi = self.scale_range
         if self.noise_std < 0: raise ConfigError(f"noise_std must be 0 or more sigmas, got {self.noise_std}")
-        if not 0 < lo <= hi: raise ConfigError(f"scale_range must be two factors 0 < low <= high, got {self.scale_range}")
+        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]: raise ConfigError(f"scale_range must be two factors 0 < low <= high, got {self.scale_range}")
         if not 0 <= self.feature_dropout < 1: raise ConfigError(f"feature_dropout must be in [0, 1), got {self.feature_dropout}")
-        if self.time_shift_max < 0: raise ConfigError(f"time_shift_max must be 0 or more bars, got {self.time_shift_max}")
+        if self.time_shift_max < 0 or int(self.time_shift_max) != self.time_shift_max: raise ConfigError(f"time_shift_max must be a whole number of bars, 0 or more, got {self.time_shift_max}")
+        if not self.clip > 0: raise ConfigError(f"clip must be above 0 sigmas, got {self.clip}")
     @property
-    def on(self) -> bool: return bool(self.noise_std or self.scale_range != (1., 1.) or self.feature_dropout or self.time_shift_max)
+    def on(self) -> bool: return bool(self.noise_std or tuple(self.scale_range) != (1., 1.) or self.feature_dropout or self.time_shift_max)
 
-# %% ../../nbs/api/05_data.augment.ipynb #cell-007
-def _generators(seed, epoch, indices):
-    "One generator per window; Philox takes its key as it is, so making one is cheap"
-    key = stable_key(seed, 'augment', epoch)
-    return [np.random.Generator(np.random.Philox(key=[key, int(i)])) for i in indices]
+# %% ../../nbs/api/05_data.augment.ipynb #cell-011
+def _generators(what, seed, epoch, indices):
+    "One generator per window, at the address (what, seed, epoch, index)"
+    key = stable_key(seed, what, epoch)
+    return (np.random.Generator(np.random.Philox(key=[key, int(i)])) for i in indices)
 
 @patch
-def shifts(self: Augment, seed, epoch, indices) -> np.ndarray | None: # (B,) bars
+def shifts(self: Augment,
+    seed: int, epoch: int, indices, # The address; indices (B,)
+) -> np.ndarray | None: # (B,) bars, or None where shifting is off
     "By how many bars each window moves"
     if not self.time_shift_max: return None
-    key = stable_key(seed, 'shift', epoch)
-    return np.array([np.random.Generator(np.random.Philox(key=[key, int(i)])).integers(-self.time_shift_max, self.time_shift_max + 1) for i in indices])
+    return np.array([g.integers(-self.time_shift_max, self.time_shift_max + 1) for g in _generators('shift', seed, epoch, indices)])
 
 @patch
 def values(self: Augment,
     x: torch.Tensor, # (B, T, F) normalised windows
     seed: int, epoch: int, indices, # The address; indices (B,)
 ) -> torch.Tensor: # A new tensor; `x` is left alone
-    "Scale, dropout and noise on `x`"
+    "Scale, noise and dropout on `x`, limited to the clip"
     B, T, F = x.shape
-    lo, hi = self.scale_range
-    factor, keep, noise = np.empty((B, 1, 1), np.float32), np.empty((B, 1, F), np.float32), np.zeros((B, T, F), np.float32)
-    for b, g in enumerate(_generators(seed, epoch, indices)):
+    (lo, hi), factor, keep, noise = self.scale_range, np.empty((B, 1, 1), np.float32), np.empty((B, 1, F), np.float32), np.zeros((B, T, F), np.float32)
+    for b, g in enumerate(_generators('augment', seed, epoch, indices)):
         factor[b] = lo + (hi - lo) * g.random()
         keep[b] = g.random(F) >= self.feature_dropout
         if self.noise_std: g.standard_normal(dtype=np.float32, out=noise[b])
-    out = (x * torch.from_numpy(factor) + self.noise_std * torch.from_numpy(noise)) * torch.from_numpy(keep)
-    return out.clamp_(-self.clip, self.clip)
+    factor, keep, noise = (torch.from_numpy(o).to(x.device) for o in (factor, keep, noise))
+    return ((x * factor + self.noise_std * noise) * keep).clamp_(-self.clip, self.clip)
+
+# %% ../../nbs/api/05_data.augment.ipynb #cell-016
+@patch
+def _apply(self: Augment, batch, seed, epoch, indices):
+    L = batch['hist_features'].shape[1]
+    x = self.values(torch.cat([batch['hist_features'], batch['pred_features']], 1), seed, epoch, indices)
+    return dict(batch, hist_features=x[:, :L], pred_features=x[:, L:])
 
 @patch
 def __call__(self: Augment,
@@ -72,15 +79,9 @@ def __call__(self: Augment,
     return self._apply(batch, seed, epoch, indices)
 
 @patch
-def _apply(self: Augment, batch, seed, epoch, indices):
-    L = batch['hist_features'].shape[1]
-    x = self.values(torch.cat([batch['hist_features'], batch['pred_features']], 1), seed, epoch, indices)
-    return dict(batch, hist_features=x[:, :L], pred_features=x[:, L:])
-
-@patch
 def fetch(self: Augment,
     dataset: WindowDataset,
     indices, seed: int, epoch: int,
 ) -> dict: # Like `dataset.batch(indices)`
-    "Read, shift and augment windows: the whole of it"
+    "Read, shift and augment windows"
     return self._apply(dataset.batch(indices, shift=self.shifts(seed, epoch, indices)), seed, epoch, indices)
