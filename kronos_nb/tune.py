@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'with_params', 'knob_of', 'default_space', 'comparable', 'suggest', 'find_runs', 'tokenizer_of', 'Soup',
-           'soup_runs']
+           'soup_runs', 'Pruning', 'shared_start', 'validation_crps', 'open_study', 'TuneResult', 'tune', 'experiments']
 
 # %% ../nbs/api/17_tune.ipynb #cell-002
-import contextlib, json, math, os, platform, shutil, time
-from dataclasses import dataclass, field
+import json, math, os, platform, shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
@@ -23,8 +22,7 @@ from .diagnose import alive
 from .task import PredictorTask, WindowSource, build_model
 from .average import greedy_soup, mean_weights, on_validation, shared_tokenizer, weights_of
 from .baselines import LastValue
-from .evaluate import Evaluation, evaluate
-from .compare import Comparison, compare
+from .evaluate import evaluate
 from .forecast import Forecaster
 from .report import write_report
 from .train import FitResult, finished, fit, prepare, resolve
@@ -151,3 +149,187 @@ def soup_runs(
     cfg.save(out/'config.yaml')
     write_json(out/'soup.json', dict(origin=soup.origin, runs={k: str(r) for k, r in named.items()}, method=method, table=table.to_dict('records')))
     return Soup(out, table, soup.origin)
+
+# %% ../nbs/api/17_tune.ipynb #cell-020
+class Pruning(Callback):
+    "Tells the search each validation loss, and ends the fit if it is hopeless"
+    order = 200
+    def __init__(self, trial): self.trial, self.pruned = trial, False
+    def after_validate(self, learn):
+        if 'val_loss' not in learn.metrics: return
+        self.trial.report(learn.metrics['val_loss'], learn.step)
+        if self.trial.should_prune():
+            self.pruned = True
+            learn.stop('worse than the median of the trials', interrupted=True)
+
+def shared_start(
+    data,
+    cfg: Config,
+    out: Path,
+) -> Config: # What a trial starts from
+    "Train what all trials share: the base, if there is one, and the tokenizer"
+    made = fit(data, cfg.replace(**{'runtime.only': 'tokenizer'}), out/'start', judge=False)
+    if made.interrupted: raise RunError(f"the tokenizer that all trials share was interrupted ({made.stop_reason}); the same call goes on")
+    init = str(out/'start'/'base'/'predictor'/'best_model') if cfg.base.symbols else cfg.predictor.init
+    return cfg.replace(**{'base.symbols': None, 'runtime.init_from': None, 'runtime.only': 'predictor', 'predictor.tokenizer': str(out/'start'/'tokenizer'/'best_model'), 'predictor.init': init})
+
+def validation_crps(
+    result: FitResult,
+    data,
+) -> float: # Mean, in steps of the close
+    "How good the forecasts of a run are on its validation part"
+    cfg = result.config
+    prepared = prepare(data, cfg)
+    if prepared.val is None: raise ConfigError("a search needs a validation part: data.val is 0")
+    parts = prepared.split.summary
+    start = dict(parts.query("part == 'val'").set_index('symbol')['first'])
+    last = prepared.bars.symbol.astype(str).map(dict(parts.query("part == 'val'").set_index('symbol')['last']))
+    bars, e = prepared.bars[prepared.bars.timestamps <= last].reset_index(drop=True), cfg.evaluate   # nothing of the test part
+    got = evaluate(result.forecaster(), bars, cfg.data.lookback_window, cfg.data.predict_window, baselines=[LastValue()], origins=e.origins, start=start, used=prepared.split.train, paths=e.paths,
+        seed=cfg.runtime.seed, max_gap=cfg.data.max_gap, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p, progress=False)
+    return float(got.losses['model']['crps'].mean())
+
+# %% ../nbs/api/17_tune.ipynb #cell-023
+def _optuna():
+    try: import optuna
+    except ImportError as e: raise ConfigError("a search needs Optuna: pip install 'kronos_nb[tune]'") from e
+    return optuna
+
+def open_study(storage: str, out: Path, seed: int, worker: int):
+    "The study of a folder, new or continued"
+    optuna = _optuna()
+    url = storage if '://' in storage else f'sqlite:///{Path(storage).resolve()}'
+    out.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(storage=url, study_name='kronos_nb', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    study.sampler = optuna.samplers.TPESampler(seed=stable_key(seed, 'tune', worker, len(study.trials)) % 2**32, constant_liar=True)
+    S = optuna.trial.TrialState
+    for t in study.get_trials(states=(S.RUNNING,)):
+        if t.user_attrs.get('host') == platform.node() and not alive(t.user_attrs['pid']):
+            study.tell(t.number, state=S.FAIL)
+            study.enqueue_trial(t.params)
+    return study
+
+@dataclass
+class TuneResult:
+    "What a search found"
+    study: object   # Optuna's
+    config: Config  # That it began with
+    data: object
+    out: Path
+    value: str      # What was minimised
+    @property
+    def table(self) -> pd.DataFrame: # One row per trial, the best first
+        "Trials with their settings and values"
+        rows = [dict(trial=t.number, state=t.state.name.lower(), value=math.nan if t.value is None else t.value, **t.params, seconds=t.duration.total_seconds() if t.duration else math.nan, folder=t.user_attrs.get('folder', '')) for t in self.study.trials]
+        return pd.DataFrame(rows).sort_values(['state', 'value'], key=lambda c: c != 'complete' if c.name == 'state' else c, kind='stable', ignore_index=True)
+    @property
+    def best(self) -> Config: return with_params(self.config, self.study.best_params)
+    @property
+    def trials(self) -> int: return sum(t.state.is_finished() and t.state.name != 'FAIL' for t in self.study.trials)
+    def __repr__(self): return f'TuneResult({self.trials} trials in {str(self.out)!r}, best {self.value} {self.study.best_value:.5g} with {self.study.best_params})'
+    def _repr_html_(self): return f'<p>{self.trials} trials, lowest {self.value} first</p>{self.table.to_html(index=False)}'
+
+# %% ../nbs/api/17_tune.ipynb #cell-024
+def _run_trial(trial, study, space, start, data, out, same_tokens):
+    "Fit one trial and give its value"
+    optuna = _optuna()
+    trial.set_user_attr('pid', os.getpid()); trial.set_user_attr('host', platform.node())
+    params = suggest(trial, space)
+    folder = out/'trials'/f'{stable_key(sorted(params.items())) % 16**8:08x}'
+    trial.set_user_attr('folder', str(folder))
+    watch = Pruning(trial)
+    result = fit(data, with_params(start, params), folder, callbacks=[watch] if same_tokens else [], judge=False)
+    if watch.pruned: raise optuna.TrialPruned()
+    if result.interrupted:
+        study.stop()
+        study.enqueue_trial(params)
+        raise RunError(f"interrupted: {result.stop_reason}")
+    value = result.history.query("stage == 'predictor'").val_loss.min() if same_tokens else validation_crps(result, data)
+    for s in ('tokenizer', 'predictor'): shutil.rmtree(folder/s/'checkpoints', ignore_errors=True)
+    return float(value)
+
+def tune(
+    data=None,           # As for `fit`
+    config='quickstart', # As for `fit`
+    space=None,          # Setting -> (low, high) or a list; None: `default_space`
+    out_dir='runs/tune', # Folder of the search
+    trials: int = 20,    # The study holds so many in the end
+    timeout: float | None = None, # Seconds after which no new trial begins
+    storage: str | None = None,   # A file, or a URL that Optuna knows; None: OUT/study.db
+    worker: int = 0,     # Another number for each process that shares a storage
+    **overrides,         # As for `fit`
+) -> TuneResult:
+    "Search for settings by validation; the test part is not touched"
+    optuna, out = _optuna(), Path(out_dir)
+    cfg = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    if not cfg.data.val: raise ConfigError("a search needs a validation part: data.val is 0")
+    space = dict(default_space(cfg) if space is None else space)
+    for name in space: knob_of(name)
+    study, same_tokens = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker), comparable(space)
+    start = shared_start(data, cfg, out) if same_tokens else cfg
+    states = tuple(optuna.trial.TrialState[s] for s in ('COMPLETE', 'PRUNED'))
+    if len(study.get_trials(states=states)) < trials:
+        study.optimize(lambda t: _run_trial(t, study, space, start, data, out, same_tokens), timeout=timeout, catch=(RunError,), callbacks=[optuna.study.MaxTrialsCallback(trials, states)])
+    if not study.get_trials(states=states[:1]): raise RunError(f"no trial of the search in {str(out)!r} came to its end: see the folders in {str(out/'trials')!r}")
+    return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation')
+
+# %% ../nbs/api/17_tune.ipynb #cell-026
+@patch
+def fit(self: TuneResult,
+    out_dir=None, # Default: OUT/best
+) -> FitResult:
+    "Train with the best settings, judge, and write the number of trials into the card"
+    result = fit(self.data, self.best, out_dir or self.out/'best')
+    if result.evaluation is not None:
+        result.evaluation.settings['trials'] = self.trials
+        result.evaluation.save(result.out_dir/'evaluation')
+        write_report(result.out_dir)
+    return result
+
+@patch
+def soup(self: TuneResult,
+    n: int = 5, # Best trials that are tried
+    out_dir=None, # Default: OUT/soup
+) -> Soup:
+    "A greedy soup over the best trials"
+    t = self.table.query("state == 'complete'").drop_duplicates('folder').head(n)
+    return soup_runs(list(t.folder), out_dir or self.out/'soup', self.data)
+
+@patch
+def plot(self: TuneResult):
+    "Values by trial, and against each setting; gives the figure"
+    t = self.table.query("state == 'complete'").sort_values('trial')
+    names = [c for c in t.columns if c not in ('trial', 'state', 'value', 'seconds', 'folder')]
+    n = len(names) + 1
+    fig, axes = figure(min(3*n, 13), 2.6*-(-n//4), -(-n//4), min(n, 4), squeeze=False)
+    ax, *rest = axes.flat
+    ax.plot(t.trial, t.value, 'o', ms=4); ax.plot(t.trial, t.value.cummin(), drawstyle='steps-post')
+    ax.set(xlabel='trial', ylabel=self.value, title='found so far')
+    for ax, k in zip(rest, names):
+        ax.plot(t[k], t.value, 'o', ms=4)
+        ax.set(xlabel=k)
+        if (f := knob_of(k)) is not None and f.metadata['log']: ax.set_xscale('log')
+    for ax in rest[len(names):]: ax.set_visible(False)
+    return fig
+
+# %% ../nbs/api/17_tune.ipynb #cell-031
+def experiments(
+    folder,              # Of YAML files
+    data=None,           # As for `fit`
+    out_dir='runs/experiments',
+    skip_existing=True,  # Leave finished ones alone
+) -> pd.DataFrame: # experiment, state ('finished', 'skipped', 'interrupted', 'failed'), said, folder
+    "Run every YAML file in a folder"
+    files, rows = sorted(p for p in Path(folder).glob('*') if p.suffix in ('.yaml', '.yml')), []
+    if not files: raise ConfigError(f"{str(folder)!r} holds no YAML files")
+    for p in files:
+        out = Path(out_dir)/p.stem
+        row = dict(experiment=p.stem, state='skipped', said='', folder=str(out))
+        if not (skip_existing and finished(out/'predictor')):
+            try:
+                r = fit(data, str(p), out)
+                row |= dict(state='interrupted' if r.interrupted else 'finished', said=r.stop_reason or (r.evaluation.verdict if r.evaluation is not None else 'not judged'))
+            except KronosError as e: row |= dict(state='failed', said=f'{type(e).__name__}: {e}')
+        rows.append(row)
+        if row['state'] == 'interrupted': break
+    return pd.DataFrame(rows)
