@@ -32,6 +32,7 @@ from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, buil
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
 from .forecast import Forecaster
+from .origins import pick_origins
 from .evaluate import evaluate
 from .hub import write_cards
 from .report import write_report
@@ -115,7 +116,9 @@ class Stage:
     def extra(self) -> dict:
         "What the model's config.json says beside its architecture"
         d = self.cfg.data
-        said = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context, lookback_window=d.lookback_window)
+        seen = self.data.split.summary.query("part != 'test'").groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
+        said = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context, lookback_window=d.lookback_window, predict_window=d.predict_window,
+            trained_on={str(k): [str(o['first']), str(o['last'])] for k, o in seen.iterrows()})
         return said if self.tokenizer is None else said | dict(tokenizer_hash=self.tokenizer.weights_hash())
 
 def _sources(stage: Stage):
@@ -404,6 +407,7 @@ def fit(
 def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     engine = Engine(cfg.runtime.device, precision_of(cfg))
     prepared = prepare(data, cfg)
+    if judge and cfg.data.test and cfg.runtime.only != 'tokenizer': _origins(prepared, cfg)   # too few bars to judge on is known before anything trains
     if engine.is_main: claim_folder(out, cfg, prepared, resume)
     engine.wait()
     result = FitResult(out, cfg, pd.DataFrame())
@@ -435,12 +439,18 @@ def _runs(stage: Stage) -> bool:
     return r.only in (None, stage.name) and not (r.skip_existing and finished(stage.out))
 
 # %% ../nbs/api/16_train.ipynb #cell-031
+def _origins(data: Prepared, cfg: Config) -> dict:
+    "From when on each symbol may be forecast; raises where the test part has too few bars"
+    start = dict(data.split.summary.query("part == 'test'").set_index('symbol')['first'])
+    pick_origins(data.bars, cfg.data.lookback_window, cfg.data.predict_window, cfg.evaluate.origins, start=start, max_gap=cfg.data.max_gap)
+    return start
+
 def _judge(result: FitResult, data: Prepared, inits: dict):
     "Evaluate on the test part, and write the report"
     cfg, e = result.config, result.config.evaluate
     if result.predictor is not None and cfg.data.test:
         parts = data.split.summary
-        start = dict(parts.query("part == 'test'").set_index('symbol')['first'])
+        start = _origins(data, cfg)
         used = parts.query("part != 'test'").groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
         base = None if inits['predictor'] == 'scratch' else Forecaster(build_model('tokenizer', inits['tokenizer']).eval(), build_model('predictor', inits['predictor']).eval(),
             normalizer=data.train.normalizer, max_context=cfg.data.max_context)
