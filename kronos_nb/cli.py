@@ -33,6 +33,8 @@ def _fit_parser(sub):
     p.add_argument('--init-from', help="start from the best weights of another run's folder")
     p.add_argument('--num-gpus', '--multi-gpu', type=int, dest='num_gpus', metavar='N', help='train on N processes of this machine, one per GPU')
     p.add_argument('--max-time', help='stop in time and keep a checkpoint: 11h30m')
+    p.add_argument('--max-cpu', help='wait while the processor is busier than this, in percent')
+    p.add_argument('--max-memory', help='wait while the memory is fuller than this, in percent')
     p.add_argument('--test', action='store_true', help='check config, data, paths, device, memory and disk, and train nothing')
     p.set_defaults(run=run_fit)
 
@@ -168,7 +170,7 @@ def config_of(a: argparse.Namespace) -> Config:
     if a.config and a.preset: raise ConfigError(f"--config {a.config} and --preset {a.preset} both name a configuration; give one of them (a YAML file may begin with `preset: {a.preset}`)")
     cfg = Config.load(a.config) if a.config else Config.preset(a.preset or 'quickstart')
     for v in a.variant: cfg = cfg.replace(**VARIANTS[check_choice('--variant', v, VARIANTS)])
-    named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.max_time': a.max_time}
+    named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.max_time': a.max_time, 'runtime.max_cpu': a.max_cpu, 'runtime.max_memory': a.max_memory}
     return cfg.replace(**{k: v for k, v in named.items() if v is not None}, **settings(a.set))
 
 # %% ../nbs/api/19_cli.ipynb #cell-015

@@ -209,6 +209,8 @@ class Runtime(Section):
     max_time: str | None = knob(None, "stop in time and keep a checkpoint: 11h30m, 45m, 90s")
     progress: bool = knob(True, "progress bars")
     plots: bool = knob(True, "save loss curves at checkpoints")
+    max_cpu: float | None = knob(None, "wait while the processor is busier than this; none: never", lo=1., hi=100., unit='percent')
+    max_memory: float | None = knob(None, "wait while the memory is fuller than this; none: never", lo=1., hi=100., unit='percent')
     monitor_blocks: bool = knob(False, "record gradient norm and update-to-weight ratio of every block")
     trackers: tuple[str, ...] | None = knob(None, "also send the numbers to: tensorboard, wandb, trackio, mlflow, ...")
     def check(self): seconds(self.max_time)

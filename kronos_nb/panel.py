@@ -764,7 +764,9 @@ class DataPanel(Panel):
         config=None,     # A ConfigPanel that follows what is chosen here; or a Config, for the windows
         folders=('.', '/kaggle/input'), # Where files are looked for
     ):
-        self.source, self.config, self.folders, self.asked = source, config, folders, dict(symbols=None, start=None, end=None, repair='off')
+        self.source, self.config, self.folders = source, config, folders
+        data = getattr(config.cfg if isinstance(config, ConfigPanel) else config, 'data', None) or Config().data
+        self.asked = {k: getattr(data, k) for k in ('symbols', 'start', 'end', 'repair')}   # what the settings say already
 
     def current(self): return self.source
     @property
@@ -800,6 +802,7 @@ def build(self: DataPanel):
         repair=W.Dropdown(description='repair', options=['off', 'standard'], **look))
     self.window = W.IntSlider(description='window', min=0, max=0, continuous_update=False, **look)
     self.given = self.source
+    for k, v in self.asked.items(): self.views[k].value = ', '.join(v) if isinstance(v, tuple) else v or ''
     for v in self.views.values(): v.observe(self.moved, 'value')
     self.window.observe(lambda _: guarded(self.said, self.draw)(), 'value')
     fold, self.texts = folded(as_code='')

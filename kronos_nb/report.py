@@ -15,6 +15,7 @@ from . import __version__
 from .core import RunError, write_atomic
 from .config import Config
 from .data.kline import md_table
+from .diagnose import diagnose
 from .watch import read_lines
 from .evaluate import Evaluation
 
@@ -48,7 +49,7 @@ def _stage_section(out, stage):
     shown = m[[c for c in ('train_loss', 'val_loss', 'learning_rate', 'gradient_norm') if c in m]].copy()
     shown.insert(0, 'epoch', range(1, len(m)+1))
     return '\n'.join([f'### {stage.title()}\n', best, md_table(shown.map(lambda v: f'{v:.5g}')), '', picture(out, f'{stage}/plots/loss_curve_latest.png', f'{stage} loss'),
-        'Which weights were kept, by validation loss:\n\n' + md_table(pd.DataFrame(chosen)[['candidate', 'val_loss', 'chosen']]) + '\n' if chosen else '', *said, ''])
+        'Which weights were kept, by validation loss:\n\n' + md_table(pd.DataFrame(chosen)[['candidate', 'val_loss', 'chosen']]) + '\n' if chosen else '', diagnose(Path(out)/stage).to_markdown() + '\n', *said, ''])
 
 def _verdict_section(out):
     folder = Path(out)/'evaluation'

@@ -27,6 +27,7 @@ from .data.augment import Augment
 from .learner import Engine, Learner
 from .callback.train import Best, Clip, EarlyStopping, FiniteCheck, Schedule, adamw
 from .callback.monitor import Codebook, GradNorm, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
+from .callback.react import ResourceGuard
 from .callback.checkpoint import Checkpoint, Interrupts
 from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, cross_rope_losses, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
@@ -172,6 +173,7 @@ def _callbacks(stage: Stage, deadline, more):
     if k.lawa is not None: yield LAWA(k.lawa)
     if stage.name == 'tokenizer' and stage.data.val is not None: yield Codebook()
     yield Throughput()
+    if r.max_cpu or r.max_memory: yield ResourceGuard(r.max_cpu, r.max_memory)
     if r.monitor_blocks: yield from (GradNorm(every=r.log_every), UpdateRatio(every=r.log_every, by_block=True))
     for t in r.trackers or (): yield Tracker(t, stage.out.parent, stage.name, stage.cfg.flat())
     yield from (RunFiles(stage.out.parent, stage.name), checkpoint, Interrupts(deadline, checkpoint))
@@ -287,7 +289,7 @@ def run_facts(
         versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
 
 # %% ../nbs/api/16_train.ipynb #cell-022
-MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time progress plots save_steps keep_last skip_existing only micro_batch cache_tokens'.split()) + ('data.source',)
+MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory progress plots save_steps keep_last skip_existing only micro_batch cache_tokens'.split()) + ('data.source',)
 
 def claim_folder(
     out: Path,
