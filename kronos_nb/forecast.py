@@ -272,6 +272,7 @@ class Forecaster:
         device=None,                # 'auto', 'cpu', 'cuda' ...; None leaves the models where they are
         lookback_window: int | None = None, # Bars of history used; None: what the model was trained on, or `max_context`
         cross_rope: str | None = None, # 'reference' or 'trained'; None: what the config says
+        compile=False,              # Compile what lies between the matrix products: for GPUs and large batches; it takes a while to start
         precision: str = 'float32', # Of the predictor while it draws: 'float32' or 'bfloat16'. Tokens are made and read in float32
     ):
         self.tokenizer, self.predictors = tokenizer, list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
@@ -283,7 +284,7 @@ class Forecaster:
         if self.max_context < 2: raise ConfigError(f"max_context must be at least 2 bars, got {max_context}")
         self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
         self.cross_rope = None if cross_rope is None else check_choice('cross_rope', cross_rope, CROSS_ROPE)
-        self.precision = check_choice('precision', precision, PRECISIONS)
+        self.compile, self.precision = compile, check_choice('precision', precision, PRECISIONS)
 
     def _check_fit(self):
         if not self.predictors: raise ModelError("a forecaster needs at least one predictor, got none")
@@ -374,7 +375,7 @@ def predict_many(self: Forecaster,
     z = np.empty((len(hists), n, predict_window, len(FEATURES)))
     batches = list(self._batches([len(h.x) for h in hists], predict_window, n, memory))
     with evaluating(self.tokenizer, *self.predictors), _progress(progress, predict_window*sum(min(M, len(ks)) for _, ks in batches)) as tick:
-        engines, painter = [Engine(m, self.cross_rope, self.dtype) for m in self.predictors], Painter(self.tokenizer)
+        engines, painter = [Engine(m, self.cross_rope, self.dtype, compile=self.compile) for m in self.predictors], Painter(self.tokenizer)
         for rows, ks in batches:
             if not ks.start: tokens, prompts = self._tokens([hists[i] for i in rows], [scales[i] for i in rows], [stamps[i] for i in rows]), {}
             z[rows, ks[0]:ks[-1]+1] = self._sample(engines, painter, prompts, tokens, [keys[i] for i in rows], predict_window, ks, seed, tick, temperature=temperature, top_k=top_k, top_p=top_p, refresh=refresh)

@@ -170,6 +170,28 @@ def test_plotly_absent_names_the_remedy(fc, monkeypatch):
     monkeypatch.setitem(sys.modules, 'plotly.graph_objects', None)
     with pytest.raises(ConfigError, match='pip install plotly'): fc.predict(walk(), 3, paths=2).plot(interactive=True)
 
+# Options
+
+def logits_of(engine, e):
+    with torch.inference_mode():
+        r = engine.reading(1)
+        c = engine.read(e['s1'], e['s2'], engine.stamps(e['stamp']), r)
+        return engine.first(c), engine.second(c, e['s1'][:, 0], r)
+
+@pytest.mark.parametrize('kw, atol', [(dict(packed=False), 1e-5), (dict(compile='eager'), 1e-5), (dict(dtype=torch.bfloat16), .05), (dict(dtype=torch.bfloat16, packed=False), .05)])
+def test_engine_options_compute_the_same_function(kw, atol):
+    e, f = load_file(golden/'tiny'/'expected.safetensors'), load('tiny')
+    with torch.no_grad():
+        want, context = f.predictor.decode_s1(e['s1'], e['s2'], e['stamp'])
+        want = want[:, -1], f.predictor.decode_s2(context, e['s1'][:, :1])[:, -1]
+    for a, b in zip(logits_of(Engine(f.predictor, **kw), e), want): torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    torch._dynamo.reset()
+
+def test_bfloat16_forecasts_and_is_not_silent(fc):
+    f = load('tiny', max_context=32, lookback_window=24, precision='bfloat16').predict(walk(), 12, paths=3)
+    assert np.isfinite(f.paths).all() and f.settings['precision'] == 'bfloat16'
+    with pytest.raises(ConfigError, match='float32, bfloat16'): load('tiny', precision='float16')
+
 # Files
 
 def test_saved_and_loaded(fc, tmp_path):
