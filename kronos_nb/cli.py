@@ -69,6 +69,9 @@ def _evaluate_parser(sub):
     p.set_defaults(run=run_evaluate)
 
 # %% ../nbs/api/19_cli.ipynb #cell-010
+#| export
+
+# %% ../nbs/api/19_cli.ipynb #cell-012
 def _push_parser(sub):
     p = sub.add_parser('push', help='publish the pair of models of a run, each with its card', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Writes user/name-tokenizer and user/name-predictor to the Hugging Face hub. The login is that of HF_TOKEN in the environment, or of `hf auth login`; there is no option for a token.")
@@ -93,6 +96,7 @@ def _bundle_parser(sub):
     p.add_argument('--dataset', help='user/slug: also write dataset-metadata.json for `kaggle datasets create -r zip -p OUT`')
     p.set_defaults(run=run_bundle)
 
+# %% ../nbs/api/19_cli.ipynb #cell-014
 def _report_parser(sub):
     p = sub.add_parser('report', help="write a run's report.md again")
     p.add_argument('out', help="the run's folder")
@@ -110,6 +114,7 @@ def _compare_parser(sub):
     p.add_argument('runs', nargs='+', help='two or more run folders')
     p.set_defaults(run=run_compare)
 
+# %% ../nbs/api/19_cli.ipynb #cell-016
 def _tune_parser(sub):
     p = sub.add_parser('tune', help='search for settings by validation; resumes, and keeps to its budget', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
@@ -145,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser, _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser): add(sub)
     return p
 
-# %% ../nbs/api/19_cli.ipynb #cell-013
+# %% ../nbs/api/19_cli.ipynb #cell-019
 def settings(
     pairs: list, # ['predictor.lr=1e-5', ...]
 ) -> dict: # Changes for `Config.replace`
@@ -173,7 +178,7 @@ def config_of(a: argparse.Namespace) -> Config:
     named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.max_time': a.max_time, 'runtime.max_cpu': a.max_cpu, 'runtime.max_memory': a.max_memory}
     return cfg.replace(**{k: v for k, v in named.items() if v is not None}, **settings(a.set))
 
-# %% ../nbs/api/19_cli.ipynb #cell-015
+# %% ../nbs/api/19_cli.ipynb #cell-021
 def run_fit(a):
     "`kronos-nb fit`"
     cfg = config_of(a)
@@ -194,7 +199,7 @@ def launch(n: int) -> int:
     argv = [o for i, o in enumerate(sys.argv[1:]) if not o.startswith(('--num-gpus', '--multi-gpu')) and not (i and sys.argv[i] in ('--num-gpus', '--multi-gpu'))]
     return subprocess.call([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', '-m', 'kronos_nb.cli', *argv])
 
-# %% ../nbs/api/19_cli.ipynb #cell-017
+# %% ../nbs/api/19_cli.ipynb #cell-023
 def dry_run(cfg: Config, data, out: Path) -> int:
     "Check everything that a run needs and print what it would do"
     import shutil
@@ -221,7 +226,7 @@ def dry_run(cfg: Config, data, out: Path) -> int:
     print('Everything that a run needs is there.')
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-019
+# %% ../nbs/api/19_cli.ipynb #cell-025
 def _model_and_windows(a):
     "Forecaster, bars and window lengths that the options name"
     import yaml
@@ -324,7 +329,7 @@ def run_check(a):
     print(report.to_markdown())
     return 0 if report.ok else 1
 
-# %% ../nbs/api/19_cli.ipynb #cell-021
+# %% ../nbs/api/19_cli.ipynb #cell-027
 def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
