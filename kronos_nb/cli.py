@@ -250,8 +250,8 @@ def run_forecast(a):
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for s, o in got.items():
-        q = {f'close_q{int(100*k):02d}': o.quantile(k)[:, 3] for k in (.05, .25, .5, .75, .95)}
-        rows.append(pd.DataFrame(dict(symbol=s, timestamps=o.timestamps, **q)))
+        q = o.quantile([.05, .25, .5, .75, .95], 'close').rename(columns=lambda k: f'close_q{100*k:02.0f}')
+        rows.append(q.rename_axis('timestamps').reset_index().assign(symbol=s))
         o.plot().figure.savefig(out/f'forecast_{s}.png', dpi=110, bbox_inches='tight')
     table = pd.concat(rows, ignore_index=True)
     table.to_csv(out/'forecast.csv', index=False)
