@@ -35,7 +35,7 @@ class Weights(dict):
     ) -> Path: # What was written
         "Write the weights, and in a folder the config with their origin"
         from safetensors.torch import save
-        out, data = Path(out), save({k: t.detach().cpu().contiguous().clone() for k, t in self.items()}, metadata={'format': 'pt', 'origin': self.origin})
+        out, data = Path(out), save({k: t.detach().cpu().contiguous().clone() for k, t in self.items()})   # without a header, as released files are
         if out.suffix == '.safetensors': return write_atomic(out, data)
         write_atomic(out/'model.safetensors', data)
         if self.config is not None: write_atomic(out/'config.json', json.dumps(self.config | dict(weights_origin=self.origin), indent=2, sort_keys=True))
