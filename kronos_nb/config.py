@@ -297,7 +297,7 @@ _small = {'tokenizer.init': 'NeoQuasar/Kronos-Tokenizer-base', 'predictor.init':
 PRESETS = dict(
     quickstart={'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000, 'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
         'data.embargo': 10, **_both(size='tiny', epochs=4, batch_size=64, weight_decay=.05, average_last=3, schedule='onecycle', warmup=.1, patience=3),
-        'tokenizer.lr': 5e-4, 'predictor.lr': 5e-4, 'runtime.save_steps': 50},
+        'tokenizer.lr': 5e-4, 'predictor.lr': 5e-4, 'runtime.save_steps': 50, 'runtime.log_every': 4},
     btc_original={**_small, 'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.lr': 2e-4, 'predictor.lr': 4e-5, 'tokenizer.clip_norm': 2., 'predictor.clip_norm': 2.,
         **_both(epochs=30, batch_size=50, weight_decay=.1, beta1=.9, beta2=.95, schedule='onecycle', warmup=.03, div_factor=10), 'runtime.log_every': 100},
     btc_optimized={**_small, 'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.lr': 1e-4, 'predictor.lr': 4e-5,
