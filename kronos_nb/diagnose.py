@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .learner import History
-from .watch import best_validation, numbers, read_history, train_loss_at
+from .watch import best_validation, numbers, read_history, read_json, train_loss_at
 
 # %% ../nbs/api/09c_diagnose.ipynb #cell-006
 LIMITS = dict(
@@ -240,7 +240,7 @@ def read_status(
     "Where a run is"
     path = Path(folder)/'status.json'
     if not path.is_file(): return {}
-    s = json.loads(path.read_text(encoding='utf-8'))
+    s = read_json(path)
     if s['state'] == 'running' and s['host'] == platform.node() and not alive(s['pid']): s['state'] = 'killed'
     elif s['state'] == 'running' and time.time() - s['updated'] > max(20*s['every'], 600): s['state'] = 'silent'
     return s
