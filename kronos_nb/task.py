@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'CLASSES', 'LORA_TARGETS', 'TOKEN_BLOCK', 'build_model', 'set_trainable', 'plain_state', 'save_model',
            'TokenizerTask', 'PredictorTask', 'check_bits', 'SampledSource', 'WindowSource', 'encode_windows',
-           'matmul_precision', 'TokenSource', 'cross_rope_losses']
+           'matmul_precision', 'TokenSource']
 
 # %% ../nbs/api/11a_task.ipynb #cell-002
 import contextlib, math, tempfile
@@ -236,28 +236,3 @@ class TokenSource(SampledSource):
         t = torch.from_numpy(np.asarray(self.tokens[rows]).astype(np.int64))
         stamps = self.dataset.stamps[self.dataset.rows(rows)[:, None] + np.arange(self.dataset.window)]
         return dict(s1=t[..., 0], s2=t[..., 1], stamp=torch.from_numpy(stamps.astype(np.int64)))
-
-# %% ../nbs/api/11a_task.ipynb #cell-031
-@torch.no_grad()
-def cross_rope_losses(
-    model: Kronos,
-    source: Source,  # Validation windows with tokens, or with bars and a `tokenizer`
-    tokenizer: KronosTokenizer | None = None,
-    positions=8,     # Places in a window where the next `s2` is predicted, evenly spread over its second half
-    windows=512,     # At most, about
-) -> dict: # 'reference' and 'trained': mean cross-entropy of s2, nats
-    "Held-out cross-entropy of `s2` as generation computes it, without and with rotation"
-    was, sums, n, device = model.training, dict(reference=0., trained=0.), 0, model.device
-    model.eval()
-    for batch in source.stream(0):
-        t = {k: v.to(device) for k, v in batch.tensors.items()}
-        s1, s2 = (t['s1'].long(), t['s2'].long()) if 's1' in t else tokenizer.to(device).eval().encode(t['x'], half=True)
-        context = model.decode_s1(s1[:, :-1], s2[:, :-1], t['stamp'][:, :-1])[1]
-        for at in np.unique(np.linspace(s1.shape[1]//2, s1.shape[1]-1, positions).astype(int)):
-            for mode in sums:
-                logits = model.decode_s2(context[:, :at], s1[:, at:at+1], cross_rope=mode)[:, -1]
-                sums[mode] += float(nn.functional.cross_entropy(logits.float(), s2[:, at], reduction='sum'))
-            n += len(s1)
-        if n >= windows*positions: break
-    model.train(was)
-    return {k: v/n for k, v in sums.items()}

@@ -29,7 +29,7 @@ from .callback.train import Best, Clip, EarlyStopping, FiniteCheck, Schedule, ad
 from .callback.monitor import Codebook, GradNorm, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
 from .callback.react import ResourceGuard
 from .callback.checkpoint import Checkpoint, Interrupts
-from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, cross_rope_losses, encode_windows, matmul_precision,
+from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
 from .forecast import Forecaster
@@ -251,11 +251,12 @@ def _rotation(stage: Stage, learn: Learner) -> dict:
     "Measure how generation should rotate, write it into best_model, and say it"
     if stage.tokenizer is None or learn.valid is None: return {}
     model = build_model(stage.name, str(stage.out/'best_model')).to(stage.engine.device)
-    losses = cross_rope_losses(model, learn.valid, stage.tokenizer)
-    chosen = dict(cross_rope=min(losses, key=losses.get))
-    save_model(model, stage.out/'best_model', **chosen)
-    write_json(stage.out/'cross_rope.json', losses | chosen)
-    return chosen
+    tokens = lambda t: (t['s1'], t['s2']) if 's1' in t else stage.tokenizer.to(model.device).encode(t['x'], half=True)
+    batches = (learn.on_device(b) for b in learn.valid.stream(0))
+    losses = model.pick_cross_rope([(*tokens(t), t['stamp']) for t in batches], start=stage.cfg.data.lookback_window-1)
+    save_model(model, stage.out/'best_model')
+    write_json(stage.out/'cross_rope.json', losses)
+    return dict(cross_rope=model.cross_rope)
 
 def _averages(stage: Stage, learn: Learner) -> dict:
     "The averages that the config asks for, by name"
