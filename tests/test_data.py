@@ -141,6 +141,19 @@ def test_every_rule_fires_and_names_the_bar(kind):
     if kind=='gap': assert hit['first'].iloc[0][0]==pd.Timestamp('2024-01-03 01:00') and '5 bars' in hit.detail.iloc[0]
     pd.testing.assert_frame_equal(b, before)
 
+def test_text_only_the_file_showed_is_told_per_symbol(tmp_path):
+    b = pd.concat([frame(30, 'A'), frame(30, 'B')], ignore_index=True).astype(dict(close=object, timestamps=str))
+    b.loc[[35, 41], 'close'] = 'oops'; b.loc[7, 'timestamps'] += '+00:00'
+    b.to_csv(tmp_path/'a.csv', index=False)
+    for bars in (b, read_klines(tmp_path, chunk=11)):
+        i = check_klines(bars).issues.set_index('rule')
+        bad, zone = i.loc['not_numbers'], i.loc['mixed_zones']
+        assert (bad.symbol, bad['count'], bad['first'])==('B', 2, [pd.Timestamp('2024-01-01 05:00'), pd.Timestamp('2024-01-01 11:00')])
+        assert (zone.symbol, zone['count'], zone['first'])==('A', 1, [pd.Timestamp('2024-01-01 07:00')])
+    assert 'not_numbers' not in set(check_klines(repair_klines(bars)[0]).issues['rule'])       # the bars are gone, and the issue with them
+    assert 'not_numbers' not in set(check_klines(bars[bars.symbol=='A']).issues['rule'])
+    assert '2 cells' in read_report(bars).notes[0] and '2 cells' not in read_report(read_klines(tmp_path, symbols='A')).notes[0]
+
 def test_clean_bars_have_no_issues():
     r = check_klines(frame(500), window=100)
     assert r.ok and not len(r.issues) and r.summary.coverage[0]==1
@@ -166,6 +179,24 @@ def test_changes_reproduce_the_result():
 def test_short_symbols_are_dropped_on_request():
     fixed, changes = repair_klines(pd.concat([frame(50, 'A'), frame(5, 'B')], ignore_index=True), min_bars=10)
     assert set(fixed.symbol)=={'A'} and len(changes)==5
+
+def test_outliers_of_volume_are_limited_and_listed():
+    b = pd.concat([frame(200, 'A'), frame(200, 'B', seed=1)], ignore_index=True)
+    b.loc[150, 'volume'] *= 1e7; b.loc[350, ['volume', 'amount']] *= 1e7
+    fixed, changes = repair_klines(b, winsorise_volume=8, winsorise_window=50)
+    assert changes[['rule', 'action', 'symbol', 'column']].values.tolist()==[['winsorise_volume', 'limited', *o] for o in (['A', 'volume'], ['B', 'volume'], ['B', 'amount'])]
+    at = changes.set_index(['symbol', 'column'])
+    assert at.loc[('B', 'amount'), 'old']==b.amount[350] and at.loc[('B', 'amount'), 'new']==fixed.amount[350]<b.amount[350]
+    assert fixed[['open', 'high', 'low', 'close']].equals(b[['open', 'high', 'low', 'close']]) and not len(repair_klines(b)[1])
+    for kw, what in ((dict(winsorise_volume=0), 'winsorise_volume'), (dict(winsorise=5, winsorise_window=2), 'winsorise_window')):
+        with pytest.raises(ConfigError, match=what): repair_klines(b, **kw)
+
+def test_scales_say_why_they_are_not_computed():
+    for b, why in ((frame(20), 'longest has 20'), (frame(200).assign(close=np.nan), 'NaN')): assert why in with_scales(check_klines(b), 50).to_markdown()
+    assert not with_scales(check_klines(frame().drop(columns='low')), 5).sections
+    mixed = pd.concat([frame(100, s, seed=i) for i, s in enumerate('AB')]).sort_values('timestamps', kind='stable')   # interleaved symbols are not mixed up
+    both = [with_scales(check_klines(o), 60).sections[0].table for o in (mixed, read_klines(mixed))]
+    pd.testing.assert_frame_equal(*both)
 
 @pytest.mark.parametrize('freq,hours', [('5min', ((9.5, 16),)), ('5min', ((9.5, 11.5), (13, 15))), ('h', ((0, 24),)), ('1min', ((18, 24), (0, 17)))])
 def test_sessions_are_no_gaps_and_holes_are(freq, hours):

@@ -74,14 +74,14 @@ def test_segments_with_a_fixed_gap(seed, how, cut, lost, max_gap):
     cut_at = lambda o: [int(s) for s in segments(o, max_gap)[:, 0] if s<early]
     assert cut_at(a)==cut_at(c.reset_index(drop=True))
 
-@settings(law, max_examples=200)
-@given(seeds, hows, cuts, st.sampled_from(['drop', 'ffill']), st.sampled_from([None, 3., 8.]))
-def test_repairs(seed, how, cut, nan, winsorise):
+@law
+@given(seeds, hows, cuts, st.sampled_from(['drop', 'ffill']), st.sampled_from([None, 3., 8.]), st.sampled_from([None, 2., 5.]))
+def test_repairs(seed, how, cut, nan, winsorise, volume):
     a = bars(seed, 1).copy(); r = np.random.default_rng(seed)
     a.loc[r.integers(0, N, 2), 'close'] = np.nan
     a.loc[r.integers(0, N), 'high'] *= .5
     t = T[cut]
-    x, y = (repair_klines(o, nan=nan, winsorise=winsorise, winsorise_window=10)[0] for o in (a, disturb(a, t, how, seed)))
+    x, y = (repair_klines(o, nan=nan, winsorise=winsorise, winsorise_volume=volume, winsorise_window=10)[0] for o in (a, disturb(a, t, how, seed)))
     assert x[x.timestamps<=t].equals(y[y.timestamps<=t])
 
 # ---- fuzzing the reader
@@ -89,7 +89,7 @@ def valid(b): assert tuple(b.columns)==COLUMNS and b.timestamps.dtype=='M8[ns]' 
 
 heads = ['timestamps,open,high,low,close,volume,amount\n', 'Ticker,Date,Open,High,Low,Close,Volume,Adj Close\n', '', 'date;open;high;low;close\n']
 cell = st.one_of(st.sampled_from(['1', '2.5', '-1', '', 'nan', 'inf', '2024-01-02', '2024-01-02 10:00:00+08:00', '13/02/2024', '1735689600000', '20240102', '1e400', '"', 'x,y', '\u65e5', '99999999999999999999', '0000-00-00', '1,5']), st.text(max_size=6))
-@settings(law, max_examples=400)
+@law
 @given(st.sampled_from(heads), st.lists(st.lists(cell, min_size=1, max_size=13), max_size=6), st.sampled_from(',;\t'))
 def test_any_text(tmp_path_factory, head, rows, sep):
     p = folder/'any.csv'

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, FEATURES, check_choice, np_rng
-from .kline import KlineReport, Section
+from .kline import KlineReport, Section, to_float
 
 # %% ../../nbs/api/03_data.normalize.ipynb #cell-007
 def _group(n):
@@ -246,17 +246,20 @@ def check_normalizer(
 
 # %% ../../nbs/api/03_data.normalize.ipynb #cell-058
 def _some_windows(bars, window, n, seed):
-    "Up to `n` windows (n, window, 6) of finite bars, each inside one symbol; evenly drawn"
-    parts = [g[list(FEATURES)].to_numpy('float64') for _, g in bars.groupby('symbol', observed=True) if len(g) >= window]
-    if not parts: raise DataError(f"no symbol has the {window} bars of one window; the longest has {int(bars.groupby('symbol', observed=True).size().max())}")
-    total = np.array([len(p) - window + 1 for p in parts])
-    rng, out = np_rng(seed, 'scale_table'), []
-    for i in rng.choice(total.sum(), min(n, int(total.sum())), replace=False):
-        k = int(np.searchsorted(total.cumsum(), i, side='right'))
-        s = int(i - (total.cumsum()[k] - total[k]))
-        out.append(parts[k][s:s + window])
-    out = np.stack(out)
-    return out[np.isfinite(out).all((1, 2))]
+    "Up to `n` windows (n, window, 6) of finite bars, each inside one symbol; evenly drawn, without a copy of the bars"
+    code = pd.factorize(bars.symbol)[0]
+    row = np.argsort(code, kind='stable') if (np.diff(code) < 0).any() else None
+    size = np.bincount(code[code >= 0])
+    fit = np.maximum(size - window + 1, 0)
+    if not fit.any(): raise DataError(f"no symbol has the {window} bars of one window; the longest has {int(size.max(initial=0))}")
+    i = np.arange(fit.sum()) if fit.sum() <= n else np.sort(np_rng(seed, 'scale_table').integers(fit.sum(), size=n))
+    k = np.searchsorted(fit.cumsum(), i, side='right')
+    at = (int((code < 0).sum()) + i - (fit.cumsum() - fit)[k] + (size.cumsum() - size)[k])[:, None] + np.arange(window)
+    if row is not None: at = row[at]
+    out = np.stack([to_float(bars[c])[0][at] for c in FEATURES], -1)
+    out = out[np.isfinite(out).all((1, 2))]
+    if not len(out): raise DataError(f"every window of {window} bars that was drawn has NaN or inf; repair the bars first (repair_klines)")
+    return out
 
 # %% ../../nbs/api/03_data.normalize.ipynb #cell-060
 def scale_table(
@@ -307,10 +310,13 @@ def plt_subplots(*a, **kw):
 def with_scales(
     report: KlineReport, # From `check_klines`
     lookback_window: int,
-    predict_window: int = 0,
+    predict_window: int = 0, # Bars after the lookback that are also looked at
+    clip: float = 5.,
 ) -> KlineReport: # The same report, with one more section
     "Add scale ratio and clip rate under each normaliser to a data report"
-    t = scale_table(report.bars, lookback_window, predict_window).round(4)
-    report.sections.append(Section('Scales', f'Median and MAD against mean and standard deviation, lookback of {lookback_window} bars.', t.rename_axis('feature').reset_index(),
-                                   lambda: plot_scales({'bars': t}), 'scales'))
+    if report.bars is None or not len(report.bars): return report   # its issues say why
+    try: t = scale_table(report.bars, lookback_window, predict_window, clip).round(4)
+    except DataError as e: report.sections.append(Section('Scales', f'Not computed: {e}.', name='scales')); return report
+    text = f'MAD over standard deviation (median window, 5 % and 95 %), and the share of bars that end at the clip of {clip:g} sigmas under each normaliser. Lookback of {lookback_window} bars'
+    report.sections.append(Section('Scales', text + (f', then {predict_window}.' if predict_window else '.'), t.rename_axis('feature').reset_index(), lambda: plot_scales({'bars': t}), 'scales'))
     return report
