@@ -2,44 +2,85 @@
 
     OMP_NUM_THREADS=1 python benchmarks/compare_presets.py BTC_FILE DOGE_FILE --out runs/presets
 
-BTC_FILE and DOGE_FILE are hourly bars in anything `read_klines` takes. What is reduced: the model (tiny instead of small), the epochs and the windows of an epoch; everything else is the preset's. Interrupt it when you like: the same command goes on.
+BTC_FILE and DOGE_FILE are hourly bars in anything `read_klines` takes. Reduced, and equal for both presets: the model (tiny instead of small), the windows of an epoch and of a validation. Everything else, the epochs
+too, is the preset's. Interrupt it when you like: the same command goes on.
 """
-import argparse, time
+import argparse, json, time
 from pathlib import Path
-from kronos_nb.compare import compare
+import numpy as np, pandas as pd
 from kronos_nb.config import Config
+from kronos_nb.compare import compare
 from kronos_nb.data.kline import read_klines
 from kronos_nb.train import fit
+from kronos_nb.watch import numbers, read_history
 
 p = argparse.ArgumentParser()
 p.add_argument('btc'); p.add_argument('doge')
 p.add_argument('--out', default='runs/presets')
-p.add_argument('--windows', type=int, default=3200, help='windows of an epoch')
-p.add_argument('--epochs', type=int, default=3)
+p.add_argument('--windows', type=int, default=320, help='windows of an epoch')
+p.add_argument('--seeds', type=int, default=3)
 p.add_argument('--origins', type=int, default=240)
 p.add_argument('--only', choices=('btc', 'doge'))
 a = p.parse_args()
-out, t = Path(a.out), time.time()
+out = Path(a.out)
 btc, doge = read_klines(a.btc, 'BTCUSDT'), read_klines(a.doge, 'DOGEUSDT')
-small = lambda epochs, windows: {f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(init='scratch', size='tiny', epochs=epochs, model={}).items()} | {
-    'data.windows_per_epoch': windows, 'data.val_windows': 640, 'runtime.plots': False, 'runtime.progress': False, 'runtime.precision': 'fp32'}
+PRESETS = 'btc_original', 'btc_optimized'
+small = lambda windows, val: {f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(init='scratch', size='tiny', model={}).items()} | {
+    'data.windows_per_epoch': windows, 'data.val_windows': val, 'runtime.plots': False, 'runtime.progress': False, 'runtime.precision': 'fp32', 'runtime.log_every': 1}
 
-def run(name, preset, bars, base_bars, windows, base_epochs, origins):
-    "A base on other bars, before the first bar that chooses the model, then the preset from it"
-    cfg = Config.preset(preset).replace(**small(a.epochs, windows), **{'evaluate.origins': origins})
+def run(data, cfg, folder):
+    "Train unless that is done, and keep the seconds of this process that it took"
+    if (folder/'cpu_seconds.json').exists(): return
+    t = time.process_time()
+    if fit(data, cfg, folder).interrupted: raise SystemExit(f'{folder} was interrupted; run the same command again to go on')
+    (folder/'cpu_seconds.json').write_text(json.dumps(time.process_time() - t))
+
+def base(preset, bars, others, windows, epochs):
+    "A model from scratch on other bars, all of them before the first bar that chooses or judges"
+    cfg, folder = Config.preset(preset), out/f'base_of_{others.symbol.iloc[0]}'
     cut = bars.timestamps.iloc[int(len(bars) * cfg.data.train)]
-    base = cfg.replace(**small(base_epochs, windows), **{'tokenizer.lr': 1e-3, 'predictor.lr': 1e-3, 'data.test': 0., 'data.train': .9, 'data.val': .1},
-                       augment=dict(noise_std=0., feature_dropout=0., time_shift_max=0, scale_low=1., scale_high=1.))
-    where = out/f'base_of_{base_bars.symbol.iloc[0]}'
-    for data, c, folder, more in ((base_bars[base_bars.timestamps < cut], base, where, {}), (bars, cfg, out/name, {'runtime.init_from': str(where)})):
-        if (folder/'report.md').exists(): continue
-        if fit(data, c, folder, **more).interrupted: raise SystemExit(f'{folder} was interrupted after {time.time() - t:.0f} s; run the same command again to go on')
-    print(f'{name}: {time.time() - t:.0f} s of this session', flush=True)
+    cfg = cfg.replace(**small(windows, 160), **{f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(lr=1e-3, epochs=epochs, patience=None).items()}, **{'data.test': 0., 'data.train': .9, 'data.val': .1},
+                      augment=dict(noise_std=0., feature_dropout=0., time_shift_max=0, scale_low=1., scale_high=1.))
+    run(others[others.timestamps < cut], cfg, folder)
+    return folder
+
+def epochs_to(losses, level):
+    "First epoch whose validation loss is at most `level`"
+    return next((i + 1 for i, v in enumerate(losses) if v <= level), np.nan)
+
+def spread(folder):
+    "Standard deviation of the step losses about their mean in each epoch, over the last half of the epochs"
+    rows = pd.DataFrame(read_history(folder).steps)
+    rows = rows[rows.epoch > rows.epoch.max() / 2]
+    return (rows.loss - rows.groupby('epoch').loss.transform('mean')).std()
+
+def claims(name, stage):
+    "What the guide claims of the optimised preset, as it is here"
+    rows = []
+    for seed in range(a.seeds):
+        f = {k: out/f'{k}{name}_{seed}'/stage for k in PRESETS}
+        v = {k: numbers(read_history(o).validations, 'val_loss')[1][1:] for k, o in f.items()}    # the first is of the base
+        status = {k: json.loads((o/'status.json').read_text()) for k, o in f.items()}
+        best = v['btc_original'].min()
+        row = dict(seed=seed, start=numbers(read_history(f['btc_original']).validations, 'val_loss')[1][0], original_best=best, optimized_best=v['btc_optimized'].min(), original_last=v['btc_original'][-1], optimized_last=v['btc_optimized'][-1],
+            original_epochs_to_it=epochs_to(v['btc_original'], best), optimized_epochs_to_it=epochs_to(v['btc_optimized'], best))
+        for k in PRESETS: row |= {f'{k[4:]}_epochs': len(v[k]), f'{k[4:]}_spread': spread(f[k]), f'{k[4:]}_seconds': status[k]['updated'] - status[k]['began']}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index('seed').T
 
 if a.only != 'doge':
-    for name in ('btc_original', 'btc_optimized'): run(name, name, btc, doge, a.windows, 10, a.origins)
-    print(compare([out/'btc_original', out/'btc_optimized']).to_markdown(), flush=True)
+    start = base('btc_original', btc, doge, 3200, 5)
+    for seed in range(a.seeds):
+        for k in PRESETS:
+            cfg = Config.preset(k).replace(**small(a.windows, 160), **{'evaluate.origins': a.origins, 'runtime.seed': seed, 'runtime.init_from': str(start)})
+            run(btc, cfg, out/f'{k}_{seed}')
+            # the predictor alone, on the base's tokens: the same task for both
+            run(btc, cfg.replace(**{'runtime.only': 'predictor', 'predictor.tokenizer': str(start/'tokenizer'/'best_model')}), out/f'{k}_same_tokens_{seed}')
+    print('### Tokenizer\n', claims('', 'tokenizer').round(5).to_string(), '### Predictor, both on the tokens of the base\n', claims('_same_tokens', 'predictor').round(5).to_string(), sep='\n')
+    print('processor seconds', {o.parent.name: round(json.loads(o.read_text())) for o in sorted(out.glob('*/cpu_seconds.json'))})
+    for seed in range(a.seeds): print(compare([out/f'{k}_{seed}' for k in PRESETS]).to_markdown(), flush=True)
 if a.only != 'btc':
-    run('doge', 'doge', doge, btc, a.windows // 4, 6, 32)
+    start = base('doge', doge, btc, 640, 6)
+    run(doge, Config.preset('doge').replace(**small(200, 96), **{'evaluate.origins': 32, 'runtime.init_from': str(start)}), out/'doge')
     from kronos_nb.evaluate import Evaluation
     print(Evaluation.load(out/'doge').to_markdown())
