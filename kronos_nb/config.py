@@ -150,7 +150,10 @@ class Stage(Section):
     ema_decay: float | None = knob(None, "keep an exponential moving average of the weights with this decay; none: no average", lo=0., hi=.99999)
     lawa: float | None = knob(None, "keep the mean of the weights over this last share of the steps; none: no mean", lo=.01, hi=1.)
     average_last: int = knob(0, "average so many of the last checkpoints when the stage ends; 0: none", lo=0, hi=100, unit='checkpoints')
+    norm_stopping: bool = knob(False, "count a validation without improvement twice where gradient norms are out of their usual range; needs patience")
+    norm_schedule: bool = knob(False, "halve the learning rate where gradient norms jump, and let it recover")
     def check(self):
+        if self.norm_stopping and self.patience is None: raise ConfigError(f"{self.title()}.norm_stopping is on and {self.title()}.patience is none: set patience, such as 5, or turn norm_stopping off")
         t = self.trainable
         if t not in ('all', 'heads', 'lora') and not (t.startswith('last_') and t[5:].isdigit() and int(t[5:]) > 0):
             raise ConfigError(f"{self.title()}.trainable must be all, heads, lora or last_N (such as last_2), got {t!r}")
@@ -185,6 +188,7 @@ class Evaluate(Section):
     temperature: float = knob(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = knob(0, "0 keeps all tokens", lo=0)
     top_p: float = knob(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
+    calibrate: str = knob('auto', "learn on the validation part how much wider the bands must be, and keep that beside the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
 
 # %% ../nbs/api/01_config.ipynb #cell-024
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,12 @@ class Runtime(Section):
     max_memory: float | None = knob(None, "wait while the memory is fuller than this; none: never", lo=1., hi=100., unit='percent')
     monitor_blocks: bool = knob(False, "record gradient norm and update-to-weight ratio of every block")
     trackers: tuple[str, ...] | None = knob(None, "also send the numbers to: tensorboard, wandb, trackio, mlflow, ...")
-    def check(self): seconds(self.max_time)
+    live_plot: bool = knob(False, "in a notebook, draw the loss curves while training; elsewhere, a line of text per validation")
+    seeds: tuple[int, ...] | None = knob(None, "train one predictor for each of these seeds, on one tokenizer; forecasts pool their paths")
+    def check(self):
+        seconds(self.max_time)
+        if self.seeds is not None and (len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0):
+            raise ConfigError(f"runtime.seeds must be two or more different numbers of at least 0, such as 1,2,3; got {self.seeds}. One run alone takes runtime.seed")
 
 def seconds(
     text: str | None, # '11h30m', '45m', '90s', '1d', or None
