@@ -32,6 +32,7 @@ def _fit_parser(sub):
     p.add_argument('--skip-existing', action='store_true', help='leave stages alone that are finished')
     p.add_argument('--init-from', help="start from the best weights of another run's folder")
     p.add_argument('--num-gpus', '--multi-gpu', type=int, dest='num_gpus', metavar='N', help='train on N processes of this machine, one per GPU')
+    p.add_argument('--seeds', metavar='1,2,3', help='train one predictor for each of these seeds on one tokenizer; forecasts pool their paths')
     p.add_argument('--max-time', help='stop in time and keep a checkpoint: 11h30m')
     p.add_argument('--max-cpu', help='wait while the processor is busier than this, in percent')
     p.add_argument('--max-memory', help='wait while the memory is fuller than this, in percent')
@@ -51,6 +52,7 @@ def _forecast_parser(sub):
     p.add_argument('--top-k', type=int, default=0)
     p.add_argument('--top-p', type=float, default=0.9)
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--calibrated', action='store_true', help="widen the bands by what the run learnt on its validation part")
     p.add_argument('--out', default='forecast', help='folder for forecast.csv (quantiles per bar), paths.parquet and a picture per symbol')
     p.set_defaults(run=run_forecast)
 
@@ -65,6 +67,7 @@ def _evaluate_parser(sub):
     p.add_argument('--origins', type=int, help='dates to forecast from')
     p.add_argument('--paths', type=int, default=100)
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--calibrated', action='store_true', help="judge the forecasts widened by what the run learnt on its validation part")
     p.add_argument('--out', help='folder for the results')
     p.set_defaults(run=run_evaluate)
 
@@ -175,7 +178,7 @@ def config_of(a: argparse.Namespace) -> Config:
     if a.config and a.preset: raise ConfigError(f"--config {a.config} and --preset {a.preset} both name a configuration; give one of them (a YAML file may begin with `preset: {a.preset}`)")
     cfg = Config.load(a.config) if a.config else Config.preset(a.preset or 'quickstart')
     for v in a.variant: cfg = cfg.replace(**VARIANTS[check_choice('--variant', v, VARIANTS)])
-    named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.max_time': a.max_time, 'runtime.max_cpu': a.max_cpu, 'runtime.max_memory': a.max_memory}
+    named = {'runtime.only': a.only, 'runtime.skip_existing': a.skip_existing or None, 'runtime.init_from': a.init_from, 'runtime.seeds': a.seeds and tuple(a.seeds.split(',')), 'runtime.max_time': a.max_time, 'runtime.max_cpu': a.max_cpu, 'runtime.max_memory': a.max_memory}
     return cfg.replace(**{k: v for k, v in named.items() if v is not None}, **settings(a.set))
 
 # %% ../nbs/api/19_cli.ipynb #cell-021
@@ -205,7 +208,9 @@ def dry_run(cfg: Config, data, out: Path) -> int:
     import shutil
     from kronos_nb.core import pick_device
     from kronos_nb.task import build_model
+    from kronos_nb.callback.monitor import check_tracker
     from kronos_nb.train import precision_of, prepare
+    for t in cfg.runtime.trackers or (): check_tracker(t)
     print('Settings that differ from the defaults:\n')
     print(cfg.diff(Config(), names=('this run', 'default')).to_string())
     prepared = prepare(data, cfg)
@@ -231,10 +236,11 @@ def _model_and_windows(a):
     "Forecaster, bars and window lengths that the options name"
     import yaml
     from kronos_nb.data.kline import read_klines, sample_klines
+    from kronos_nb.calibrate import Calibrated
     from kronos_nb.forecast import Forecaster
     run = Path(a.model)/'config.yaml'
     cfg = Config.load(run) if run.is_file() else Config()
-    f = Forecaster.from_pretrained(a.model)
+    f = (Calibrated if a.calibrated else Forecaster).from_pretrained(a.model)
     symbols = a.symbols or (list(cfg.data.symbols) if not a.data and cfg.data.symbols else None)
     bars = read_klines(a.data, symbols=symbols) if a.data else sample_klines(symbols)
     return f, bars, a.lookback_window or cfg.data.lookback_window, a.predict_window or cfg.data.predict_window

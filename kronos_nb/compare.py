@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .core import RunError
 from .config import Config
 from .data.kline import md_table
-from .watch import figure
+from .watch import figure, stages
 from .evaluate import COLUMNS, Evaluation, skill
 
 # %% ../nbs/api/14d_compare.ipynb #cell-006
@@ -30,7 +30,7 @@ class Run:
     folder: Path
     config: Config          # None where the folder has no config.yaml
     curves: pd.DataFrame    # stage, epoch, and a column per metric of training_metrics.json
-    seconds: dict           # Stage -> seconds of its last session
+    seconds: dict           # Stage -> seconds of its last session; with several seeds also 'seed_2 predictor' ...
     evaluation: Evaluation  # None where the run was not judged
 
 # %% ../nbs/api/14d_compare.ipynb #cell-008
@@ -52,11 +52,12 @@ def read_run(
     "Read a run's settings, curves, times and evaluation"
     folder = Path(folder)
     config = Config.load(folder/'config.yaml') if (folder/'config.yaml').is_file() else None
-    curves = pd.concat([_curves(folder/s/'training_metrics.json', s) for s in STAGES], ignore_index=True)
+    parts = {s: folder/s for s in STAGES} | (stages(folder) if any((folder/s).is_dir() for s in STAGES) else {})   # also the predictors of other seeds
+    curves = pd.concat([_curves(o/'training_metrics.json', s) for s, o in parts.items()], ignore_index=True)
     judged = any((folder/o/'evaluation.json').is_file() for o in ('', 'evaluation'))
     if config is None and not len(curves) and not judged:
         raise RunError(f"{str(folder)!r} is no run: it holds no config.yaml, no training_metrics.json and no evaluation; give the folder that was given as out_dir")
-    e, seconds = Evaluation.load(folder) if judged else None, {s: _seconds(folder/s/'status.json') for s in STAGES}
+    e, seconds = Evaluation.load(folder) if judged else None, {s: _seconds(o/'status.json') for s, o in parts.items()}
     return Run(name or folder.resolve().name, folder, config, curves, seconds, e)
 
 # %% ../nbs/api/14d_compare.ipynb #cell-010

@@ -10,6 +10,7 @@ import sys, time
 from pathlib import Path
 
 from .core import RunError
+from .config import Config
 from .diagnose import diagnose, read_status
 from .watch import clock, numbers, plot_losses, png, read_history, stages, summary_line
 
@@ -95,10 +96,12 @@ def monitor_run(
     return read_status(list(folders.values())[-1]).get('state', 'unknown')
 
 def between_stages(out, quiet, wait) -> bool:
-    "Whether the predictor is to begin soon"
+    "Whether the predictor, or that of another seed, is to begin soon"
     found = run_stages(out)
-    state = read_status(list(found.values())[-1]).get('state')
-    return state == 'finished' and not (list(found)[-1] == 'predictor') and time.monotonic() - quiet < wait
+    state, settings = read_status(list(found.values())[-1]).get('state'), Path(out)/'config.yaml'
+    seeds = Config.load(settings).runtime.seeds if settings.is_file() else None
+    last = f'seed_{seeds[-1]} predictor' if seeds else 'predictor'
+    return state == 'finished' and last not in found and time.monotonic() - quiet < wait
 
 # %% ../nbs/api/09d_follow.ipynb #cell-013
 def show_run(

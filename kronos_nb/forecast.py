@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'PRECISIONS', 'impossible', 'coherent', 'History', 'read_history', 'Forecast', 'pick_normalizer',
-           'Forecaster']
+           'Forecaster', 'write_ensemble', 'members']
 
 # %% ../nbs/api/13_forecast.ipynb #cell-002
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from .calendar import future_stamps
-from .core import FEATURES, PRICES, ConfigError, DataError, ModelError, check_choice, nearest, pick_device
+from .core import FEATURES, PRICES, ConfigError, DataError, ModelError, check_choice, nearest, pick_device, write_json
 from .data.kline import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
 from .engine import Engine, Painter
@@ -439,9 +440,23 @@ def _model_folder(folder, kind, which):
     if found is None: raise ModelError(f"{folder} holds no {kind}: neither {kind}/{which} nor {kind} has a config.json. Pass the folder of a run, or one with tokenizer/ and predictor/")
     return found
 
+def write_ensemble(
+    folder, # Of a run, or where a forecaster is saved
+    predictors: list, # Their folders below it
+) -> Path:
+    "Note which predictors of `folder` forecast together"
+    return write_json(Path(folder)/'ensemble.json', dict(predictors=predictors))
+
+def members(
+    folder, # Of a run, or of a saved forecaster
+) -> list: # Folders of its predictors, below it
+    "Which predictors of `folder` forecast together"
+    file = Path(folder)/'ensemble.json'
+    return json.loads(file.read_text(encoding='utf-8'))['predictors'] if file.is_file() else ['predictor']
+
 @patch(cls_method=True)
 def from_pretrained(cls: Forecaster,
-    source,            # Folder of a run, folder with tokenizer/ and predictor/, or the hub id or folder of a tokenizer (or of a released predictor)
+    source,            # Folder of a run (all its seeds), folder with tokenizer/ and predictor/, or the hub id or folder of a tokenizer (or of a released predictor)
     predictor=None,    # Hub id or folder of the predictor, or several, where `source` is a tokenizer
     which='best_model', # Of a run: best_model, final_model or averaged
     revision=None,     # Of the hub ids
@@ -449,7 +464,7 @@ def from_pretrained(cls: Forecaster,
 ) -> Forecaster:
     "Load a forecaster"
     folder = Path(source)
-    if predictor is None and folder.is_dir(): source, predictor, revision = _model_folder(folder, 'tokenizer', which), _model_folder(folder, 'predictor', which), None
+    if predictor is None and folder.is_dir(): source, predictor, revision = _model_folder(folder, 'tokenizer', which), [_model_folder(folder, o, which) for o in members(folder)], None
     elif predictor is None:
         released = {k: f"NeoQuasar/Kronos-Tokenizer-{'2k' if k.endswith('mini') else 'base'}" for k in PUBLISHED if 'Tokenizer' not in k}
         if str(source) not in released: raise ModelError(f"{str(source)!r} is neither a folder nor a released predictor ({', '.join(released)}){nearest(source, released)}; or pass a tokenizer and a predictor")
@@ -459,11 +474,13 @@ def from_pretrained(cls: Forecaster,
 
 @patch
 def save_pretrained(self: Forecaster, folder) -> Path:
-    "Write tokenizer/ and predictor/ with the normaliser and the memory in their configs"
-    if len(self.predictors) > 1: raise ConfigError(f"one predictor can be saved, this forecaster has {len(self.predictors)}; save each with its own Forecaster")
-    for kind, m in (('tokenizer', self.tokenizer), ('predictor', self.predictor)):
+    "Write tokenizer/ and predictor/ (and predictor_2/ ...) with the normaliser and the memory in their configs"
+    names = ['predictor', *(f'predictor_{i}' for i in range(2, len(self.predictors)+1))]
+    for name, m in zip(['tokenizer', *names], [self.tokenizer, *self.predictors]):
         own = dict(m.extra)
         m.extra.update(normalizer=self.normalizer.to_dict(), max_context=self.max_context)
-        try: m.save_pretrained(Path(folder)/kind)
+        try: m.save_pretrained(Path(folder)/name)
         finally: m.extra.clear(); m.extra.update(own)
+    if len(names) > 1: write_ensemble(folder, names)
+    else: (Path(folder)/'ensemble.json').unlink(missing_ok=True)
     return Path(folder)

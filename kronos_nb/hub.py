@@ -177,7 +177,9 @@ def _judged(facts, pictures):
     card = facts.out/'evaluation'/'card.md'
     if not card.is_file(): return '## Evaluation\n\n**Not judged.** No bars were held back for it, so nothing is known about how well this model forecasts.\n'
     image = f"![Forecasts, reliability and skill]({pictures['evaluation']})\n" if 'evaluation' in pictures else ''
-    return f"{card.read_text(encoding='utf-8')}\n{image}"
+    seeds = facts.cfg.runtime.seeds
+    pooled = f"**The forecasts judged here are those of {len(seeds)} predictors (seeds {', '.join(map(str, seeds))}) whose paths are pooled; this is the first of them.**\n\n" if seeds else ''
+    return f"{card.read_text(encoding='utf-8')}\n{pooled}{image}"
 
 # %% ../nbs/api/15_hub.ipynb #cell-024
 def _limits(facts):
@@ -291,7 +293,8 @@ def stage_folders(
         folder = folders[s] = out/'hub'/repos[s].partition('/')[2]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for n in FILES: shutil.copyfile(out/s/'best_model'/n, folder/n)
+        for n in (*FILES, 'calibration.json'):
+            if n in FILES or (out/s/'best_model'/n).is_file(): shutil.copyfile(out/s/'best_model'/n, folder/n)
         for k, v in shown.items(): shutil.copyfile(out/v, folder/f'{k}.png')
         write_atomic(folder/'README.md', card)
     return folders

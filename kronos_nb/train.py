@@ -26,15 +26,16 @@ from .data.window import Split, WindowDataset, split_by_time
 from .data.augment import Augment
 from .learner import Engine, Learner
 from .callback.train import Best, Clip, EarlyStopping, FiniteCheck, Schedule, adamw
-from .callback.monitor import Codebook, GradNorm, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio
-from .callback.react import ResourceGuard
+from .callback.monitor import Codebook, GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio, check_tracker
+from .callback.react import NormSchedule, NormStopping, ResourceGuard
 from .callback.checkpoint import Checkpoint, Interrupts
 from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
-from .forecast import Forecaster
+from .forecast import Forecaster, write_ensemble
 from .origins import pick_origins
 from .evaluate import evaluate
+from .calibrate import Calibration, calibrate, room_to_calibrate
 from .hub import write_cards
 from .report import write_report
 
@@ -168,7 +169,8 @@ def _callbacks(stage: Stage, deadline, more):
     checkpoint = Checkpoint(stage.out/'checkpoints', r.save_steps, r.keep_last, lambda learn, folder: save_model(learn.model.model, folder, **stage.extra))
     yield from (Schedule(k.schedule, k.warmup, k.div_factor, k.final_div_factor, k.plateau_factor, k.plateau_patience), Clip(k.clip_norm), FiniteCheck())
     if stage.data.val is not None: yield Best(keep('best_model'))
-    if k.patience and stage.data.val is not None: yield EarlyStopping(k.patience, k.min_delta)
+    if k.norm_schedule: yield NormSchedule()
+    if k.patience and stage.data.val is not None: yield (NormStopping if k.norm_stopping else EarlyStopping)(k.patience, k.min_delta)
     if k.ema_decay is not None: yield EMA(k.ema_decay)
     if k.lawa is not None: yield LAWA(k.lawa)
     if stage.name == 'tokenizer' and stage.data.val is not None: yield Codebook()
@@ -179,6 +181,7 @@ def _callbacks(stage: Stage, deadline, more):
     yield from (RunFiles(stage.out.parent, stage.name), checkpoint, Interrupts(deadline, checkpoint))
     if r.progress: yield Progress(name=stage.name)
     if r.plots: yield LossPlot(stage.out.parent, stage.name, every=r.save_steps)
+    if r.live_plot: yield LivePlot()
     yield from more
 
 def make_learner(
@@ -290,7 +293,7 @@ def run_facts(
         versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
 
 # %% ../nbs/api/16_train.ipynb #cell-022
-MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory progress plots save_steps keep_last skip_existing only micro_batch cache_tokens'.split()) + ('data.source',)
+MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory progress plots live_plot save_steps keep_last skip_existing only micro_batch cache_tokens'.split()) + ('data.source',)
 
 def claim_folder(
     out: Path,
@@ -324,8 +327,8 @@ def base_config(
     own = set(b.symbols) & set(data.bars.symbol)
     if own: raise ConfigError(f"base.symbols holds {', '.join(sorted(own))}, which the run itself is about: the base must be trained on others")
     return cfg.replace(base=dict(symbols=None), data=dict(symbols=b.symbols, end=str(starts.min() if len(starts) else cfg.data.end), train=.9, val=.1, test=0., windows_per_epoch=b.windows_per_epoch),
-        tokenizer=dict(init='scratch', epochs=b.tokenizer_epochs, lr=b.tokenizer_lr, patience=None), predictor=dict(init='scratch', epochs=b.predictor_epochs, lr=b.predictor_lr, patience=None),
-        runtime=dict(only=None, init_from=None, skip_existing=False))
+        tokenizer=dict(init='scratch', epochs=b.tokenizer_epochs, lr=b.tokenizer_lr, patience=None, norm_stopping=False),
+        predictor=dict(init='scratch', epochs=b.predictor_epochs, lr=b.predictor_lr, patience=None, norm_stopping=False), runtime=dict(only=None, init_from=None, skip_existing=False, seeds=None))
 
 def _inits(cfg: Config, out: Path) -> dict:
     "What each stage begins with"
@@ -345,15 +348,18 @@ class FitResult:
     config: Config
     history: pd.DataFrame              # One row per stage and epoch
     tokenizer: nn.Module | None = None # Best weights, in eval mode
-    predictor: nn.Module | None = None
+    predictors: list = field(default_factory=list) # One, or one per seed of `runtime.seeds`
     evaluation: object = None          # `Evaluation` on the untouched end, or None: not judged
+    calibration: Calibration | None = None # How much wider the bands must be, learnt on the validation part
     interrupted: bool = False          # Call `fit` again with the same arguments to go on
     stop_reason: str | None = None
 
+    @property
+    def predictor(self) -> nn.Module | None: return self.predictors[0] if self.predictors else None
     def forecaster(self) -> Forecaster:
-        "The fine-tuned model, ready to forecast"
+        "The fine-tuned model, ready to forecast; several predictors pool their paths"
         if self.predictor is None: raise RunError(f"the run in {str(self.out_dir)!r} has no finished predictor{': it was interrupted, call fit again to go on' if self.interrupted else ''}")
-        return Forecaster(self.tokenizer, self.predictor)
+        return Forecaster(self.tokenizer, self.predictors)
     def report(self) -> Path:
         "Write OUT/report.md with its pictures, and say where it is"
         return write_report(self.out_dir)
@@ -361,6 +367,7 @@ class FitResult:
     def _repr_markdown_(self):
         if self.interrupted: return f"Interrupted ({self.stop_reason}); call fit again with the same arguments to go on. Run folder: `{self.out_dir}`"
         table = '' if self.evaluation is None else self.evaluation.to_markdown()
+        if table and self.calibration is not None: table += '\n' + self.calibration.to_markdown(_model_rows(self))
         return f"{table or '**Not judged**: no test part was held back.'}\n\nRun folder: `{self.out_dir}`, report: `{self.out_dir/'report.md'}`"
 
 # %% ../nbs/api/16_train.ipynb #cell-028
@@ -398,10 +405,12 @@ def fit(
     callbacks=(),          # More callbacks, for both stages
     resume: bool = True,   # Go on with a run of the same configuration and bars that is in `out_dir`
     judge: bool = True,    # False leaves the test part alone: a search must not see it
+    seeds=None,            # Train one predictor for each of these on one tokenizer; forecasts pool their paths. The same as `runtime.seeds`
     **overrides,           # Settings on top of `config`: predictor=dict(lr=1e-5), or **{'predictor.lr': 1e-5}
 ) -> FitResult:
     "Fine-tune both stages on `data`, keep the best weights, and judge them on bars that nothing has seen"
     cfg = resolve(config, overrides)
+    if seeds is not None: cfg = cfg.replace(**{'runtime.seeds': tuple(seeds)})
     out = Path(out_dir or Path('runs')/(config if isinstance(config, str) and config in PRESETS else 'run'))
     limit = seconds(cfg.runtime.max_time)
     with threads(cfg.runtime.threads), matmul_precision(cfg.runtime.matmul_precision):
@@ -409,32 +418,40 @@ def fit(
 
 def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     engine = Engine(cfg.runtime.device, precision_of(cfg))
+    for t in cfg.runtime.trackers or (): check_tracker(t)
     prepared = prepare(data, cfg)
+    if judge and cfg.evaluate.calibrate == 'on': _room(prepared, cfg)
     if judge and cfg.data.test and cfg.runtime.only != 'tokenizer': _origins(prepared, cfg)   # too few bars to judge on is known before anything trains
     if engine.is_main: claim_folder(out, cfg, prepared, resume)
     engine.wait()
     result = FitResult(out, cfg, pd.DataFrame())
     if cfg.base.symbols:
         base = _fit_run('sample' if data is None and not cfg.data.source else data, base_config(cfg, prepared), out/'base', deadline, callbacks, resume, judge=False)
-        if base.interrupted: return dataclasses.replace(base, out_dir=out, config=cfg, tokenizer=None, predictor=None)
+        if base.interrupted: return dataclasses.replace(base, out_dir=out, config=cfg, tokenizer=None, predictors=[])
     inits, rows = _inits(cfg, out), []
-    for name in ('tokenizer', 'predictor'):
-        stage = Stage(name, cfg, out/name, prepared, Engine(cfg.runtime.device, precision_of(cfg)), result.tokenizer, inits[name])
-        if not _runs(stage):
-            if name == 'tokenizer': result.tokenizer = _tokenizer_for(cfg, out)
-            elif finished(stage.out): result.predictor = build_model(name, str(stage.out/'best_model')).eval()
-            continue
-        if name == 'predictor': _check_normalizer(result.tokenizer, prepared, f'the tokenizer of {str(out)!r}')
-        learn = run_stage(stage, deadline, callbacks, resume)
-        rows += [dict(stage=name) | r for r in learn.history.epochs]
-        result.history = pd.DataFrame(rows)
-        if learn.interrupted: return dataclasses.replace(result, interrupted=True, stop_reason=learn.stop_reason)
-        setattr(result, name, build_model(name, str(stage.out/'best_model')).eval())
+    for name, folder, c in _plan(cfg, out):
+        stage = Stage(name, c, folder, prepared, Engine(cfg.runtime.device, precision_of(cfg)), result.tokenizer, inits[name])
+        runs, seed = _runs(stage), dict(seed=c.runtime.seed) if cfg.runtime.seeds else {}
+        if runs:
+            if name == 'predictor': _check_normalizer(result.tokenizer, prepared, f'the tokenizer of {str(out)!r}')
+            learn = run_stage(stage, deadline, callbacks, resume)
+            rows += [dict(stage=name) | seed | r for r in learn.history.epochs]
+            result.history = pd.DataFrame(rows)
+            if learn.interrupted: return dataclasses.replace(result, interrupted=True, stop_reason=learn.stop_reason)
+        if name == 'tokenizer': result.tokenizer = build_model(name, str(folder/'best_model')).eval() if runs else _tokenizer_for(cfg, out)
+        elif runs or finished(folder): result.predictors.append(build_model(name, str(folder/'best_model')).eval())
+    if engine.is_main and cfg.runtime.seeds and len(result.predictors) == len(cfg.runtime.seeds): write_ensemble(out, [f.relative_to(out).as_posix() for name, f, _ in _plan(cfg, out) if name == 'predictor'])
     if engine.is_main:
         if judge: _judge(result, prepared, inits)
         write_cards(out)
     if not judge: engine.wait()   # the next run begins with these files; a verdict takes longer than other processes can wait for
     return result
+
+def _plan(cfg: Config, out: Path):
+    "Name, folder and configuration of each stage in order; one predictor for each seed, the first where it always is"
+    yield 'tokenizer', out/'tokenizer', cfg
+    for i, s in enumerate(cfg.runtime.seeds or (cfg.runtime.seed,)):
+        yield 'predictor', (out/f'seed_{s}' if i else out)/'predictor', cfg.replace(**{'runtime.seed': s})
 
 def _runs(stage: Stage) -> bool:
     "Whether this stage is to be trained, or gone on with"
@@ -461,8 +478,33 @@ def _judge(result: FitResult, data: Prepared, inits: dict):
             used={s: (r['first'], r['last']) for s, r in used.iterrows()}, paths=e.paths, seed=cfg.runtime.seed, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p,
             max_gap=cfg.data.max_gap, out_dir=result.out_dir/'evaluation', progress=cfg.runtime.progress)
         save_figure(result.evaluation.plot(), result.out_dir/'plots'/'evaluation.png')
+    if result.predictor is not None: _calibrate(result, data)
     if result.predictor is not None: _last_forecasts(result, data)
     result.report()
+
+def _room(data: Prepared, cfg: Config) -> dict:
+    "What `calibrate` is to be given: validation bars, and the range that training used; raises where they are too few"
+    d, e, parts = cfg.data, cfg.evaluate, data.split.summary
+    span = lambda part: parts[parts.part == part].groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
+    val, train = span('val'), span('train')
+    bars = data.bars[(data.bars.timestamps <= data.bars.symbol.map(val['last'])).to_numpy()]
+    given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window, start=dict(val['first']), max_gap=d.max_gap)
+    room_to_calibrate(**given)
+    return given | dict(used={s: (r['first'], r['last']) for s, r in train.iterrows()}, paths=e.paths, seed=cfg.runtime.seed, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
+
+def _calibrate(result: FitResult, data: Prepared):
+    "Learn on the validation part how much wider the bands must be, and keep it beside the predictor"
+    asked = result.config.evaluate.calibrate
+    if asked == 'off' or not result.config.evaluate.temperature: return
+    try: given = _room(data, result.config)
+    except DataError:
+        if asked == 'on': raise
+        return
+    result.calibration = calibrate(result.forecaster(), **given)
+    result.calibration.save(result.out_dir/'predictor'/'best_model')
+    if result.evaluation is not None: write_atomic(result.out_dir/'evaluation'/'card.md', result.evaluation.to_markdown() + '\n' + result.calibration.to_markdown(_model_rows(result)))
+
+def _model_rows(result): return result.evaluation.rows[result.evaluation.rows['model'] == 'model']
 
 def _last_forecasts(result: FitResult, data: Prepared, most=3):
     "Pictures of the last forecasts whose outcome is known, for the report"

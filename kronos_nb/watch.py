@@ -64,7 +64,8 @@ def stages(
     out = Path(out)
     has = lambda d: (d/'steps.jsonl').exists() or (d/'training_metrics.json').exists()
     if has(out): return {out.name: out}
-    found = {o: out/o for o in ('tokenizer', 'predictor') if has(out/o)}
+    seeds = sorted(out.glob('seed_*'), key=lambda d: int(d.name[5:]) if d.name[5:].isdigit() else -1)
+    found = {o: out/o for o in ('tokenizer', 'predictor') if has(out/o)} | {f'{d.name} predictor': d/'predictor' for d in seeds if has(d/'predictor')}
     if not found: raise RunError(f"no run in {str(out)!r}: neither it nor its tokenizer/ and predictor/ hold steps.jsonl or training_metrics.json; "
         "give the folder that was given as `out_dir`")
     return found

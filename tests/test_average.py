@@ -112,3 +112,33 @@ def test_an_average_goes_on_in_a_second_fit_and_starts_anew_in_another_learner()
     assert ema.n == once.n == 10 and all(torch.equal(ema.weights[k], once.weights[k]) for k in once.weights)
     learner(ema).fit(1)
     assert ema.n == 5
+
+def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
+    from kronos_nb.baselines import random_walks
+    from kronos_nb.calibrate import Calibrated
+    from kronos_nb.compare import compare
+    from kronos_nb.config import Config
+    from kronos_nb.core import ConfigError
+    from kronos_nb.follow import monitor_run
+    from kronos_nb.forecast import Forecaster
+    from kronos_nb.train import fit
+    small = dict(d_model=16, n_heads=2, ff_dim=16, s1_bits=4, s2_bits=4)
+    bars, settings = random_walks(500), {'base.symbols': None, 'data.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 2, 'data.embargo': 0, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'runtime.progress': False, 'runtime.plots': False,
+        'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'predictor.model': small | dict(n_layers=1), 'tokenizer.epochs': 1, 'predictor.epochs': 1, 'evaluate.paths': 8, 'evaluate.origins': 8,
+        'evaluate.calibrate': 'on', 'predictor.norm_schedule': True, 'predictor.norm_stopping': True, 'runtime.live_plot': True, 'runtime.log_every': 1}
+    r = fit(bars, 'quickstart', tmp_path, seeds=[1, 2], **settings)
+    assert r.history.seed.tolist() == [0, 1, 2] and 'lr_scale' in r.history and len(r.predictors) == 2 and not torch.equal(*(m.head.proj_s1.weight for m in r.predictors))
+    past = bars.tail(16)
+    one, two = (Forecaster(r.tokenizer, m).predict(past, 2, paths=6).paths for m in r.predictors)
+    pooled = Forecaster.from_pretrained(tmp_path).predict(past, 2, paths=6).paths
+    assert (pooled[::2] == one[::2]).all() and (pooled[1::2] == two[1::2]).all() and (r.forecaster().predict(past, 2, paths=6).paths == pooled).all()
+    assert len(Calibrated.from_pretrained(tmp_path).predictors) == 2 and Calibrated.from_pretrained(tmp_path).calibration == r.calibration
+    page, card = ((tmp_path/o).read_text() for o in ('report.md', 'predictor/best_model/README.md'))
+    assert '### Predictor, seed 2' in page and '## Calibration' in page and 'those of 2 predictors (seeds 1, 2)' in card and '## Calibration' in card
+    assert {'predictor', 'seed_2 predictor'} <= set(compare({'a': tmp_path, 'b': tmp_path}).losses.stage) and monitor_run(tmp_path, follow=False) == 'finished'
+    again = fit(bars, 'quickstart', tmp_path, seeds=[1, 2], **settings)      # finished: nothing is trained again
+    assert all(torch.equal(a, b) for m, n in zip(r.predictors, again.predictors) for a, b in zip(m.parameters(), n.parameters()))
+    with pytest.raises(RunError, match='runtime.seeds'): fit(bars, 'quickstart', tmp_path, seeds=[1, 3], **settings)
+    with pytest.raises(ConfigError, match='two or more'): fit(bars, 'quickstart', tmp_path/'other', seeds=[1])
+    from kronos_nb.cli import config_of, parser
+    assert config_of(parser().parse_args(['fit', '--seeds', '1,2'])).runtime.seeds == Config.load({'runtime': {'seeds': [1, 2]}}).runtime.seeds == (1, 2)

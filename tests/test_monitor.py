@@ -129,3 +129,29 @@ def test_base_and_both_stages_are_followed(tmp_path):
     for where, stage in (('base', 'tokenizer'), ('base', 'predictor'), ('.', 'tokenizer'), ('.', 'predictor')): line(RunFiles(tmp_path/where, stage)).fit(1)
     text, running = snapshot(tmp_path)
     assert not running and text.count('finished') == 4 and text.index('[base]') < text.rindex('predictor')
+
+def test_any_tracker_that_accelerate_knows_is_started_by_name(monkeypatch, tmp_path):
+    from accelerate import tracking
+    from kronos_nb.callback.monitor import check_tracker
+    from kronos_nb.core import ConfigError
+    here = {str(o) for o in tracking.get_available_trackers()}
+    for name in tracking.LOGGER_TYPE_TO_CLASS:
+        if name in here: assert check_tracker(name).name == name
+        else:
+            with pytest.raises(ConfigError, match=f'needs its package: pip install {name}'): check_tracker(name)
+    with pytest.raises(ConfigError, match="did you mean 'wandb'"): check_tracker('wandd')
+    began = []
+    def fake(name, folder):
+        class Fake(Kept):
+            requires_logging_directory = folder
+            def __init__(self, *args, **kw): super().__init__(); self.args, self.kw, self.started = args, kw, False; began.append(self)
+            def start(self): self.started = True
+            def store_init_configuration(self, values): self.config = values
+        return Fake
+    for name, cls in tracking.LOGGER_TYPE_TO_CLASS.items(): monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, fake(name, cls.requires_logging_directory))
+    monkeypatch.setattr(tracking, 'get_available_trackers', lambda: list(tracking.LOGGER_TYPE_TO_CLASS))
+    for name, cls in list(tracking.LOGGER_TYPE_TO_CLASS.items()):
+        line(Tracker(name, tmp_path, 'predictor', dict(lr=1.), 'mine', **({} if name == 'tensorboard' else dict(tags=3)))).fit(1)
+        t = began[-1]
+        assert t.started and t.config == dict(lr=1.) and t.args == (('predictor', str(tmp_path/'runs')) if cls.requires_logging_directory else ('mine',)) and len(t.rows) > 2
+        assert name == 'tensorboard' or t.kw == dict(tags=3)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'TIMES', 'TAGS', 'can_redraw', 'Progress', 'log_line', 'epoch_table', 'RunFiles', 'LossPlot', 'in_notebook',
            'LivePlot', 'blocks', 'norm_of', 'GradNorm', 'UpdateRatio', 'gpu_use', 'Throughput', 'Codebook',
-           'codebook_numbers', 'tag', 'make_tracker', 'Tracker']
+           'codebook_numbers', 'tag', 'check_tracker', 'make_tracker', 'Tracker']
 
 # %% ../../nbs/api/10_callback.monitor.ipynb #cell-002
 import os, platform, subprocess, sys, time
@@ -403,12 +403,18 @@ def tag(key: str) -> str: # 'Training/GradNorm', 'Validation/Loss'
     head, _, block = key.partition('/')
     return f"{group}/{TAGS.get(head) or ''.join(o.title() for o in head.split('_'))}{'/' + block if block else ''}"
 
-def make_tracker(name: str, folder, run: str, project: str, **kw):
-    "Start the tracker that accelerate knows as `name`"
+def check_tracker(
+    name: str, # Of a tracker
+) -> type: # accelerate's class for it
+    "Raise unless accelerate knows the tracker and its package is installed"
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     check_choice('tracker', name, LOGGER_TYPE_TO_CLASS)
     if name not in [str(o) for o in get_available_trackers()]: raise ConfigError(f"the tracker {name!r} needs its package: pip install {name}")
-    cls = LOGGER_TYPE_TO_CLASS[name]
+    return LOGGER_TYPE_TO_CLASS[name]
+
+def make_tracker(name: str, folder, run: str, project: str, **kw):
+    "Start the tracker that accelerate knows as `name`"
+    cls = check_tracker(name)
     made = cls(run, folder, **kw) if cls.requires_logging_directory else cls(project, **kw)
     if hasattr(made, 'start'): made.start()   # newer accelerate
     return made
