@@ -377,6 +377,9 @@ def translate(
         if flat.get(f'experiment.train_{stage}') is False:
             out['runtime.only'] = other
             report.append((f'experiment.train_{stage}', 'runtime.only', f'the {other} stage alone'))
+    if {'data.train', 'data.val'} <= set(out) and 'data.test' not in out:
+        out['data.test'] = max(0., round(1-out['data.train']-out['data.val'], 9))
+        report.append(('no data.test_ratio', 'data.test', f"{out['data.test']:g}, what train and val leave"))
     if 'device.use_cuda' in flat:   # theirs means: CUDA if there is any
         at = flat.get('device.device_id') or 0
         out['runtime.device'] = 'cpu' if not flat['device.use_cuda'] else f'cuda:{at}' if at else 'auto'

@@ -93,7 +93,8 @@ def base_of(
 ) -> str | None: # A hub id, 'scratch', the run's own base, or another run
     "What the weights of a stage began with"
     if facts.cfg.base.symbols: return 'base'
-    return facts.cfg.runtime.init_from or getattr(facts.cfg, stage).init
+    name = facts.cfg.runtime.init_from or getattr(facts.cfg, stage).init
+    return next((k for k in PUBLISHED if Path(name).name == k.replace('/', '--')), name)   # released weights in a bundle
 
 def _hub_id(name): return name if isinstance(name, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not Path(name).exists() and not name.startswith('.') else None
 
@@ -192,7 +193,7 @@ def _limits(facts):
     return (f"## Intended use and limits\n\nDistributions of the next {d.predict_window} bars of {some(s['symbol'] for s in series)} from {d.lookback_window} bars of history at {every}, for research and for decisions that a person takes responsibility for.\n\n"
         f"- {said}\n- It {seen}. Markets change; judge it again on newer bars before use.\n"
         f"- Other symbols, other intervals and horizons beyond {d.predict_window} bars are outside what it was trained and judged on.\n"
-        f"- Its intervals can be too narrow: compare `cover_80` in the evaluation with 0.8.\n"
+        f"- Its intervals can be too narrow{': compare `cover_80` in the evaluation with 0.8' if verdict else ''}.\n"
         f"- Fees, spreads and slippage are not part of any number here. This is no financial advice.\n")
 
 def _licence(facts, stage, licence, data_licence):
@@ -200,7 +201,7 @@ def _licence(facts, stage, licence, data_licence):
     base = base_of(facts, stage)
     released = 'MIT, as published by NeoQuasar; keep its notice' if base in PUBLISHED else None
     return (f"## Licence\n\n- These weights: {licence or '**not stated**. Whoever publishes them decides, and has to respect the licences below'}.\n"
-        + (f"- Weights they began with ({public_name(base)}): {released or 'see there'}.\n" if base not in ('scratch', 'base') else '')
+        + {'scratch': '', 'base': '- Weights they began with: the base that the run trained for itself, on bars of the same source.\n'}.get(base, f"- Weights they began with ({public_name(base)}): {released or 'see there'}.\n")
         + f"- Bars: {data_licence or 'not stated'}.\n- The model's architecture is that of [Kronos](https://github.com/shiyu-coder/Kronos) (MIT; arXiv 2508.02739). kronos_nb is Apache 2.0.\n")
 
 def _versions(facts, stage):
