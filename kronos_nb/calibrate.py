@@ -112,11 +112,12 @@ class Calibrated:
     def __init__(self, forecaster, calibration: Calibration): self.forecaster, self.calibration = forecaster, calibration
     @classmethod
     def from_pretrained(cls,
-        folder, # A model folder with calibration.json in it
-        **kw,   # For `Forecaster.from_pretrained`
+        folder,         # A run, or a model folder with calibration.json in it
+        predictor=None, # Where `folder` is a tokenizer: the folder of the predictor, with its calibration.json
+        **kw,           # For `Forecaster.from_pretrained`
     ):
-        "The forecaster of `folder`, a run or a model, with the calibration kept there"
-        return cls(Forecaster.from_pretrained(folder, **kw), Calibration.load(folder))
+        "The forecaster of a run or a pair of models, with the calibration kept there"
+        return cls(Forecaster.from_pretrained(folder, predictor, **kw), Calibration.load(predictor or folder))
     def __getattr__(self, k):
         if k == 'forecaster': raise AttributeError(k)
         return getattr(self.forecaster, k)

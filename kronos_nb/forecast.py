@@ -440,6 +440,12 @@ def _model_folder(folder, kind, which):
     if found is None: raise ModelError(f"{folder} holds no {kind}: neither {kind}/{which} nor {kind} has a config.json. Pass the folder of a run, or one with tokenizer/ and predictor/")
     return found
 
+def _tokenizer_beside(folder):
+    "The tokenizer of the run that the predictor in `folder` belongs to"
+    found = next((p/o for p in folder.resolve().parents for o in ('tokenizer/best_model', 'tokenizer') if (p/o/'config.json').is_file()), None)
+    if found is None: raise ModelError(f"{folder} holds one model and no folder above it has a tokenizer/: pass the tokenizer and the predictor, Forecaster.from_pretrained(tokenizer, {str(folder)!r})")
+    return found
+
 def write_ensemble(
     folder, # Of a run, or where a forecaster is saved
     predictors: list, # Their folders below it
@@ -456,7 +462,7 @@ def members(
 
 @patch(cls_method=True)
 def from_pretrained(cls: Forecaster,
-    source,            # Folder of a run (all its seeds), folder with tokenizer/ and predictor/, or the hub id or folder of a tokenizer (or of a released predictor)
+    source,            # Folder of a run (all its seeds), folder with tokenizer/ and predictor/, a checkpoint or average inside a run, or the hub id or folder of a tokenizer (or of a released predictor)
     predictor=None,    # Hub id or folder of the predictor, or several, where `source` is a tokenizer
     which='best_model', # Of a run: best_model, final_model or averaged
     revision=None,     # Of the hub ids
@@ -464,7 +470,8 @@ def from_pretrained(cls: Forecaster,
 ) -> Forecaster:
     "Load a forecaster"
     folder = Path(source)
-    if predictor is None and folder.is_dir(): source, predictor, revision = _model_folder(folder, 'tokenizer', which), [_model_folder(folder, o, which) for o in members(folder)], None
+    if predictor is None and (folder/'config.json').is_file(): source, predictor, revision = _tokenizer_beside(folder), folder, None
+    elif predictor is None and folder.is_dir(): source, predictor, revision = _model_folder(folder, 'tokenizer', which), [_model_folder(folder, o, which) for o in members(folder)], None
     elif predictor is None:
         released = {k: f"NeoQuasar/Kronos-Tokenizer-{'2k' if k.endswith('mini') else 'base'}" for k in PUBLISHED if 'Tokenizer' not in k}
         if str(source) not in released: raise ModelError(f"{str(source)!r} is neither a folder nor a released predictor ({', '.join(released)}){nearest(source, released)}; or pass a tokenizer and a predictor")

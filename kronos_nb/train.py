@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Prepared', 'load_bars', 'prepare', 'Stage', 'compile_task', 'make_learner', 'run_stage', 'finished',
-           'run_facts', 'claim_folder', 'base_config', 'FitResult', 'precision_of', 'resolve', 'fit', 'save_figure']
+           'run_facts', 'claim_folder', 'base_config', 'inits_of', 'FitResult', 'precision_of', 'resolve', 'fit',
+           'save_figure']
 
 # %% ../nbs/api/16_train.ipynb #cell-002
 import dataclasses, hashlib, importlib.metadata, json, platform, time, warnings
@@ -330,7 +331,10 @@ def base_config(
         tokenizer=dict(init='scratch', epochs=b.tokenizer_epochs, lr=b.tokenizer_lr, patience=None, norm_stopping=False),
         predictor=dict(init='scratch', epochs=b.predictor_epochs, lr=b.predictor_lr, patience=None, norm_stopping=False), runtime=dict(only=None, init_from=None, skip_existing=False, seeds=None))
 
-def _inits(cfg: Config, out: Path) -> dict:
+def inits_of(
+    cfg: Config,
+    out: Path, # The run's folder
+) -> dict: # Stage -> 'scratch', a hub id or a folder
     "What each stage begins with"
     if cfg.base.symbols: run = out/'base'
     elif cfg.runtime.init_from: run = Path(cfg.runtime.init_from)
@@ -428,7 +432,7 @@ def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     if cfg.base.symbols:
         base = _fit_run('sample' if data is None and not cfg.data.source else data, base_config(cfg, prepared), out/'base', deadline, callbacks, resume, judge=False)
         if base.interrupted: return dataclasses.replace(base, out_dir=out, config=cfg, tokenizer=None, predictors=[])
-    inits, rows = _inits(cfg, out), []
+    inits, rows = inits_of(cfg, out), []
     for name, folder, c in _plan(cfg, out):
         stage = Stage(name, c, folder, prepared, Engine(cfg.runtime.device, precision_of(cfg)), result.tokenizer, inits[name])
         runs, seed = _runs(stage), dict(seed=c.runtime.seed) if cfg.runtime.seeds else {}
@@ -487,6 +491,7 @@ def _room(data: Prepared, cfg: Config) -> dict:
     d, e, parts = cfg.data, cfg.evaluate, data.split.summary
     span = lambda part: parts[parts.part == part].groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
     val, train = span('val'), span('train')
+    if not len(val): raise DataError("a calibration is learnt on the validation part, and there is none: raise data.val, or set evaluate.calibrate=off")
     bars = data.bars[(data.bars.timestamps <= data.bars.symbol.map(val['last'])).to_numpy()]
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window, start=dict(val['first']), max_gap=d.max_gap)
     room_to_calibrate(**given)
