@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import ConfigError, ModelError, check_choice, nearest, write_atomic
+from .kernels import Dropout, causal_attention, gate, pieces, rms_norm
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-007
 class RMSNorm(nn.Module):
@@ -28,9 +29,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(d_model))
 
-    def forward(self, x):
-        f = x.float()
-        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+    def forward(self, x): return rms_norm(x, self.weight, self.eps)
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-012
 class Rotary(nn.Module):
@@ -131,7 +130,7 @@ class Attention(nn.Module):
         if d_model % (2*n_heads): raise ConfigError(f"d_model must be a multiple of 2 x n_heads = {2*n_heads}, got {d_model}")
         self.n_heads, self.attn_dropout_p = n_heads, attn_dropout_p
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
-        self.rotary, self.resid_dropout = Rotary(d_model // n_heads), nn.Dropout(resid_dropout_p)
+        self.rotary, self.resid_dropout = Rotary(d_model // n_heads), Dropout(resid_dropout_p)
 
     def heads(self, x):
         "(B, T, D) -> (B, H, T, D/H)"
@@ -163,7 +162,7 @@ class Attention(nn.Module):
             return self.merge(cache.attend(self.query(x, n)))
         k, v = self.keys(x if kv is None else kv)
         p = self.attn_dropout_p if self.training else 0.
-        return self.merge(F.scaled_dot_product_attention(self.query(x), k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None))
+        return self.merge(causal_attention(self.query(x), k, v, mask, p))
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-033
 class FeedForward(nn.Module):
@@ -171,9 +170,9 @@ class FeedForward(nn.Module):
     def __init__(self, d_model, ff_dim, dropout_p=0.):
         super().__init__()
         self.w1, self.w3, self.w2 = nn.Linear(d_model, ff_dim, bias=False), nn.Linear(d_model, ff_dim, bias=False), nn.Linear(ff_dim, d_model, bias=False)
-        self.ffn_dropout = nn.Dropout(dropout_p)
+        self.ffn_dropout = Dropout(dropout_p)
 
-    def forward(self, x): return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+    def forward(self, x): return self.ffn_dropout(self.w2(gate(self.w1(x), self.w3(x))))
 
 class Block(nn.Module):
     "Pre-norm transformer block"
@@ -195,7 +194,8 @@ def run_blocks(
     caches=None,         # One `KVCache` per block
     checkpointing=False, # Recompute activations in the backward pass
 ):  # (B, T, D)
-    "Pass `x` through `blocks`"
+    "Pass `x` through `blocks`, a few windows at a time where that is faster"
+    if caches is None and len(parts := pieces(x, mask)) > 1: return torch.cat([run_blocks(blocks, *o, checkpointing=checkpointing) for o in parts])
     if checkpointing and torch.is_grad_enabled() and caches is None:
         for b in blocks: x = checkpoint(b, x, mask, use_reentrant=False)
         return x

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import STAMPS, ModelError, check_choice
+from .kernels import Dropout
 from .layers import Attention, Block, KVCache, Pretrained, RMSNorm, causal_mask, evaluating, run_blocks
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-007
@@ -109,7 +110,7 @@ class Kronos(Pretrained):
         check_choice("cross_rope in the model's config", self.cross_rope, CROSS_ROPE, ModelError)
         self.s1_bits, self.s2_bits = s1_bits, s2_bits
         self.embedding, self.time_emb = TokenEmbedding(s1_bits, s2_bits, d_model), StampEmbedding(d_model, learn_te)
-        self.token_drop = nn.Dropout(token_dropout_p)
+        self.token_drop = Dropout(token_dropout_p)
         self.transformer = nn.ModuleList(Block(d_model, n_heads, ff_dim, ffn_dropout_p, attn_dropout_p, resid_dropout_p) for _ in range(n_layers))
         self.norm, self.dep_layer = RMSNorm(d_model), DependencyLayer(d_model)
         self.head = nn.ModuleDict(dict(proj_s1=nn.Linear(d_model, 2**s1_bits), proj_s2=nn.Linear(d_model, 2**s2_bits)))
