@@ -67,6 +67,12 @@ def _pip(*words):
     if p.returncode: raise RunError(f"pip {words[0]} failed: {' '.join((p.stderr or p.stdout).split())[-600:]}")
     return p.stdout
 
+def _builds_wheels() -> bool:
+    "Whether setuptools can make a wheel here, without internet; older ones need the package wheel"
+    if not importlib.util.find_spec('setuptools'): return False
+    version = importlib.metadata.version('setuptools').split('.')
+    return (int(version[0]), int(version[1])) >= (70, 1) or importlib.util.find_spec('wheel') is not None
+
 def build_wheel(
     out, # Folder for the wheel
     root=None, # Checkout with setup.py; None: where this package was imported from
@@ -78,8 +84,7 @@ def build_wheel(
     with tempfile.TemporaryDirectory() as d:
         shutil.copytree(root/'kronos_nb', Path(d)/'kronos_nb', ignore=shutil.ignore_patterns('__pycache__'))
         for n in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'): shutil.copy2(root/n, d)
-        alone = ['--no-build-isolation'] if importlib.util.find_spec('setuptools') else []   # works offline where setuptools is there
-        _pip('wheel', '--no-deps', *alone, '-q', '-w', out, d)
+        _pip('wheel', '--no-deps', *(['--no-build-isolation'] if _builds_wheels() else []), '-q', '-w', out, d)
     return sorted(out.glob('kronos_nb-*.whl'))[-1]
 
 def repack(

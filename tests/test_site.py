@@ -29,7 +29,7 @@ def test_every_page_is_in_the_sidebar_once():
     found = []
     def walk(o):
         if isinstance(o, str): found.extend(sorted(p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').glob(o)) if '*' in o else [o])
-        for v in o if isinstance(o, list) else [o['contents']] if isinstance(o, dict) else (): walk(v)
+        for v in o if isinstance(o, list) else [o.get('contents') or o['href']] if isinstance(o, dict) else (): walk(v)
     walk(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar'])
     pages = [p.relative_to(root/'nbs').as_posix() for p in nbglob(root/'nbs', as_path=True)] + ['changelog.md']
     assert sorted(found)==sorted(pages), set(found) ^ set(pages)
