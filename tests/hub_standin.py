@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         self.say(409 if there else 200, dict(url=f'{self.server.url}/{name}'))
     def info(self, name, body):
         r = self.server.repos.get(name)
-        self.say(404, {'error': 'Repository not found'}, x_error_code='RepoNotFound') if r is None else self.say(200, dict(id=name, private=r['private'], sha='0'*40, tags=[], siblings=[dict(rfilename=f) for f in r['files']]))
+        self.say(404, {'error': 'Repository not found'}, x_error_code='RepoNotFound') if r is None else self.say(200, dict(id=name, private=r['private'], sha='0'*40, tags=[], downloads=0, likes=0, siblings=[dict(rfilename=f) for f in r['files']]))
     def preupload(self, name, body):
         self.say(200, dict(files=[dict(path=f['path'], uploadMode='lfs' if f['path'].endswith(('.safetensors', '.png')) else 'regular', shouldIgnore=False) for f in json.loads(body)['files']]))
     def batch(self, name, body):

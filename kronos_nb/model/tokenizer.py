@@ -122,9 +122,9 @@ def loss(self: KronosTokenizer,
     u, q = self.sphere(x)
     parts = self.tokenizer.bsq.losses(u, q)
     z_pre, z = self.reconstruct(q)
-    parts = dict(mse_s1=F.mse_loss(z_pre, x), mse=F.mse_loss(z, x)) | parts
+    parts = dict(mse_s1=F.mse_loss(z_pre, x), mse=F.mse_loss(z, x), **parts)
     loss = (parts['mse_s1'] + parts['mse'] + parts['bsq_loss']) / 2
-    return dict(loss=loss) | {k: v.detach() for k, v in parts.items()}
+    return dict(loss=loss, **{k: v.detach() for k, v in parts.items()})
 
 # %% ../../nbs/api/06_model.tokenizer.ipynb #cell-026
 @patch
