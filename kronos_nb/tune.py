@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'with_params', 'knob_of', 'default_space', 'comparable', 'suggest', 'find_runs', 'tokenizer_of', 'Soup',
-           'soup_runs', 'Pruning', 'shared_start', 'validation_crps', 'open_study', 'TuneResult', 'tune', 'experiments']
+           'soup_runs', 'Pruning', 'shared_start', 'validation_crps', 'alone', 'storage_of', 'open_study', 'reap',
+           'next_trial', 'TuneResult', 'run_trial', 'tune', 'experiments']
 
 # %% ../nbs/api/17_tune.ipynb #cell-002
-import json, math, os, platform, shutil
+import contextlib, json, math, os, platform, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import patch
 
-from .config import SECTIONS, Config, check_keys
+from .config import SECTIONS, Config, check_keys, seconds
 from .core import ConfigError, KronosError, RunError, check_choice, stable_key, write_json
 from .learner import Callback, Learner
 from .watch import figure, read_metrics
@@ -35,6 +36,7 @@ SHORT = dict(
     bits=lambda b: {'tokenizer.model': dict(s1_bits=b, s2_bits=b, group_size=b), 'predictor.model': dict(s1_bits=b, s2_bits=b)},
 )
 
+# %% ../nbs/api/17_tune.ipynb #cell-009
 def with_params(
     cfg: Config,
     params: dict, # Names of a space -> values
@@ -46,6 +48,7 @@ def with_params(
         for name, value in part.items(): changes[name] = {**changes.get(name, getattr(getattr(cfg, name.partition('.')[0]), 'model')), **value} if name.endswith('.model') else value
     return cfg.replace(**changes)
 
+# %% ../nbs/api/17_tune.ipynb #cell-011
 def knob_of(name: str): # A dataclass field, or None for a short name or a setting of `model`
     "The declaration behind a name of a space"
     section, _, rest = name.partition('.')
@@ -54,7 +57,7 @@ def knob_of(name: str): # A dataclass field, or None for a short name or a setti
     check_keys([rest], SECTIONS[section].__dataclass_fields__, f'config.{section}')
     return SECTIONS[section].__dataclass_fields__[rest]
 
-# %% ../nbs/api/17_tune.ipynb #cell-010
+# %% ../nbs/api/17_tune.ipynb #cell-014
 def default_space(
     cfg: Config,
 ) -> dict: # Setting -> (low, high), or a list of choices
@@ -65,10 +68,12 @@ def default_space(
     if a is None: raise ConfigError(f"predictor.init is 'scratch' and predictor.size is {cfg.predictor.size!r}: name a size to search around")
     return space | dict(layers=(max(a['n_layers']-2, 1), a['n_layers']+2), width=[a['d_model']//2, a['d_model'], 2*a['d_model']], bits=(max(a['s1_bits']-2, 2), a['s1_bits']+2))
 
+# %% ../nbs/api/17_tune.ipynb #cell-016
 def comparable(space) -> bool:
     "Whether validation losses of trials mean the same: the tokens must not change between them"
     return all(k.startswith(('predictor.', 'augment.')) or k in ('layers', 'width') for k in space)
 
+# %% ../nbs/api/17_tune.ipynb #cell-018
 def suggest(
     trial,      # Optuna's
     space: dict,
@@ -85,7 +90,7 @@ def suggest(
         out[name] = trial.suggest_int(name, int(lo), int(hi), log=log) if whole else trial.suggest_float(name, float(lo), float(hi), log=log)
     return out
 
-# %% ../nbs/api/17_tune.ipynb #cell-014
+# %% ../nbs/api/17_tune.ipynb #cell-022
 def find_runs(
     folder='runs',
 ) -> list: # Folders that hold a run, each with a config.yaml; newest first
@@ -93,6 +98,7 @@ def find_runs(
     found = [p.parent for p in Path(folder).glob('**/config.yaml') if p.parent.name not in ('base', 'start') and not any(o.startswith('.') for o in p.parts)]
     return sorted(found, key=lambda p: -(p/'config.yaml').stat().st_mtime)
 
+# %% ../nbs/api/17_tune.ipynb #cell-024
 def tokenizer_of(
     run, # A run's folder
 ) -> Path:
@@ -102,6 +108,7 @@ def tokenizer_of(
     if not (where/'model.safetensors').is_file(): raise RunError(f"{str(run)!r} has no tokenizer: neither {str(here)!r} nor predictor.tokenizer={cfg.predictor.tokenizer!r} holds one")
     return where
 
+# %% ../nbs/api/17_tune.ipynb #cell-026
 @dataclass
 class Soup:
     "Averaged runs, as a folder that forecasts"
@@ -112,7 +119,7 @@ class Soup:
     def __repr__(self): return f'Soup({str(self.folder)!r}, {self.origin})\n{self.table.to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.origin}, in <code>{self.folder}</code></p>{self.table.to_html(index=False)}'
 
-# %% ../nbs/api/17_tune.ipynb #cell-015
+# %% ../nbs/api/17_tune.ipynb #cell-028
 def _validation(run, cfg, data):
     "A learner that validates predictors on the validation part of a run, and that part's share"
     prepared, was = prepare(data, cfg), json.loads((run/'run.json').read_text(encoding='utf-8'))
@@ -122,6 +129,7 @@ def _validation(run, cfg, data):
     valid = WindowSource(prepared.val, cfg.predictor.batch_size, mode='sequential')
     return Learner(PredictorTask(predictor, tokenizer), valid, valid)
 
+# %% ../nbs/api/17_tune.ipynb #cell-030
 def soup_runs(
     runs,           # Folders of finished runs, or {name: folder}
     out,            # Folder for the result; must not hold anything yet
@@ -150,29 +158,34 @@ def soup_runs(
     write_json(out/'soup.json', dict(origin=soup.origin, runs={k: str(r) for k, r in named.items()}, method=method, table=table.to_dict('records')))
     return Soup(out, table, soup.origin)
 
-# %% ../nbs/api/17_tune.ipynb #cell-020
+# %% ../nbs/api/17_tune.ipynb #cell-035
 class Pruning(Callback):
-    "Tells the search each validation loss, and ends the fit if it is hopeless"
+    "Tells the search each validation loss; ends the fit if it is hopeless, and stops it when the time is over"
     order = 200
-    def __init__(self, trial): self.trial, self.pruned = trial, False
+    def __init__(self, trial, compare=True, ends=math.inf): self.trial, self.compare, self.ends, self.pruned = trial, compare, ends, False
+    def after_step(self, learn):
+        if time.monotonic() > self.ends: learn.stop('the time of the search is over', interrupted=True)
     def after_validate(self, learn):
-        if 'val_loss' not in learn.metrics: return
+        if not self.compare or 'val_loss' not in learn.metrics: return
         self.trial.report(learn.metrics['val_loss'], learn.step)
         if self.trial.should_prune():
             self.pruned = True
             learn.stop('worse than the median of the trials', interrupted=True)
 
+# %% ../nbs/api/17_tune.ipynb #cell-037
 def shared_start(
     data,
     cfg: Config,
     out: Path,
+    ends=math.inf, # Moment on the monotonic clock at which the search is over
 ) -> Config: # What a trial starts from
     "Train what all trials share: the base, if there is one, and the tokenizer"
-    made = fit(data, cfg.replace(**{'runtime.only': 'tokenizer'}), out/'start', judge=False)
+    with alone(out/'start.lock'): made = fit(data, cfg.replace(**{'runtime.only': 'tokenizer'}), out/'start', callbacks=[Pruning(None, False, ends)], judge=False)
     if made.interrupted: raise RunError(f"the tokenizer that all trials share was interrupted ({made.stop_reason}); the same call goes on")
     init = str(out/'start'/'base'/'predictor'/'best_model') if cfg.base.symbols else cfg.predictor.init
     return cfg.replace(**{'base.symbols': None, 'runtime.init_from': None, 'runtime.only': 'predictor', 'predictor.tokenizer': str(out/'start'/'tokenizer'/'best_model'), 'predictor.init': init})
 
+# %% ../nbs/api/17_tune.ipynb #cell-039
 def validation_crps(
     result: FitResult,
     data,
@@ -189,26 +202,85 @@ def validation_crps(
         seed=cfg.runtime.seed, max_gap=cfg.data.max_gap, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p, progress=False)
     return float(got.losses['model']['crps'].mean())
 
-# %% ../nbs/api/17_tune.ipynb #cell-023
+# %% ../nbs/api/17_tune.ipynb #cell-042
+def _holder(lock: Path):
+    "Whether the process that made a lock is at work; True where another machine made it, until it is an hour old"
+    try:
+        host, _, pid = lock.read_text(encoding='utf-8').partition(' ')
+        return alive(int(pid)) if host == platform.node() and pid.isdigit() else time.time() - lock.stat().st_mtime < 3600
+    except FileNotFoundError: return False
+
+# %% ../nbs/api/17_tune.ipynb #cell-044
+@contextlib.contextmanager
+def alone(
+    lock: Path,        # A file that is there while somebody is inside
+    every: float = .2, # Seconds between two looks
+):
+    "One process at a time; what a dead one left is taken away"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try: handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY); break
+        except FileExistsError:
+            if _holder(lock): time.sleep(every)
+            else: lock.unlink(missing_ok=True)
+    try:
+        os.write(handle, f'{platform.node()} {os.getpid()}'.encode()); os.close(handle)
+        yield
+    finally: lock.unlink(missing_ok=True)
+
+# %% ../nbs/api/17_tune.ipynb #cell-048
 def _optuna():
     try: import optuna
     except ImportError as e: raise ConfigError("a search needs Optuna: pip install 'kronos_nb[tune]'") from e
     return optuna
 
+# %% ../nbs/api/17_tune.ipynb #cell-050
+def storage_of(storage: str):
+    "A file as Optuna wants it: SQLite, or a journal where the name ends in .log"
+    if '://' in str(storage): return storage
+    path = Path(storage).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != '.log': return f'sqlite:///{path}'
+    from optuna.storages import JournalStorage
+    try: from optuna.storages.journal import JournalFileBackend as Backend
+    except ImportError: from optuna.storages import JournalFileStorage as Backend   # before Optuna 4
+    return JournalStorage(Backend(str(path)))
+
+# %% ../nbs/api/17_tune.ipynb #cell-052
 def open_study(storage: str, out: Path, seed: int, worker: int):
     "The study of a folder, new or continued"
     optuna = _optuna()
-    url = storage if '://' in storage else f'sqlite:///{Path(storage).resolve()}'
-    out.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(storage=url, study_name='kronos_nb', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-    study.sampler = optuna.samplers.TPESampler(seed=stable_key(seed, 'tune', worker, len(study.trials)) % 2**32, constant_liar=True)
-    S = optuna.trial.TrialState
-    for t in study.get_trials(states=(S.RUNNING,)):
+    with alone(out/'study.lock'):
+        study = optuna.create_study(storage=storage_of(storage), study_name='kronos_nb', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+        study.sampler = optuna.samplers.TPESampler(seed=stable_key(seed, 'tune', worker, len(study.trials)) % 2**32, constant_liar=True)
+        reap(study)
+    return study
+
+# %% ../nbs/api/17_tune.ipynb #cell-054
+def reap(study):
+    "Ask again for trials whose process is gone"
+    S = _optuna().trial.TrialState
+    for t in study.get_trials(deepcopy=False, states=(S.RUNNING,)):
         if t.user_attrs.get('host') == platform.node() and not alive(t.user_attrs['pid']):
             study.tell(t.number, state=S.FAIL)
             study.enqueue_trial(t.params)
-    return study
 
+# %% ../nbs/api/17_tune.ipynb #cell-055
+def next_trial(
+    study,
+    out: Path,
+    trials: int, # The study holds so many in the end
+):  # A trial of Optuna's, or None: there are enough
+    "Take a trial, if one is left to do"
+    S = _optuna().trial.TrialState
+    with alone(out/'study.lock'):
+        reap(study)
+        if len(study.get_trials(deepcopy=False, states=(S.COMPLETE, S.PRUNED, S.RUNNING))) >= trials: return None
+        trial = study.ask()
+        trial.set_user_attr('pid', os.getpid()); trial.set_user_attr('host', platform.node())
+    return trial
+
+# %% ../nbs/api/17_tune.ipynb #cell-057
 @dataclass
 class TuneResult:
     "What a search found"
@@ -217,63 +289,87 @@ class TuneResult:
     data: object
     out: Path
     value: str      # What was minimised
-    @property
-    def table(self) -> pd.DataFrame: # One row per trial, the best first
-        "Trials with their settings and values"
-        rows = [dict(trial=t.number, state=t.state.name.lower(), value=math.nan if t.value is None else t.value, **t.params, seconds=t.duration.total_seconds() if t.duration else math.nan, folder=t.user_attrs.get('folder', '')) for t in self.study.trials]
-        return pd.DataFrame(rows).sort_values(['state', 'value'], key=lambda c: c != 'complete' if c.name == 'state' else c, kind='stable', ignore_index=True)
-    @property
-    def best(self) -> Config: return with_params(self.config, self.study.best_params)
-    @property
-    def trials(self) -> int: return sum(t.state.is_finished() and t.state.name != 'FAIL' for t in self.study.trials)
-    def __repr__(self): return f'TuneResult({self.trials} trials in {str(self.out)!r}, best {self.value} {self.study.best_value:.5g} with {self.study.best_params})'
-    def _repr_html_(self): return f'<p>{self.trials} trials, lowest {self.value} first</p>{self.table.to_html(index=False)}'
+    reason: str = '' # Why it ended before all trials were done
 
-# %% ../nbs/api/17_tune.ipynb #cell-024
-def _run_trial(trial, study, space, start, data, out, same_tokens):
-    "Fit one trial and give its value"
-    optuna = _optuna()
-    trial.set_user_attr('pid', os.getpid()); trial.set_user_attr('host', platform.node())
-    params = suggest(trial, space)
+    def __repr__(self): return f'TuneResult({self.trials} trials in {str(self.out)!r}{self.reason and ", ended early: " + self.reason}, best {self.value} {self.study.best_value:.5g} with {self.study.best_params}; {self.offers})'
+    def _repr_html_(self): return f'<p>{self.trials} trials{self.reason and ", ended early: " + self.reason}; lowest {self.value} first. {self.offers}</p>{self.table.to_html(index=False)}'
+
+# %% ../nbs/api/17_tune.ipynb #cell-059
+@patch(as_prop=True)
+def table(self: TuneResult) -> pd.DataFrame: # One row per trial, the best first
+    "Trials with their settings and values"
+    rows = [dict(trial=t.number, state=t.state.name.lower(), value=math.nan if t.value is None else t.value, **t.params, seconds=t.duration.total_seconds() if t.duration else math.nan, folder=t.user_attrs.get('folder', '')) for t in self.study.trials]
+    return pd.DataFrame(rows).sort_values(['state', 'value'], key=lambda c: c != 'complete' if c.name == 'state' else c, kind='stable', ignore_index=True)
+
+@patch(as_prop=True)
+def best(self: TuneResult) -> Config: return with_params(self.config, self.study.best_params)
+
+@patch(as_prop=True)
+def trials(self: TuneResult) -> int: return sum(t.state.is_finished() and t.state.name != 'FAIL' for t in self.study.trials)
+
+# %% ../nbs/api/17_tune.ipynb #cell-061
+@patch(as_prop=True)
+def offers(self: TuneResult) -> str:
+    "What to do next"
+    soup = ', `.soup()` averages the best trials as long as validation gains by it' if self.alike else ''
+    return f'`.fit()` trains the best settings and judges them{soup}, `.plot()` draws the search.'
+
+@patch(as_prop=True)
+def alike(self: TuneResult) -> bool:
+    "Whether trials can be averaged: one tokenizer, and predictors of one shape"
+    return self.value == 'val_loss' and not any(k in SHORT for t in self.study.trials for k in t.params)
+
+# %% ../nbs/api/17_tune.ipynb #cell-063
+def run_trial(trial, study, space, start, data, out, same_tokens, ends):
+    "Fit one trial and tell the study; gives why the search must end, or ''"
+    S, params = _optuna().trial.TrialState, suggest(trial, space)
     folder = out/'trials'/f'{stable_key(sorted(params.items())) % 16**8:08x}'
     trial.set_user_attr('folder', str(folder))
-    watch = Pruning(trial)
-    result = fit(data, with_params(start, params), folder, callbacks=[watch] if same_tokens else [], judge=False)
-    if watch.pruned: raise optuna.TrialPruned()
-    if result.interrupted:
-        study.stop()
+    watch = Pruning(trial, same_tokens, ends)
+    try:
+        result = fit(data, with_params(start, params), folder, callbacks=[watch], judge=False)
+        value = None if result.interrupted else result.history.query("stage == 'predictor'").val_loss.min() if same_tokens else validation_crps(result, data)
+    except RunError as e:   # it diverged, say: the search goes on without it
+        trial.set_user_attr('error', str(e))
+        study.tell(trial, state=S.FAIL)
+        return '' if watch.ends > time.monotonic() else 'the time of the search is over'
+    if result.interrupted and not watch.pruned:
+        study.tell(trial, state=S.FAIL)
         study.enqueue_trial(params)
-        raise RunError(f"interrupted: {result.stop_reason}")
-    value = result.history.query("stage == 'predictor'").val_loss.min() if same_tokens else validation_crps(result, data)
+        return result.stop_reason
+    study.tell(trial, None if watch.pruned else float(value), state=S.PRUNED if watch.pruned else S.COMPLETE)
     for s in ('tokenizer', 'predictor'): shutil.rmtree(folder/s/'checkpoints', ignore_errors=True)
-    return float(value)
+    return ''
 
+# %% ../nbs/api/17_tune.ipynb #cell-065
 def tune(
     data=None,           # As for `fit`
     config='quickstart', # As for `fit`
     space=None,          # Setting -> (low, high) or a list; None: `default_space`
     out_dir='runs/tune', # Folder of the search
     trials: int = 20,    # The study holds so many in the end
-    timeout: float | None = None, # Seconds after which no new trial begins
+    timeout: float | str | None = None, # Seconds, or '1h30m'; the trial at work is stopped then, and goes on with the next call
     storage: str | None = None,   # A file, or a URL that Optuna knows; None: OUT/study.db
     worker: int = 0,     # Another number for each process that shares a storage
     **overrides,         # As for `fit`
 ) -> TuneResult:
     "Search for settings by validation; the test part is not touched"
-    optuna, out = _optuna(), Path(out_dir)
-    cfg = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    _optuna()
+    out, ends = Path(out_dir), time.monotonic() + (math.inf if timeout is None else seconds(timeout) if isinstance(timeout, str) else timeout)
+    cfg, why = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False}), ''
     if not cfg.data.val: raise ConfigError("a search needs a validation part: data.val is 0")
     space = dict(default_space(cfg) if space is None else space)
     for name in space: knob_of(name)
     study, same_tokens = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker), comparable(space)
-    start = shared_start(data, cfg, out) if same_tokens else cfg
-    states = tuple(optuna.trial.TrialState[s] for s in ('COMPLETE', 'PRUNED'))
-    if len(study.get_trials(states=states)) < trials:
-        study.optimize(lambda t: _run_trial(t, study, space, start, data, out, same_tokens), timeout=timeout, catch=(RunError,), callbacks=[optuna.study.MaxTrialsCallback(trials, states)])
-    if not study.get_trials(states=states[:1]): raise RunError(f"no trial of the search in {str(out)!r} came to its end: see the folders in {str(out/'trials')!r}")
-    return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation')
+    start = shared_start(data, cfg, out, ends) if same_tokens else cfg
+    while not why:
+        if time.monotonic() > ends: why = 'the time of the search is over'
+        elif (trial := next_trial(study, out, trials)) is None: break
+        else: why = run_trial(trial, study, space, start, data, out, same_tokens, ends)
+    if not any(t.state.name == 'COMPLETE' for t in study.trials): raise RunError(f"no trial of the search in {str(out)!r} came to its end{why and f' ({why})'}: see the folders in {str(out/'trials')!r}; the same call goes on")
+    return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation', why)
 
-# %% ../nbs/api/17_tune.ipynb #cell-026
+# %% ../nbs/api/17_tune.ipynb #cell-067
 @patch
 def fit(self: TuneResult,
     out_dir=None, # Default: OUT/best
@@ -286,15 +382,18 @@ def fit(self: TuneResult,
         write_report(result.out_dir)
     return result
 
+# %% ../nbs/api/17_tune.ipynb #cell-069
 @patch
 def soup(self: TuneResult,
     n: int = 5, # Best trials that are tried
     out_dir=None, # Default: OUT/soup
 ) -> Soup:
     "A greedy soup over the best trials"
+    if not self.alike: raise RunError(f"trials of this search have predictors of other shapes, or other tokens ({', '.join(self.study.best_params)}); only trials that share both can be averaged")
     t = self.table.query("state == 'complete'").drop_duplicates('folder').head(n)
     return soup_runs(list(t.folder), out_dir or self.out/'soup', self.data)
 
+# %% ../nbs/api/17_tune.ipynb #cell-071
 @patch
 def plot(self: TuneResult):
     "Values by trial, and against each setting; gives the figure"
@@ -312,7 +411,7 @@ def plot(self: TuneResult):
     for ax in rest[len(names):]: ax.set_visible(False)
     return fig
 
-# %% ../nbs/api/17_tune.ipynb #cell-031
+# %% ../nbs/api/17_tune.ipynb #cell-080
 def experiments(
     folder,              # Of YAML files
     data=None,           # As for `fit`
@@ -325,7 +424,8 @@ def experiments(
     for p in files:
         out = Path(out_dir)/p.stem
         row = dict(experiment=p.stem, state='skipped', said='', folder=str(out))
-        if not (skip_existing and finished(out/'predictor')):
+        was = Config.load(out/'config.yaml').runtime.only if (out/'config.yaml').is_file() else None
+        if not (skip_existing and finished(out/(was or 'predictor'))):
             try:
                 r = fit(data, str(p), out)
                 row |= dict(state='interrupted' if r.interrupted else 'finished', said=r.stop_reason or (r.evaluation.verdict if r.evaluation is not None else 'not judged'))
