@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from kronos_nb.core import FEATURES
 from kronos_nb.data.kline import read_klines
-from kronos_nb.data.normalize import MedianMAD, ZScore
+from kronos_nb.data.normalize import COMPILE_FROM, MedianMAD, ZScore, compiles
 from kronos_nb.data.window import WindowDataset
 
 L, H = 400, 120
@@ -55,6 +55,10 @@ def loop_mad(x, starts):
         out.append((med, 1.4826 * np.median(np.abs(past - med), 0)))
     return out
 
+def loop_windows(x, starts):
+    "Normalised windows by the same loop"
+    return [np.clip((x[s:s + T] - med) / np.maximum(mad, 1e-5), -5, 5).astype(np.float32) for s, (med, mad) in zip(starts, loop_mad(x, starts))]
+
 def pickled(ds, folder, n_symbols=1):
     "Every window normalised, stacked in a list of arrays and pickled; seconds to build, write and load, bytes"
     t0 = time.perf_counter()
@@ -86,6 +90,8 @@ def small(bars, repeats):
     for norm in (ZScore(), MedianMAD()):
         for how in ('on the fly', 'rolling'):
             t = time.perf_counter(); sets[norm.kind, how] = WindowDataset(bars, L, H, norm, max_gap=None, statistics=how); build[norm.kind, how] = time.perf_counter() - t
+    quick = MedianMAD()
+    if compiles(10**9): next(quick.rolling(np.ones((500, 1)), 9, compiled=True)); t = time.perf_counter(); list(quick.rolling(sets['zscore', 'on the fly'].x, L, compiled=True)); build['compiled'] = time.perf_counter() - t
     t = time.perf_counter(); items = PandasItems(bars); build['pandas'] = time.perf_counter() - t
     fly = sets['zscore', 'on the fly']
     n, x = len(fly), fly.x
@@ -111,8 +117,8 @@ def small(bars, repeats):
     loop = us['NumPy loop, median and MAD only']
     print(f'Pickles: {made:.1f} s to make, {wrote:.1f} s to write, {loaded:.1f} s to load, {size/1e9:.2f} GB; computed from that, not measured: '
           f'{size/n*1e6/1e9:.0f} GB for 1M windows, {size/n*1e7/1e9:.0f} GB for 10M.\n')
-    print(f'Median and MAD: the NumPy loop takes {loop:.1f} us a window for the statistics alone; building the kept ones took {build["median_mad", "rolling"]/len(bars)*1e6:.2f} us a bar.\n')
-    return loop
+    print(f'Median and MAD: the NumPy loop takes {loop:.1f} us a window for the statistics alone; building the kept ones by sorting, which is the choice below {COMPILE_FROM:,} bars, took {build["median_mad", "rolling"]/len(bars)*1e6:.2f} us a bar'
+          + (f', and compiled {build["compiled"]/len(bars)*1e6:.2f} us a bar, {loop/(build["compiled"]/len(bars)*1e6):.0f}x the loop (without the second or two of compiling).\n' if 'compiled' in build else '; numba is absent.\n'))
 
 def memory():
     "(now, peak since the last call) of this process in bytes; the kernel's peak mark is set back where that is possible"
@@ -122,29 +128,27 @@ def memory():
     return tuple(int(s[k].split()[0]) * 1024 for k in ('VmRSS', 'VmHWM'))
 
 def large(n, kind, how, repeats):
-    "One configuration in a process of its own: build seconds, peak and kept memory, rates"
+    "One configuration in a process of its own: build seconds, peak and kept memory, then the ways in turn"
     bars, rng = synthetic(n, 20), np.random.default_rng(0)
     norm = dict(zscore=ZScore(), median_mad=MedianMAD())[kind]
-    WindowDataset(synthetic(3000, 2), L, H, norm).arrays(range(64))       # libraries are loaded before memory is read
-    if kind == 'median_mad' and how == 'rolling' and n >= 300_000:
-        from kronos_nb.data.normalize import _compiled_mad, _rolling_mad
-        run = _compiled_mad()
-        if run is not None: _rolling_mad(np.ones((500, 1)), 9, run)        # compiled before the clock runs
+    small = WindowDataset(synthetic(3000, 2), L, H, norm, statistics=how)
+    small.compiled = how == 'rolling' and compiles(n)
+    if small.compiled: next(norm.rolling(np.ones((500, 1)), 9, compiled=True))
+    small.arrays(range(64))                                                # libraries are loaded and loops compiled before the clock and the memory are read
     gc.collect(); before, _ = memory()
     t = time.perf_counter(); ds = WindowDataset(bars, L, H, norm, statistics=how); build = time.perf_counter() - t
-    took = []
-    for _ in range(repeats): at = rng.integers(0, len(ds), 64); t = time.perf_counter(); ds.arrays(at); took.append((time.perf_counter() - t) / 64 * 1e6)
+    for _ in range(3): ds.arrays(rng.integers(0, len(ds), 64))
     after, peak = memory()
     raw = ds.x.nbytes + ds.stamps.nbytes
-    print(f'{build:.6f} {(peak - before) / raw:.6f} {(after - before) / raw:.6f} {np.median(took):.6f}')
+    items, at = PandasItems(bars), rng.integers(0, len(ds), 20)
+    for i, (med, mad) in zip(at, loop_mad(ds.x, ds.rows(at))):                # equal first, fast second
+        s = ds.arrays([i])[2] if kind == 'median_mad' else MedianMAD().fit(ds.x[ds.rows([i])[0]:][:L], L)
+        np.testing.assert_allclose(np.ravel(s.loc), med, rtol=1e-6); np.testing.assert_allclose(np.ravel(s.scale), np.maximum(mad, 1e-5), rtol=1e-6)
+    us = rate({'views': (ds.arrays, 64), 'pandas': (lambda at: [items[i] for i in ds.rows(at)], 64), 'loop': (lambda at: loop_mad(ds.x, ds.rows(at)), 64),
+               'whole': (lambda at: loop_windows(ds.x, ds.rows(at)), 64)}, repeats, rng, len(ds))
+    print(f'{build:.6f} {(peak - before) / raw:.6f} {(after - before) / raw:.6f}', *(f'{us[k]:.6f}' for k in ('views', 'pandas', 'loop', 'whole')))
 
-def large_pandas(n, repeats):
-    items, rng = PandasItems(synthetic(n, 20)), np.random.default_rng(0)
-    took = []
-    for _ in range(repeats): at = rng.integers(0, n - T, 64); t = time.perf_counter(); [items[i] for i in at]; took.append((time.perf_counter() - t) / 64 * 1e6)
-    print(f'0 0 0 {np.median(took):.6f}')
-
-def child(*a): return [float(o) for o in subprocess.run([sys.executable, __file__, '--child', *map(str, a)], check=True, capture_output=True, text=True).stdout.split()]
+def child(*a): return [float(o) for o in subprocess.run([sys.executable, __file__, '--child', *map(str, a)], check=True, stdout=subprocess.PIPE, text=True).stdout.split()]
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,17 +156,16 @@ if __name__ == '__main__':
     a = p.parse_args()
     torch.set_num_threads(1)
     if a.child:
-        if a.child[0] == 'pandas': large_pandas(int(a.child[1]), 9)
-        else: large(int(a.child[1]), a.child[0], a.child[2], 41)
+        large(int(a.child[1]), a.child[0], a.child[2], a.repeats)
         sys.exit()
     import importlib.util
     print(f'{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, pandas {pd.__version__}, numba {"present" if importlib.util.find_spec("numba") else "absent"}\n')
-    loop = small(read_klines(a.bars) if a.bars else synthetic(31_973, 1), a.repeats)
+    small(read_klines(a.bars) if a.bars else synthetic(31_973, 1), a.repeats)
     for n in map(int, a.rows):
-        ref = child('pandas', n)[3]
-        rows = [['per-item pandas', '', '', '', ref, 1., '']]
+        rows = []
         for kind, how in (('zscore', 'on the fly'), ('zscore', 'rolling'), ('median_mad', 'on the fly'), ('median_mad', 'rolling')):
-            build, peak, kept, us = child(kind, n, how)
-            rows.append([f'views, {kind}, {how}', build, peak - 1, kept - 1, us, ref / us, loop / (build / n * 1e6) if (kind, how) == ('median_mad', 'rolling') else ''])
+            build, peak, kept, us, pandas, loop, whole = child(kind, n, how)
+            mad = kind == 'median_mad'
+            rows.append([f'views, {kind}, {how}', build, peak - 1, kept - 1, us, pandas, pandas / us, loop / (build / n * 1e6) if mad and how == 'rolling' else '', whole / (us + build / n * 1e6) if mad else ''])
         print(f'## {n:,} synthetic bars of 20 symbols, every window of {L}+{H}\n')
-        table(rows, ['way', 'build, s', 'peak beside the raw arrays, x', 'kept beside them, x', 'us a window', 'x per-item pandas', 'statistics, x NumPy loop'])
+        table(rows, ['way', 'build, s', 'peak beside the raw arrays, x', 'kept beside them, x', 'us a window', 'per-item pandas, us', 'x per-item pandas', 'statistics alone, x NumPy loop', 'windows with build, x NumPy loop'])

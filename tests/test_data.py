@@ -279,6 +279,18 @@ def test_compiled_medians_are_the_sorted_ones():
     for x in (r.normal(size=(500, 2)).cumsum(0), r.integers(0, 4, (500, 2))*1., np.zeros((200, 2))):
         for L in (1, 2, 3, 50, 51): assert all((a==b).all() for a, b in zip(_rolling_mad(x, L), _rolling_mad(x, L, _compiled_mad())))
 
+@pytest.mark.parametrize('norm', [ZScore(), MedianMAD(clip=2.1)])
+def test_compiled_windows_are_the_same_bits(norm, monkeypatch):
+    pytest.importorskip('numba')
+    import kronos_nb.data.window as w
+    a = WindowDataset(sample_klines(['AAPL', 'FB']), 50, 7, norm, stride=3, statistics='rolling')
+    monkeypatch.setattr(w, 'compiles', lambda n: True)
+    b = WindowDataset(sample_klines(['AAPL', 'FB']), 50, 7, norm, stride=3, statistics='rolling')
+    assert b.compiled and 'compiled' in repr(b)
+    for rows in ([0], range(len(a)), [-1, 5]):
+        x, y = a.batch(rows), b.batch(rows)
+        assert all(torch.equal(x[k], y[k]) for k in x if k!='stats') and all(torch.equal(x['stats'][k], y['stats'][k]) for k in x['stats'])
+
 def test_a_dataset_pickles_small():
     ds = WindowDataset(sample_klines('AAPL'), 90, 10)
     ds.batch([1])

@@ -7,9 +7,8 @@ __all__ = ['KEEP_BYTES', 'check_canonical', 'segments', 'Split', 'split_by_time'
            'BatchSampler']
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-002
-import importlib.util
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, FEATURES, check_choice, stable_key
 from .kline import COLUMNS, find_gaps, time_stamps
-from .normalize import Scale, ZScore
+from .normalize import Scale, ZScore, compiles
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-007
 def _edges(bars):
@@ -141,7 +140,7 @@ def _choose(statistics, normalizer, n_bars, stride):
     "'rolling' or 'on the fly'"
     check_choice('statistics', statistics, ('auto', 'rolling', 'on the fly'))
     if statistics != 'auto': return statistics
-    slow = normalizer.kind == 'median_mad' and n_bars > 2_000_000 and importlib.util.find_spec('numba') is None
+    slow = normalizer.kind == 'median_mad' and n_bars > 2_000_000 and not compiles(n_bars)
     return 'on the fly' if 48 * n_bars > KEEP_BYTES or stride > 4 or slow else 'rolling'
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-032
@@ -175,10 +174,11 @@ class WindowDataset:
         self.stamps = np.empty((len(bars), 5), np.int8)
         for i in range(0, len(bars), 2**16): self.stamps[i:i + 2**16] = time_stamps(self.timestamps[i:i + 2**16], np.int8)
         self.statistics = _choose(statistics, normalizer, len(bars), stride)
+        self.compiled = self.statistics == 'rolling' and compiles(len(bars) if normalizer.kind == 'median_mad' else len(bars) // 5)
         if self.statistics == 'rolling': self._keep()
     def __len__(self): return int(self.offsets[-1])
     def __repr__(self): return (f'{len(self):,} windows of {self.lookback_window}+{self.predict_window} bars, stride {self.stride}, '
-        f'{len(self.symbols)} symbols in {len(self.starts)} segments, {self.normalizer}, statistics {self.statistics}')
+        f'{len(self.symbols)} symbols in {len(self.starts)} segments, {self.normalizer}, statistics {self.statistics}{", compiled" if self.compiled else ""}')
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-034
 @patch
@@ -186,7 +186,7 @@ def _keep(self: WindowDataset):
     "Compute location (from the window's first bar) and scale of every start"
     self._loc, self._scale = np.zeros((2, *self.x.shape), np.float32)
     for s, e in zip(self.starts, self.ends):
-        for i, loc, scale in self.normalizer.rolling(self.x[s:e], self.lookback_window):
+        for i, loc, scale in self.normalizer.rolling(self.x[s:e], self.lookback_window, compiled=self.compiled):
             at = slice(s + i, s + i + len(loc))
             self._loc[at], self._scale[at] = loc - self.x[at], scale
 
@@ -213,16 +213,42 @@ def _gather(a, at, window):
     return view[at].reshape(len(at), window, a.shape[1])
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-041
+@cache
+def _compiled_gather():
+    "Gather and normalise in one pass, as machine code; ask `compiles` first"
+    import numba
+    @numba.njit(nogil=True, error_model='numpy')   # scales are above 0; a check would keep the loop from the vector units
+    def run(x, at, loc, scale, clip, out):
+        n, k = out.shape[1], loc.shape[1]      # numbers of a window, and of one row of statistics
+        for b in range(len(at)):
+            m, s = loc[b], scale[b]
+            for j in range(0, n, k):
+                w, o = x[at[b] + j:at[b] + min(j + k, n)], out[b, j:j + k]
+                for i in range(len(o)): o[i] = (w[i] - m[i]) / s[i]
+            for i in range(n): out[b, i] = max(min(out[b, i], clip), -clip)
+    return run
+
+@patch
+def _one_pass(self: WindowDataset, at, scale):
+    "float32 sigmas (B, L+H, 6) of the windows that begin at rows `at`"
+    F, out = len(FEATURES), torch.empty(len(at), self.window, len(FEATURES))
+    row = [np.tile(o, 8) for o in (scale.loc, scale.scale)]   # eight bars in a row fill the vector units
+    _compiled_gather()(self.x.ravel(), at * F, *row, scale.clip, out.view(len(at), -1).numpy())
+    return out
+
+# %% ../../nbs/api/04_data.window.ipynb #cell-043
 @patch
 def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torch.Tensor, Scale]: # (B, L+H, 6) float32 sigmas, (B, L+H, 5) int64 stamps, their scale
     "Whole windows: what a training step needs"
     at = self.rows(indices, shift)
+    stamps = torch.from_numpy(_gather(self.stamps, at, self.window)).long()
+    kept = Scale(self.x[at] + self._loc[at], self._scale[at].astype(np.float64), self.normalizer.clip) if self.statistics == 'rolling' else None
+    if self.compiled: return self._one_pass(at, kept), stamps, kept
     x = torch.from_numpy(_gather(self.x, at, self.window))
-    if self.statistics == 'rolling': scale = Scale(self.x[at] + self._loc[at], self._scale[at].astype(np.float64), self.normalizer.clip)
-    else: scale = self.normalizer.fit(x, self.lookback_window)
-    return scale.encode(x), torch.from_numpy(_gather(self.stamps, at, self.window).astype(np.int64)), scale
+    scale = kept or self.normalizer.fit(x, self.lookback_window)
+    return scale.encode(x), stamps, scale
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-043
+# %% ../../nbs/api/04_data.window.ipynb #cell-045
 @patch
 def batch(self: WindowDataset, indices, shift=None) -> dict:
     "Windows stacked: hist_features (B, L, 6), hist_timestamps (B, L, 5), pred_features, pred_timestamps, window_idx (B,), stats"
@@ -238,7 +264,7 @@ def __getitem__(self: WindowDataset, i) -> dict:
     b = self.batch([i])
     return {k: {n: o[0] for n, o in v.items()} if k == 'stats' else int(v[0]) if k == 'window_idx' else v[0] for k, v in b.items()}
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-045
+# %% ../../nbs/api/04_data.window.ipynb #cell-047
 @patch
 def where(self: WindowDataset, i) -> tuple: # symbol, first stamp, first stamp of the future part (None without one)
     "Which bars window `i` holds"
@@ -246,7 +272,7 @@ def where(self: WindowDataset, i) -> tuple: # symbol, first stamp, first stamp o
     k = np.searchsorted(self.starts, at, side='right') - 1
     return self.symbols[self.codes[k]], pd.Timestamp(self.timestamps[at]), pd.Timestamp(self.timestamps[at + self.lookback_window]) if self.predict_window else None
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-054
+# %% ../../nbs/api/04_data.window.ipynb #cell-056
 def _mix(v, key):
     "A 64-bit hash of uint64 `v` (the finaliser of splitmix64, https://doi.org/10.1145/2714064.2660195)"
     v = v + np.uint64(key)
@@ -254,7 +280,7 @@ def _mix(v, key):
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return v ^ (v >> np.uint64(31))
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-057
+# %% ../../nbs/api/04_data.window.ipynb #cell-059
 def permute(
     i,        # Positions, 0 <= i < n
     n: int,   # Length of the permutation
@@ -274,7 +300,7 @@ def permute(
     while (far := out >= n).any(): out[far] = scramble(out[far])
     return out.astype(np.int64)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-060
+# %% ../../nbs/api/04_data.window.ipynb #cell-062
 class BatchSampler:
     "Window numbers of any step of any epoch; a pure function of (seed, epoch, step, rank, world_size)"
     def __init__(self,
@@ -306,7 +332,7 @@ class BatchSampler:
     def set_epoch(self, epoch): self.epoch = epoch
     def __iter__(self): return (self.batch(self.epoch, s) for s in range(len(self)))
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-062
+# %% ../../nbs/api/04_data.window.ipynb #cell-064
 @patch
 def batch(self: BatchSampler, epoch: int, step: int) -> np.ndarray: # (batch_size,) window numbers; fewer in a last, partial step
     "The windows of `step` in `epoch` on this rank"
@@ -327,7 +353,7 @@ def _stream(self: BatchSampler, pos, n, *name):
         out[m] = permute(pos[m] % n, n, stable_key(self.seed, *name, int(turn)))
     return out
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-064
+# %% ../../nbs/api/04_data.window.ipynb #cell-066
 @patch
 def _balanced(self: BatchSampler, pos):
     "Symbols in turn, in an order that changes with every round; each has its own stream of windows"
