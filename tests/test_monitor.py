@@ -86,6 +86,12 @@ def test_update_ratio_leaves_no_hook_behind():
     assert not getattr(learn.opt, 'optimizer', learn.opt)._optimizer_step_pre_hooks
 
 @pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='TensorBoard is optional')
+def test_tensorboard_takes_a_whole_configuration(tmp_path):
+    "Which holds lists, mappings and None"
+    from kronos_nb.config import Config
+    line(Tracker('tensorboard', tmp_path, 'predictor', Config.preset('doge').flat())).fit(1)
+
+@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='TensorBoard is optional')
 def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
     keep = At(keep=5, die=9)
     with pytest.raises(KeyboardInterrupt): line(keep, Tracker('tensorboard', tmp_path, 'predictor')).fit(2)

@@ -439,7 +439,7 @@ class Tracker(Callback):
         if not learn.engine.is_main: return
         again = dict(purge_step=learn.step+1) if self.tracker == 'tensorboard' and learn.step else {}
         self.to = make_tracker(self.tracker, str(self.folder), self.stage, self.project, **self.kw, **again) if isinstance(self.tracker, str) else self.tracker
-        if self.config: self.to.store_init_configuration(self.config)
+        if self.config: self.to.store_init_configuration({k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.config.items()})   # trackers take no lists, no None
     def after_step(self, learn): self.send(learn)
     def after_validate(self, learn): self.send(learn)
     def cleanup_fit(self, learn):
