@@ -1,9 +1,10 @@
 "README and docs site come from the notebooks, through the one `_quarto.yml`, and every link leads somewhere"
-import pkgutil, re, subprocess, sys
+import importlib.util, pkgutil, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 import nbformat, pytest, yaml
+from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from kronos_nb.cli import parser
 from kronos_nb.config import SECTIONS, Config
@@ -18,6 +19,17 @@ def test_readme_links_lead_somewhere():
     local = [o for o in links if not urlparse(o).scheme]
     assert local and all((root/o).exists() for o in local), [o for o in local if not (root/o).exists()]
 
+def test_every_dependency_has_its_reason():
+    "The README's tables and settings.ini name the same libraries"
+    cfg, text = get_config(), (root/'README.md').read_text()
+    part = text[text.index('## What it depends on'):text.index('## Licence')]
+    rows = [[o.strip() for o in l.strip('|').split('|')] for l in part.split('\n') if l.startswith('|') and not l.startswith('|--')]
+    said = {o.strip() for r in rows if len(r)==2 for o in r[0].split(',')} - {'library'}
+    extras = {r[0]: set(r[1].split(', ')) for r in rows if len(r)==3 and r[0]!='extra'}
+    names = lambda k: {re.match(r'[\w-]+', o)[0].lower() for o in cfg[k].split()}
+    assert {o.lower() for o in said}==names('requirements') and all(r[-1] for r in rows)
+    assert extras=={k: names(f'{k}_requirements') for k in extras} and {'tune', 'track', 'calendar', 'lora', 'plot'} <= set(extras)
+
 def test_quarto_yml():
     q = yaml.safe_load((root/'_quarto.yml').read_text())
     assert (root/'nbs/_quarto.yml').read_text()==(root/'_quarto.yml').read_text()
@@ -26,13 +38,11 @@ def test_quarto_yml():
 def cells(nb): return [c.source for c in nbformat.read(root/'nbs'/nb, 4).cells if c.cell_type=='markdown']
 
 def test_every_page_is_in_the_sidebar_once():
-    found = []
-    def walk(o):
-        if isinstance(o, str): found.extend(sorted(p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').glob(o)) if '*' in o else [o])
-        for v in o if isinstance(o, list) else [o.get('contents') or o['href']] if isinstance(o, dict) else (): walk(v)
-    walk(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar'])
+    "As the site shows it; and what the file names is there"
+    spec = importlib.util.spec_from_file_location('docs', root/'tools/docs.py'); docs = importlib.util.module_from_spec(spec); spec.loader.exec_module(docs)
+    shown = re.findall(r'\S+\.(?:ipynb|md)', docs.in_order(root/'nbs/sidebar.yml'))
     pages = [p.relative_to(root/'nbs').as_posix() for p in nbglob(root/'nbs', as_path=True)] + ['changelog.md']
-    assert sorted(found)==sorted(pages), set(found) ^ set(pages)
+    assert sorted(shown)==sorted(pages), set(shown) ^ set(pages)
 
 # every name of theirs, from the reference's config.py, config_loader.py, its template and its scripts, and from the guides of the scripts around them
 THEIRS = """qlib_data_path instrument dataset_begin_time dataset_end_time lookback_window predict_window max_context feature_list time_feature_list train_time_range
