@@ -356,6 +356,15 @@ def test_bad_samplers(kw, message):
     with pytest.raises(ConfigError, match=message): BatchSampler(ds, **dict(batch_size=4) | kw)
 
 @pytest.mark.parametrize('workers', [0, 2])
+def test_items_drop_into_a_plain_loader(workers):
+    want = np.random.default_rng(0).permutation(len(ds))
+    got = list(DataLoader(ds, batch_size=16, sampler=want.tolist(), num_workers=workers, generator=torch.Generator()))
+    assert len(got)==-(-len(ds)//16) and torch.equal(torch.cat([b['window_idx'] for b in got]), torch.from_numpy(want))
+    for i, b in enumerate(got):
+        x = ds.batch(want[16*i:16*i+16])
+        assert all(torch.equal(b[k], x[k]) for k in x if k!='stats') and all(torch.equal(b['stats'][k], x['stats'][k]) for k in x['stats'])
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
 def test_any_number_of_workers_gives_the_same_bits(workers):
     s = BatchSampler(ds, 8, 3)
     got = list(DataLoader(ds, batch_size=None, sampler=s, num_workers=workers, generator=torch.Generator()))

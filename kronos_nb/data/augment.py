@@ -39,6 +39,7 @@ def _generators(what, seed, epoch, indices):
     key = stable_key(seed, what, epoch)
     return (np.random.Generator(np.random.Philox(key=[key, int(i)])) for i in indices)
 
+# %% ../../nbs/api/05_data.augment.ipynb #cell-013
 @patch
 def shifts(self: Augment,
     seed: int, epoch: int, indices, # The address; indices (B,)
@@ -47,6 +48,7 @@ def shifts(self: Augment,
     if not self.time_shift_max: return None
     return np.array([g.integers(-self.time_shift_max, self.time_shift_max + 1) for g in _generators('shift', seed, epoch, indices)])
 
+# %% ../../nbs/api/05_data.augment.ipynb #cell-015
 @patch
 def values(self: Augment,
     x: torch.Tensor, # (B, T, F) normalised windows
@@ -62,13 +64,14 @@ def values(self: Augment,
     factor, keep, noise = (torch.from_numpy(o).to(x.device) for o in (factor, keep, noise))
     return ((x * factor + self.noise_std * noise) * keep).clamp_(-self.clip, self.clip)
 
-# %% ../../nbs/api/05_data.augment.ipynb #cell-016
+# %% ../../nbs/api/05_data.augment.ipynb #cell-020
 @patch
 def _apply(self: Augment, batch, seed, epoch, indices):
     L = batch['hist_features'].shape[1]
     x = self.values(torch.cat([batch['hist_features'], batch['pred_features']], 1), seed, epoch, indices)
     return dict(batch, hist_features=x[:, :L], pred_features=x[:, L:])
 
+# %% ../../nbs/api/05_data.augment.ipynb #cell-022
 @patch
 def __call__(self: Augment,
     batch: dict, # From `WindowDataset.batch`
@@ -78,6 +81,7 @@ def __call__(self: Augment,
     if self.time_shift_max: raise ConfigError("time_shift_max moves the window, so the bars must be read again: call augment.fetch(dataset, indices, seed, epoch)")
     return self._apply(batch, seed, epoch, indices)
 
+# %% ../../nbs/api/05_data.augment.ipynb #cell-024
 @patch
 def fetch(self: Augment,
     dataset: WindowDataset,
