@@ -145,7 +145,9 @@ class Stage(Section):
     plateau_factor: float = knob(.5, "plateau multiplies lr by this", lo=.01, hi=.99)
     plateau_patience: int = knob(2, "plateau waits this many validations", lo=0)
     patience: int | None = knob(None, "stop after this many validations without improvement; none: never", lo=1, unit='validations')
-    min_delta: float = knob(0., "smaller improvements of val_loss do not count", lo=0.)
+    min_delta: float = knob(0., "smaller improvements of what is monitored do not count", lo=0.)
+    monitor: str = knob('val_loss', "the number of a validation that chooses weights and stops training")
+    mode: str = knob('min', "whether the smallest or the largest value of it is the best", choices=('min', 'max'))
     val_every: int | None = knob(None, "steps between validations inside an epoch", lo=1, unit='steps')
     ema_decay: float | None = knob(None, "keep an exponential moving average of the weights with this decay; none: no average", lo=0., hi=.99999)
     lawa: float | None = knob(None, "keep the mean of the weights over this last share of the steps; none: no mean", lo=.01, hi=1.)
@@ -157,18 +159,24 @@ class Stage(Section):
         t = self.trainable
         if t not in ('all', 'heads', 'lora') and not (t.startswith('last_') and t[5:].isdigit() and int(t[5:]) > 0):
             raise ConfigError(f"{self.title()}.trainable must be all, heads, lora or last_N (such as last_2), got {t!r}")
+        if self.schedule == 'plateau' and self.mode == 'max': raise ConfigError(f"{self.title()}.schedule=plateau waits for a number that falls, and {self.title()}.mode is max: use mode=min, or another schedule")
+
+# %% ../nbs/api/01_config.ipynb #cell-020
+_watch = "the number of a validation that chooses weights and stops training"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer(Stage):
     "Stage 1: bars <-> tokens"
+    monitor: str = knob('val_loss', _watch, choices=tuple(f'val_{o}' for o in 'loss mse mse_s1 reconstruction_loss quantization_loss commitment sample_entropy codebook_entropy'.split()))
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor(Stage):
     "Stage 2: tokens -> next tokens"
     clip_norm: float = knob(3., "gradients are scaled down to this norm", lo=1e-6, hi=1e6, log=True, tune=(.5, 5.))
+    monitor: str = knob('val_loss', _watch, choices=('val_loss', 'val_ce_s1', 'val_ce_s2'))
     tokenizer: str | None = knob(None, "tokenizer to use where stage 1 does not run: a hub id or a folder")
 
-# %% ../nbs/api/01_config.ipynb #cell-020
+# %% ../nbs/api/01_config.ipynb #cell-022
 @dataclass(frozen=True, kw_only=True)
 class Base(Section):
     "A model trained from scratch on other symbols, for fine-tuning where no released weights are at hand"
@@ -179,7 +187,7 @@ class Base(Section):
     tokenizer_lr: float = knob(1e-3, "learning rate of the base's tokenizer", lo=0., hi=10., log=True)
     predictor_lr: float = knob(1e-3, "learning rate of the base's predictor", lo=0., hi=10., log=True)
 
-# %% ../nbs/api/01_config.ipynb #cell-022
+# %% ../nbs/api/01_config.ipynb #cell-024
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Section):
     "The comparison on the untouched end of each symbol"
@@ -190,7 +198,7 @@ class Evaluate(Section):
     top_p: float = knob(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
     calibrate: str = knob('auto', "learn on the validation part how much wider the bands must be, and keep that beside the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
 
-# %% ../nbs/api/01_config.ipynb #cell-024
+# %% ../nbs/api/01_config.ipynb #cell-026
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Section):
     "Device, speed, checkpoints and records"
@@ -201,12 +209,16 @@ class Runtime(Section):
     compile: bool = knob(False, "torch.compile the model; falls back, and says so")
     gradient_checkpointing: bool = knob(False, "less memory for a third more time")
     micro_batch: int | None = knob(None, "windows per forward pass at most; more are accumulated", lo=1, unit='windows')
-    threads: int | None = knob(None, "CPU threads; none: as the process has them", lo=1)
-    workers: int = knob(0, "loader processes beside the main one", lo=0, hi=256)
+    optimizations: bool = knob(True, "off: threads, loader processes, compile and matrix precision stay as torch has them, whatever the settings say")
+    threads: int | None = knob(None, "CPU threads; none: chosen for the machine", lo=1)
+    workers: int | None = knob(None, "loader processes beside the main one; none: chosen for the machine", lo=0, hi=256)
+    persistent_workers: bool = knob(True, "loader processes live through all epochs instead of starting anew in each")
+    prefetch: int | None = knob(None, "batches that each loader process keeps ready; none: chosen for the machine", lo=1, hi=1024, unit='batches')
     cache_tokens: str = knob('auto', "encode each window once where tokens cannot change between epochs; auto: in memory up to 2 GB", choices=('auto', 'memory', 'disk', 'off'))
     only: str | None = knob(None, "run one stage alone", choices=('tokenizer', 'predictor'))
     skip_existing: bool = knob(False, "leave a stage alone that has its best_model")
     init_from: str | None = knob(None, "start both stages from the best weights of this run")
+    find_lr: bool = knob(False, "before each stage a trial of growing learning rates: its table, picture and suggestion are kept; lr stays what it is")
     log_every: int = knob(10, "steps per line of the record", lo=1, unit='steps')
     save_steps: int = knob(200, "steps between checkpoints", lo=1, unit='steps')
     keep_last: int = knob(5, "checkpoints kept", lo=2)
@@ -234,7 +246,7 @@ def seconds(
     if not text or not m: raise ConfigError(f"runtime.max_time must look like 11h30m, 45m or 90s, got {text!r}")
     return float(sum(int(n or 0)*k for n, k in zip(m.groups(), (86400, 3600, 60, 1))))
 
-# %% ../nbs/api/01_config.ipynb #cell-027
+# %% ../nbs/api/01_config.ipynb #cell-029
 SECTIONS = dict(data=Data, augment=Augment, tokenizer=Tokenizer, predictor=Predictor, base=Base, evaluate=Evaluate, runtime=Runtime)
 
 def check_keys(got, allowed, where: str):
@@ -266,7 +278,7 @@ class Config:
         "From nested dicts, or dotted names, or a mixture; unknown names are errors"
         return cls().replace(**d)
 
-# %% ../nbs/api/01_config.ipynb #cell-029
+# %% ../nbs/api/01_config.ipynb #cell-031
 def _replace(self: Config,
     **changes, # `**{'predictor.lr': 1e-5}` or `predictor=dict(lr=1e-5)`
 ) -> Config: # A new one, checked
@@ -299,7 +311,7 @@ def _table(self: Config) -> pd.DataFrame:
 
 Config.replace, Config.diff, Config.table = _replace, _diff, _table
 
-# %% ../nbs/api/01_config.ipynb #cell-035
+# %% ../nbs/api/01_config.ipynb #cell-037
 _both = lambda **kw: {f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in kw.items()}
 _small = {'tokenizer.init': 'NeoQuasar/Kronos-Tokenizer-base', 'predictor.init': 'NeoQuasar/Kronos-small'}
 
@@ -329,7 +341,7 @@ VARIANTS = dict(
     aggressive_schedule={'tokenizer.lr': 2e-4, **_both(warmup=.05, div_factor=10)},
 )
 
-# %% ../nbs/api/01_config.ipynb #cell-036
+# %% ../nbs/api/01_config.ipynb #cell-038
 def _preset(cls,
     name: str,      # A key of `PRESETS`
     *variants: str, # Keys of `VARIANTS`, applied in order
@@ -342,7 +354,7 @@ def _preset(cls,
 
 Config.preset = classmethod(_preset)
 
-# %% ../nbs/api/01_config.ipynb #cell-040
+# %% ../nbs/api/01_config.ipynb #cell-042
 RENAMED = {   # the reference's key -> ours; two where one knob became two
     'data.data_path': ('data.source',), 'data.train_ratio': ('data.train',), 'data.val_ratio': ('data.val',), 'data.test_ratio': ('data.test',),
     'training.epochs': ('tokenizer.epochs', 'predictor.epochs'), 'training.tokenizer_epochs': ('tokenizer.epochs',), 'training.basemodel_epochs': ('predictor.epochs',),
@@ -357,7 +369,7 @@ RENAMED = {   # the reference's key -> ours; two where one knob became two
 FOREIGN = ('training', 'model_paths', 'experiment', 'device', 'distributed')   # groups that only the reference has
 SCRATCH = {'pre_trained_tokenizer': ('tokenizer.init',), 'pre_trained_predictor': ('predictor.init',), 'pre_trained': ('tokenizer.init', 'predictor.init')}
 
-# %% ../nbs/api/01_config.ipynb #cell-041
+# %% ../nbs/api/01_config.ipynb #cell-043
 def translate(
     d: dict, # What a YAML file written for the reference holds
 ) -> tuple[dict, list]: # Changes for `Config.replace`, and (their key, our keys, note) for each that was renamed or left out
@@ -386,7 +398,7 @@ def translate(
         report.append(('device.use_cuda, device.device_id', 'runtime.device', out['runtime.device']))
     return out, report
 
-# %% ../nbs/api/01_config.ipynb #cell-042
+# %% ../nbs/api/01_config.ipynb #cell-044
 def _load(cls,
     source,        # Path of a YAML file, or a dict
     report=print,  # Called with one line per key that was renamed or has no counterpart

@@ -159,9 +159,10 @@ class SampledSource(Source):
         seed=0, mode='shuffled', samples_per_epoch=None, rank=0, world=1,
         workers=0,                # Loader processes
         prefetch=4,               # Batches that each of them keeps ready
+        persistent=True,          # They live as long as the source; otherwise each epoch starts new ones
     ):
         many = lambda r: BatchSampler(dataset, batch_size, seed, mode, samples_per_epoch, drop_last=False, rank=r, world_size=world)
-        self.dataset, self.sampler, self.first, self.workers, self.prefetch, self._loader = dataset, many(rank), many(0), workers, prefetch, None
+        self.dataset, self.sampler, self.first, self.workers, self.prefetch, self.persistent, self._loader = dataset, many(rank), many(0), workers, prefetch, persistent, None
     def __len__(self): return len(self.sampler)
     def load(self, epoch, step):
         s, mine = self.sampler, self.sampler.batch(epoch, step)
@@ -174,7 +175,7 @@ class SampledSource(Source):
         if self._loader is None:
             self._plan = _Plan()
             self._loader = torch.utils.data.DataLoader(_Fetch(self), batch_size=None, sampler=self._plan, num_workers=self.workers, prefetch_factor=self.prefetch,
-                persistent_workers=True, generator=torch.Generator())   # its own generator: the global one is part of no loader
+                persistent_workers=self.persistent, generator=torch.Generator())   # its own generator: the global one is part of no loader
         self._plan.steps = [(epoch, s) for s in range(start, len(self))]
         yield from self._loader
 

@@ -8,6 +8,7 @@ from kronos_nb.core import ConfigError, DataError, ModelError, RunError
 from kronos_nb.data.kline import sample_klines
 from kronos_nb.data.window import WindowDataset
 from kronos_nb.learner import Learner
+from kronos_nb.callback.checkpoint import read_checkpoint, split_tensors
 from kronos_nb.callback.train import adamw
 from kronos_nb.task import PredictorTask, TokenizerTask, TokenSource, WindowSource, build_model, encode_windows
 from kronos_nb.train import fit, prepare
@@ -51,6 +52,11 @@ def timeless(row):
     assert 'gradient_norm' in rest
     return rest
 
+def clockless(tree):
+    "A state without what a clock, the operating system or the length of a log file with clock times in it say"
+    if isinstance(tree, dict): return {k: clockless(v) for k, v in tree.items() if k not in ('step_seconds', 'data_seconds', 'memory_gb', 'log_bytes')}
+    return [clockless(o) for o in tree] if isinstance(tree, list) else tree
+
 def weights(out, stage): return load_file(out/stage/'final_model'/'model.safetensors')
 
 @pytest.fixture(scope='module')
@@ -74,6 +80,9 @@ def test_kill_and_go_on_is_not_having_stopped(whole, tmp_path):
         assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
         assert timeless(json.loads((whole/stage/'training_metrics.json').read_text()))==timeless(json.loads((out/stage/'training_metrics.json').read_text()))
         assert [timeless(o) for o in read_lines(whole/stage/'steps.jsonl')]==[timeless(o) for o in read_lines(out/stage/'steps.jsonl')]
+        a, b = [split_tensors(read_checkpoint(max((o/stage/'checkpoints').glob('step_*')))) for o in (whole, out)]   # optimizer, EMA, means, position, notes: the whole state
+        assert a[1].keys()==b[1].keys() and all(torch.equal(v, b[1][k]) for k, v in a[1].items()) and any('exp_avg' in k for k in a[1])
+        assert clockless(a[0])==clockless(b[0])
 
 def test_weights_are_chosen_by_validation(whole):
     for stage, names in dict(tokenizer={'best', 'last', 'average'}, predictor={'best', 'last', 'average', 'ema', 'lawa'}).items():
@@ -92,17 +101,71 @@ def test_sigterm_keeps_a_checkpoint_and_says_so(tmp_path):
     last = max((out/'tokenizer'/'checkpoints').glob('step_*'))
     assert (last/'manifest.json').is_file() and not (out/'tokenizer'/'final_model').exists()
 
-def test_two_processes_are_one_with_the_global_batch(tmp_path):
-    "Ranks share the windows of a step; the codebook entropy is a function of the batch mean, so it is off here (zeta=0)"
-    changes = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'predictor.model': cfg.predictor.model | dict(ffn_dropout_p=0., resid_dropout_p=0.), 'tokenizer.epochs': 1, 'predictor.epochs': 1}
-    one, two = tmp_path/'one', tmp_path/'two'
-    finish(start(one, **changes, **{'tokenizer.batch_size': 32, 'predictor.batch_size': 32}))
-    finish(start(two, processes=2, **changes, **{'tokenizer.batch_size': 16, 'predictor.batch_size': 16}))
-    a, b = weights(one, 'tokenizer'), weights(two, 'tokenizer')
-    for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-5, atol=1e-6, msg=k)
-    hist = [pd.DataFrame(json.loads((o/'tokenizer'/'training_metrics.json').read_text())) for o in (one, two)]
-    np.testing.assert_allclose(hist[1].val_loss, hist[0].val_loss, rtol=1e-5)
-    np.testing.assert_allclose(hist[1].train_loss, hist[0].train_loss, rtol=1e-5)
+def launched(out, launcher, env=None, **changes):
+    "Run tests/scaling_run.py under a launcher, to its end"
+    p = subprocess.Popen([sys.executable, *launcher, str(root/'tests'/'scaling_run.py'), str(out), json.dumps(changes)], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)) | (env or {}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return finish(p)
+
+def ranks(out, stage): return [(load_file(p), json.loads(p.with_suffix('.json').read_text())) for p in sorted(out.with_name(out.name+'_ranks').glob(f'{stage}_*.safetensors'))]
+torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+accelerate = ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+exact = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'predictor.model': cfg.predictor.model | dict(ffn_dropout_p=0., resid_dropout_p=0.), 'tokenizer.epochs': 1, 'predictor.epochs': 1}
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "One process with the global batch"
+    out = tmp_path_factory.mktemp('alone')/'one'
+    launched(out, [], **exact, **{'tokenizer.batch_size': 32, 'predictor.batch_size': 32})
+    return out
+
+@pytest.mark.parametrize('launcher', [torchrun, accelerate], ids=['torchrun', 'accelerate'])
+def test_two_processes_are_one_with_the_global_batch(alone, tmp_path, launcher):
+    """Ranks share the windows of a step and end bit-identical, and with one process's weights to 1e-6; validation is the same number. The codebook entropy is a function of the
+    batch mean, so it is off here (zeta=0). The predictor gets the tokenizer of the one process, since a bit of a weight may turn a token"""
+    two, predictor = tmp_path/'two', tmp_path/'predictor'
+    half = {'tokenizer.batch_size': 16, 'predictor.batch_size': 16}
+    launched(two, launcher, **exact, **half)
+    launched(predictor, launcher, **exact, **half, **{'runtime.only': 'predictor', 'predictor.tokenizer': str(alone/'tokenizer'/'best_model')})
+    for stage, out in dict(tokenizer=two, predictor=predictor).items():
+        (one, _), = ranks(alone, stage)
+        (a, _), (b, _) = ranks(out, stage)
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
+        for k in one: torch.testing.assert_close(a[k], one[k], rtol=1e-5, atol=1e-6, msg=k)
+        hist = [pd.DataFrame(json.loads((o/stage/'training_metrics.json').read_text())) for o in (alone, out)]
+        for name in ('val_loss', 'train_loss', 'gradient_norm'): np.testing.assert_allclose(hist[1][name], hist[0][name], rtol=1e-5, err_msg=name)
+    assert len(list((two/'logs').glob('*.log')))==2 and not list(two.rglob('*.tmp')) and (two/'predictor'/'final_model').is_dir()   # rank 0 wrote, once
+
+def test_ranks_stop_together_and_another_number_of_them_is_refused(tmp_path):
+    "Early stopping is decided once; the checkpoints of two processes are not for one"
+    out, stop = tmp_path/'two', {'runtime.only': 'tokenizer', 'tokenizer.epochs': 6, 'tokenizer.patience': 1, 'tokenizer.min_delta': 1e3}
+    launched(out, torchrun, **stop)
+    (a, said), (b, also) = ranks(out, 'tokenizer')
+    assert said==also and 'early stopping' in said['stop'] and all(torch.equal(v, b[k]) for k, v in a.items())
+    import shutil
+    shutil.rmtree(out/'tokenizer'/'final_model')   # as if it had died before its end
+    with pytest.raises(RunError, match=r'written by 2 processes, and there is 1 now.*--num-gpus 2'): fit(bars, cfg.replace(**no_test, **stop), out)
+
+def test_num_gpus_starts_the_same_command_on_several_processes(tmp_path):
+    bars.to_csv(tmp_path/'GOOG.csv', index=False)
+    cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 1}).save(tmp_path/'mine.yaml')
+    p = subprocess.Popen([sys.executable, '-m', 'kronos_nb.cli', 'fit', str(tmp_path/'GOOG.csv'), '--config', str(tmp_path/'mine.yaml'), '--out', str(tmp_path/'run'), '--num-gpus', '2'], cwd=root,
+        env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = finish(p)
+    assert said.count('Report:')==1   # rank 0 speaks
+    last = max((tmp_path/'run'/'tokenizer'/'checkpoints').glob('step_*'))
+    assert json.loads((last/'training.json').read_text())['tree']['world']==2
+
+def test_inside_a_ray_trainer(tmp_path):
+    "examples/ray_fit.py, two workers on the CPU"
+    pytest.importorskip('ray')
+    settings = {'base.symbols': 'none', 'tokenizer.epochs': 1, 'predictor.epochs': 1, 'data.windows_per_epoch': 256, 'data.val_windows': 64, 'evaluate.paths': 4, 'runtime.plots': 'false'}
+    p = subprocess.Popen([sys.executable, str(root/'examples'/'ray_fit.py'), '--out', str(tmp_path/'run'), '--workers', '2', *[f'--set={k}={v}' for k, v in settings.items()]], cwd=tmp_path,
+        env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root), RAY_USAGE_STATS_ENABLED='0'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finish(p)
+    assert (tmp_path/'run'/'report.md').is_file() and (tmp_path/'run'/'predictor'/'final_model').is_dir()
+    last = max((tmp_path/'run'/'predictor'/'checkpoints').glob('step_*'))
+    assert json.loads((last/'training.json').read_text())['tree']['world']==2
 
 class Shuffled(PredictorTask):
     "Next-bar targets dealt out at random over the batch: their distribution stays, their meaning goes"

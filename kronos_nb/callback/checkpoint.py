@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REF', 'split_tensors', 'join_tensors', 'file_hash', 'write_checkpoint', 'model_shapes', 'read_checkpoint', 'damage',
-           'checkpoints', 'last_checkpoint', 'Checkpoint', 'Interrupts']
+           'checkpoints', 'last_checkpoint', 'Checkpoint', 'check_processes', 'Interrupts']
 
 # %% ../../nbs/api/11_callback.checkpoint.ipynb #cell-002
 import hashlib, json, os, re, shutil, signal, threading, time
@@ -151,16 +151,20 @@ class Checkpoint(Callback):
         if keep_last < 2: raise RunError(f"keep_last must be at least 2, since one checkpoint may be damaged; got {keep_last}")
         self.folder, self.save_steps, self.keep_last, self.save_model, self.seconds = Path(folder), save_steps, keep_last, save_model, 0.
 
-    def resume(self, learn: Learner) -> int | None:
+    def resume(self, learn: Learner,
+        trained=False, # Whether nothing is left to train, so that it does not matter how many processes there are
+    ) -> int | None:
         "Put `learn` where the newest whole checkpoint was; its step, or None without one"
         found, said = last_checkpoint(self.folder)
         if found is None: return None
-        learn.load_state_dict(read_checkpoint(found))
+        state = read_checkpoint(found)
+        if not trained: check_processes(found, state.get('world', 1), learn.engine.world)
+        learn.load_state_dict(state)
         for s in said: learn.note(s)
         return learn.step
 
     def save(self, learn):
-        state, start = learn.state_dict(), time.monotonic()   # on all processes: it sums over them
+        state, start = learn.state_dict() | dict(world=learn.engine.world), time.monotonic()   # on all processes: it sums over them
         if learn.engine.is_main:
             try: write_checkpoint(self.folder/f'step_{learn.step:06d}', state, self.save_model and (lambda d: self.save_model(learn, d)))
             except OSError as e:
@@ -177,7 +181,15 @@ class Checkpoint(Callback):
     def after_fit(self, learn): self.save(learn)
     def after_cancel_fit(self, learn): self.save(learn)
 
-# %% ../../nbs/api/11_callback.checkpoint.ipynb #cell-020
+# %% ../../nbs/api/11_callback.checkpoint.ipynb #cell-019
+def check_processes(folder, was: int, now: int):
+    "Raise unless a checkpoint is continued by as many processes as wrote it"
+    if was == now: return
+    many = lambda n: f"{n} process{'es' if n > 1 else ''}"
+    raise RunError(f"{folder.parent.parent.name}/checkpoints/{folder.name} was written by {many(was)}, and there {'is' if now == 1 else 'are'} {now} now: its steps would hold other windows, so going on would not be the same run. "
+        f"Start {many(was)} again (kronos-nb fit --num-gpus {was}, or torchrun --nproc_per_node={was}), or begin a new run from its weights in another folder (runtime.init_from, predictor.init)")
+
+# %% ../../nbs/api/11_callback.checkpoint.ipynb #cell-023
 class Interrupts(Callback):
     "Ends the fit after the step at hand on SIGINT, SIGTERM or when `deadline` comes near"
     order = Checkpoint.order + 5

@@ -1,0 +1,276 @@
+"Everything that a run can be asked for, each by its effect"
+import copy, itertools, json, math, shutil
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file, save_file
+from kronos_nb.callback.checkpoint import Checkpoint, read_checkpoint, split_tensors
+from kronos_nb.callback.train import adamw, lr_factor
+from kronos_nb.cli import config_of, main, parser
+from kronos_nb.config import PRESETS, SCHEDULES, VARIANTS, Config
+from kronos_nb.core import ConfigError, RunError
+from kronos_nb.data.kline import sample_klines
+from kronos_nb.learner import Callback, Learner
+from kronos_nb.machine import COMPILE_MODES
+from kronos_nb.model.tokenizer import KronosTokenizer
+from kronos_nb.task import CLASSES, PredictorTask, TokenizerTask, WindowSource, build_model
+from kronos_nb.train import fit, prepare
+from tests.test_train import bars, cfg, no_test
+
+quick = {**no_test, 'tokenizer.epochs': 1, 'predictor.epochs': 1, 'tokenizer.average_last': 0, 'predictor.average_last': 0, 'predictor.ema_decay': None, 'predictor.lawa': None, 'data.stride': 4}
+tok = quick | {'runtime.only': 'tokenizer', 'tokenizer.max_steps': 4}
+def run(out, callbacks=(), **changes): return fit(bars, cfg.replace(**tok | changes), out, callbacks=callbacks)
+def notes(out, stage='tokenizer'): return [json.loads(l)['text'] for l in (out/stage/'notes.jsonl').read_text().splitlines()]
+def final(out, stage='tokenizer'): return load_file(out/stage/'final_model'/'model.safetensors')
+def equal(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    "Both stages, one epoch each"
+    out = tmp_path_factory.mktemp('plain')/'run'
+    fit(bars, cfg.replace(**quick), out)
+    return out
+
+# presets
+SAID = dict(
+    btc_original={'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.epochs': 30, 'predictor.epochs': 30, 'tokenizer.lr': 2e-4, 'predictor.lr': 4e-5, 'tokenizer.batch_size': 50, 'tokenizer.weight_decay': .1,
+        'tokenizer.clip_norm': 2., 'tokenizer.beta1': .9, 'tokenizer.beta2': .95, 'tokenizer.schedule': 'onecycle', 'tokenizer.warmup': .03, 'tokenizer.div_factor': 10., 'tokenizer.patience': None, 'augment.noise_std': 0., 'runtime.log_every': 100},
+    btc_optimized={'data.lookback_window': 90, 'data.predict_window': 10, 'tokenizer.epochs': 30, 'predictor.epochs': 30, 'tokenizer.lr': 1e-4, 'predictor.lr': 4e-5, 'tokenizer.batch_size': 64, 'tokenizer.weight_decay': .05,
+        'tokenizer.clip_norm': 1., 'predictor.clip_norm': 1., 'tokenizer.beta1': .9, 'tokenizer.beta2': .95, 'tokenizer.warmup': .1, 'tokenizer.div_factor': 25., 'tokenizer.final_div_factor': 100., 'tokenizer.patience': 5, 'tokenizer.min_delta': 1e-5,
+        'augment.noise_std': .01, 'augment.feature_dropout': .1, 'augment.time_shift_max': 2, 'augment.scale_low': .95, 'augment.scale_high': 1.05, 'runtime.log_every': 100},
+    doge={'data.lookback_window': 400, 'data.predict_window': 120, 'data.normalizer': 'median_mad', 'data.clip': 5., 'data.train': .7, 'data.val': .15, 'data.test': .15, 'tokenizer.lr': 5e-6, 'tokenizer.epochs': 5, 'predictor.lr': 2e-6, 'predictor.epochs': 15,
+        'tokenizer.clip_norm': 3., 'predictor.clip_norm': 3., 'tokenizer.weight_decay': .01, 'predictor.weight_decay': .01, 'predictor.model': dict(ffn_dropout_p=.1, attn_dropout_p=.1, resid_dropout_p=.1), 'predictor.schedule': 'cosine',
+        'runtime.precision': 'mixed', 'predictor.batch_size': 32, 'tokenizer.patience': 5, 'predictor.patience': 5},
+    kaggle_stock={'data.lookback_window': 256, 'data.predict_window': 1, 'data.max_context': 512, 'data.train': .9, 'data.val': .1, 'data.test': 0., 'data.clip': 5., 'tokenizer.lr': 2e-4, 'tokenizer.epochs': 20, 'predictor.lr': 4e-5, 'predictor.epochs': 15,
+        'tokenizer.batch_size': 32, 'predictor.weight_decay': .1, 'tokenizer.accumulation_steps': 1, 'runtime.workers': 4})
+CHANGES = dict(
+    strict_stopping={'tokenizer.patience': 3, 'tokenizer.min_delta': 1e-4}, lenient_stopping={'tokenizer.patience': 8, 'tokenizer.min_delta': 1e-6}, light_augmentation={'augment.noise_std': .005, 'augment.scale_low': .98, 'augment.scale_high': 1.02},
+    strong_augmentation={'augment.noise_std': .02, 'augment.scale_low': .9, 'augment.scale_high': 1.1}, conservative_schedule={'tokenizer.lr': 5e-5, 'tokenizer.warmup': .15, 'tokenizer.div_factor': 50.},
+    aggressive_schedule={'tokenizer.lr': 2e-4, 'tokenizer.warmup': .05, 'tokenizer.div_factor': 10.})
+
+def test_presets_and_variants_hold_the_numbers_of_the_guides():
+    for name, said in SAID.items():
+        has = Config.preset(name).flat()
+        assert {k: has[k] for k in said}==said, name
+    assert set(CHANGES)==set(VARIANTS)
+    for name, said in CHANGES.items():
+        has = Config.preset('btc_optimized', name).flat()
+        assert {k: has[k] for k in said}==said, name
+
+def test_any_two_presets_side_by_side_are_one_diff_apart():
+    for a, b in itertools.permutations(PRESETS, 2):
+        d = Config.preset(a).diff(Config.preset(b), names=(a, b))
+        assert len(d) and Config.preset(a).replace(**d[b].to_dict())==Config.preset(b)
+
+def test_dry_run_shows_a_preset_beside_another(capsys, tmp_path):
+    bars.to_csv(tmp_path/'GOOG.csv', index=False)
+    small = [o for k, v in {'tokenizer.init': 'scratch', 'predictor.init': 'scratch', 'tokenizer.size': 'tiny', 'predictor.size': 'tiny', 'tokenizer.model': '{}', 'predictor.model': '{}'}.items() for o in ('--set', f'{k}={v}')]
+    assert main(['fit', str(tmp_path/'GOOG.csv'), '--preset', 'btc_optimized', '--variant', 'strict_stopping', *small, '--out', str(tmp_path/'run'), '--test', '--beside', 'btc_original'])==0
+    said = capsys.readouterr().out
+    assert 'beside' not in said and 'btc_original' in said and 'tokenizer.lr' in said and '0.0001' in said and '0.0002' in said and 'Machine (cpu)' in said
+    assert not (tmp_path/'run').exists()
+
+# optimizer, accumulation, schedules
+@pytest.mark.parametrize('stage', ['tokenizer', 'predictor'])
+def test_eight_of_one_are_one_of_eight(stage):
+    "Gradients before the step, with a remainder (3+3+2) too; zeta=0, since the codebook's entropy is a function of the batch mean"
+    d, model = prepare(bars, cfg.replace(**quick)), dict(cfg.flat()[f'{stage}.model'])
+    torch.manual_seed(0)
+    models = dict(tokenizer=build_model('tokenizer', 'scratch', 'tiny', cfg.tokenizer.model | dict(zeta=0.)), predictor=build_model('predictor', 'scratch', 'tiny', cfg.predictor.model | dict(ffn_dropout_p=0., resid_dropout_p=0.)))
+    got = {}
+    class Look(Callback):
+        def before_step(self, learn): self.grads = {n: p.grad.clone() for n, p in learn.model.named_parameters() if p.grad is not None}
+    for micro in (8, 1, 3):
+        m = copy.deepcopy(models)
+        task = TokenizerTask(m['tokenizer']) if stage=='tokenizer' else PredictorTask(m['predictor'], m['tokenizer'])
+        Learner(task, WindowSource(d.train, 8, seed=0), None, adamw(task, 1e-3), callbacks=[look := Look()], micro_batch=micro).fit(1, max_steps=1)
+        got[micro] = look.grads
+    for micro in (1, 3):
+        for k, v in got[8].items(): torch.testing.assert_close(got[micro][k], v, rtol=1e-4, atol=1e-6, msg=f'{micro} {k}')
+
+def test_accumulation_steps_are_a_bigger_batch(tmp_path):
+    zero = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.)}
+    run(tmp_path/'big', **zero, **{'tokenizer.batch_size': 16}); run(tmp_path/'acc', **zero, **{'tokenizer.batch_size': 4, 'tokenizer.accumulation_steps': 4})
+    a, b = final(tmp_path/'big'), final(tmp_path/'acc')
+    for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-6, msg=k)
+
+@pytest.mark.parametrize('stage', CLASSES)
+def test_matrices_decay_and_nothing_else(stage):
+    model = build_model(stage, 'scratch', 'tiny')
+    opt = adamw(model, 1e-3, (.8, .9), .3)
+    decay = {id(p) for p in opt.param_groups[0]['params']}
+    for n, p in model.named_parameters():
+        kind = 'bias' if n.endswith('bias') else 'norm' if 'norm' in n else 'embedding' if '.emb_s' in n or n.startswith('time_emb') else 'matrix'
+        assert (id(p) in decay)==(kind=='matrix'), n
+    assert [g['weight_decay'] for g in opt.param_groups]==[.3, 0.] and opt.param_groups[0]['betas']==(.8, .9)
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_each_schedule_is_what_the_optimizer_gets(tmp_path, schedule):
+    run(tmp_path/'run', **{'tokenizer.schedule': schedule, 'tokenizer.warmup': .25, 'tokenizer.max_steps': 6, 'tokenizer.epochs': 6, 'tokenizer.div_factor': 25., 'tokenizer.final_div_factor': 100.})
+    rows = [json.loads(l)['learning_rate'] for l in (tmp_path/'run'/'tokenizer'/'steps.jsonl').read_text().splitlines()]
+    np.testing.assert_allclose(rows, [cfg.tokenizer.lr*lr_factor(i, 6, schedule, .25, 25., 100.) for i in range(6)], rtol=1e-9)
+
+def test_rates_are_tried_and_nothing_changes(tmp_path, plain):
+    with_, without = tmp_path/'a', tmp_path/'b'
+    run(with_, **{'runtime.find_lr': True}); run(without)
+    table = pd.read_csv(with_/'tokenizer'/'lr_find.csv')
+    assert table.lr.is_monotonic_increasing and (with_/'tokenizer'/'plots'/'lr_find.png').stat().st_size>5000
+    assert any('the loss falls fastest near' in n for n in notes(with_)) and equal(final(with_), final(without))
+    assert config_of(parser().parse_args(['fit', '--find-lr'])).runtime.find_lr
+
+# stopping and keeping
+def test_what_is_monitored_and_whether_more_is_better_is_said(tmp_path):
+    out = tmp_path/'run'
+    run(out, **{'tokenizer.monitor': 'val_codebook_entropy', 'tokenizer.mode': 'max', 'tokenizer.patience': 1, 'tokenizer.min_delta': 1e3, 'tokenizer.epochs': 20, 'tokenizer.max_steps': None, 'tokenizer.val_every': 2})
+    rows = [json.loads(l) for l in (out/'tokenizer'/'validations.jsonl').read_text().splitlines()]
+    assert len(rows)<=3 and any('early stopping: val_codebook_entropy did not improve' in n for n in notes(out))
+    table = pd.DataFrame(json.loads((out/'tokenizer'/'weights.json').read_text())['table'])
+    assert table.val_codebook_entropy.max()==table.val_codebook_entropy[table.chosen.to_numpy()].item() and 'val_loss' in table
+    np.testing.assert_allclose(table.set_index('candidate').val_codebook_entropy['best'], max(r['val_codebook_entropy'] for r in rows), rtol=1e-5)
+    with pytest.raises(ConfigError, match='predictor.monitor must be one of'): cfg.replace(**{'predictor.monitor': 'val_mse'})
+    with pytest.raises(ConfigError, match='waits for a number that falls'): cfg.replace(**{'tokenizer.schedule': 'plateau', 'tokenizer.mode': 'max'})
+
+def test_a_model_that_is_not_what_was_trained_is_found(tmp_path, monkeypatch):
+    "One weight of best_model changes after it was chosen, as by a second run in the same folder"
+    import kronos_nb.train as train
+    real = train.check_reload
+    def spoilt(stage, learn, weights):
+        f = stage.out/'best_model'/'model.safetensors'
+        t = load_file(f); k = next(o for o in t if o.endswith('head.bias') or o.endswith('proj_s1.bias'))
+        save_file(t | {k: t[k]+.01}, f)
+        return real(stage, learn, weights)
+    monkeypatch.setattr(train, 'check_reload', spoilt)
+    with pytest.raises(RunError, match='does not compute what was trained: read back, its outputs differ by up to 0.0'): run(tmp_path/'run')
+    assert not (tmp_path/'run'/'tokenizer'/'final_model').exists()
+
+# stages
+def test_the_predictor_uses_the_tokenizer_that_the_first_stage_made(plain):
+    made = KronosTokenizer.from_pretrained(plain/'tokenizer'/'best_model').weights_hash()
+    assert json.loads((plain/'predictor'/'best_model'/'config.json').read_text())['tokenizer_hash']==made
+    torch.manual_seed(0)
+    assert made!=build_model('tokenizer', 'scratch', 'tiny', cfg.tokenizer.model).weights_hash()
+
+def test_finished_stages_are_skipped(plain, tmp_path):
+    out = tmp_path/'run'
+    shutil.copytree(plain, out); shutil.rmtree(out/'predictor')
+    at = lambda: {p: p.stat().st_mtime_ns for p in (out/'tokenizer').rglob('*') if p.is_file() and p.name!='README.md'}   # cards are written anew at each end
+    before = at()
+    r = fit(bars, cfg.replace(**quick, **{'runtime.skip_existing': True}), out)
+    assert at()==before and set(r.history.stage)=={'predictor'}
+    assert equal(final(out, 'predictor'), final(plain, 'predictor'))
+
+def test_weights_from_a_folder_and_from_the_hub(plain, tmp_path, monkeypatch):
+    "A folder, and the same files behind a hub id: the first validation is that of the weights given, before a step is made"
+    import huggingface_hub
+    said = pd.DataFrame(json.loads((plain/'tokenizer'/'weights.json').read_text())['table'])
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, name, revision=None: str(plain/repo.rpartition('-')[2]/'best_model'/name))
+    outs = []
+    for where in (str(plain/'tokenizer'/'best_model'), 'somebody/goog-tokenizer'):
+        outs.append(tmp_path/str(len(outs)))
+        run(outs[-1], **{'tokenizer.init': where, 'tokenizer.size': None, 'tokenizer.model': {}})
+        first = json.loads((outs[-1]/'tokenizer'/'validations.jsonl').read_text().splitlines()[0])
+        np.testing.assert_allclose((first['step'], first['val_loss']), (0, said.val_loss.min()), rtol=1e-5)
+    assert equal(*map(final, outs))
+
+@pytest.mark.parametrize('size', ['Kronos-Tokenizer-2k', 'tiny'])
+def test_from_scratch_in_a_published_and_in_an_own_size(tmp_path, size):
+    own = {} if size!='tiny' else dict(d_model=24, n_heads=3, s1_bits=3, s2_bits=6, group_size=9)
+    r = run(tmp_path/'run', **{'tokenizer.size': size, 'tokenizer.model': own, 'tokenizer.batch_size': 2, 'tokenizer.max_steps': 1, 'data.val_windows': 4})
+    assert (r.tokenizer.config['d_model'], r.tokenizer.s1_bits)==((256, 10) if size!='tiny' else (24, 3)), r.tokenizer.config
+
+# numbers and memory
+def test_bfloat16_trains_and_keeps_float32_weights(tmp_path):
+    a, b = run(tmp_path/'a'), run(tmp_path/'b', **{'runtime.precision': 'bf16'})
+    assert all(v.dtype in (torch.float32, torch.int64) for v in final(tmp_path/'b').values()) and not equal(final(tmp_path/'a'), final(tmp_path/'b'))
+    np.testing.assert_allclose(b.history.val_loss, a.history.val_loss, rtol=.02)
+    with pytest.raises(ConfigError, match="'fp16' needs CUDA"): run(tmp_path/'c', **{'runtime.precision': 'fp16', 'runtime.device': 'cpu'})
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    run(tmp_path/'a'); run(tmp_path/'b', **{'runtime.gradient_checkpointing': True})
+    a, b = final(tmp_path/'a'), final(tmp_path/'b')
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-7)
+
+def test_memory_that_runs_out_halves_the_micro_batch(tmp_path, monkeypatch, capsys):
+    zero = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'tokenizer.batch_size': 16}
+    run(tmp_path/'a', **zero)
+    forward = TokenizerTask.forward
+    def small(self, x, stamp=None):
+        if self.training and len(x)>5: raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 MiB')
+        return forward(self, x, stamp)
+    monkeypatch.setattr(TokenizerTask, 'forward', small)
+    run(tmp_path/'b', **zero, **{'runtime.progress': True})
+    a, b, said = final(tmp_path/'a'), final(tmp_path/'b'), notes(tmp_path/'b')
+    for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-6, msg=k)
+    assert [n for n in said if n.startswith('out of memory at')]==[f'out of memory at {n} windows per forward pass: going on with {n//2}, accumulated to the same step' for n in (16, 8)]
+    assert 'runtime.gradient_checkpointing=True (now False)' in capsys.readouterr().out and any('runtime.micro_batch set to that number' in n for n in said)
+
+# the machine
+def test_compile_falls_back_and_says_so(tmp_path, monkeypatch):
+    modes = []
+    def broken(self, **kw): modes.append(kw); raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch.nn.Module, 'compile', broken)
+    run(tmp_path/'a', **{'runtime.compile': True}); run(tmp_path/'b')
+    assert any('torch.compile does not work here (RuntimeError: no compiler): going on without it' in n for n in notes(tmp_path/'a')) and equal(final(tmp_path/'a'), final(tmp_path/'b'))
+    assert modes==[dict(mode='default')] and (COMPILE_MODES['cuda'], COMPILE_MODES['mps'])==('max-autotune', 'reduce-overhead')
+
+def test_optimizations_off_is_said_and_trains_the_same(tmp_path):
+    run(tmp_path/'a'); run(tmp_path/'b', **{'runtime.optimizations': False, 'runtime.workers': 3, 'runtime.compile': True})
+    assert any('optimizations are off' in n and 'not used: runtime.workers=3, runtime.compile=True' in n for n in notes(tmp_path/'b')) and any(n.startswith('machine (cpu)') for n in notes(tmp_path/'a'))
+    if torch.get_num_threads()==1: assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
+@pytest.mark.parametrize('loader', [{'runtime.workers': 1}, {'runtime.workers': 1, 'runtime.persistent_workers': False, 'runtime.prefetch': 2}])
+def test_loader_processes_change_nothing(tmp_path, loader):
+    run(tmp_path/'a', **{'tokenizer.epochs': 2}); run(tmp_path/'b', **loader, **{'tokenizer.epochs': 2})
+    assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
+@pytest.mark.parametrize('where', ['memory', 'disk', 'off'])
+def test_where_tokens_are_kept_changes_little(plain, tmp_path, where):
+    "Encoded once (memory, disk) or in the loop: up to a token in a thousand that falls to the other side of a border"
+    fit(bars, cfg.replace(**quick, **{'runtime.only': 'predictor', 'runtime.cache_tokens': where, 'predictor.tokenizer': str(plain/'tokenizer'/'best_model')}), tmp_path/'run')
+    if where!='off': assert equal(final(plain, 'predictor'), final(tmp_path/'run', 'predictor'))
+    got = [json.loads((o/'predictor'/'weights.json').read_text())['table'][0]['val_loss'] for o in (plain, tmp_path/'run')]
+    np.testing.assert_allclose(got[1], got[0], rtol=1e-3)
+
+# stopping and going on
+class Slow(Callback):
+    def after_step(self, learn): import time; time.sleep(.15)
+
+def test_a_time_limit_stops_in_time_and_the_rest_is_the_same(tmp_path):
+    long = {'tokenizer.epochs': 3, 'tokenizer.max_steps': None}
+    part = run(tmp_path/'a', [Slow()], **long, **{'runtime.max_time': '2s'})
+    assert part.interrupted and part.stop_reason=='the time limit is near' and not (tmp_path/'a'/'tokenizer'/'final_model').exists()
+    run(tmp_path/'a', **long); run(tmp_path/'b', **long)
+    assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
+def test_a_checkpoint_of_two_processes_is_not_for_one(tmp_path):
+    out = tmp_path/'run'
+    part = run(out, [Slow()], **{'tokenizer.epochs': 3, 'tokenizer.max_steps': None, 'runtime.max_time': '2s'})
+    last = max((out/'tokenizer'/'checkpoints').glob('step_*'))
+    saved = json.loads((last/'training.json').read_text()); saved['tree']['world'] = 2
+    (last/'training.json').write_text(json.dumps(saved))
+    import hashlib
+    m = json.loads((last/'manifest.json').read_text()); m['files']['training.json'] = hashlib.sha256((last/'training.json').read_bytes()).hexdigest()
+    (last/'manifest.json').write_text(json.dumps(m))
+    with pytest.raises(RunError, match='written by 2 processes, and there is 1 now'): run(out, **{'tokenizer.epochs': 3, 'tokenizer.max_steps': None})
+
+def test_the_scaler_goes_into_a_checkpoint_and_back(tmp_path):
+    "As with fp16 on CUDA: the loss scale is part of the state"
+    task = TokenizerTask(build_model('tokenizer', 'scratch', 'tiny', cfg.tokenizer.model))
+    d = prepare(bars, cfg.replace(**quick))
+    learn = Learner(task, WindowSource(d.train, 16), None, adamw(task, 1e-3), callbacks=[c := Checkpoint(tmp_path, 100)]).fit(1, 1)
+    learn.engine.accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=1234.)
+    learn.engine.accelerator.scaler.scale(torch.ones(1))
+    c.save(learn)
+    learn.engine.accelerator.scaler = torch.amp.GradScaler('cpu')
+    c.resume(learn)
+    assert learn.engine.accelerator.scaler.get_scale()==1234.
+    learn.engine.accelerator.scaler = None
+
+def test_windows_that_give_no_numbers_are_named(tmp_path):
+    "Infinite losses, three in a row: the weights never see them, the fit stops and says which windows"
+    from kronos_nb.callback.train import FiniteCheck
+    class Bad(Callback):
+        def after_loss(self, learn):
+            if learn.step>=1: learn.losses['loss'] = learn.losses['loss']*math.inf
+    with pytest.raises(RunError, match=r'5 updates in a row had a loss or gradient that is not finite .*epoch 1, step 5, windows \[\d+'): run(tmp_path/'run', [Bad()], **{'tokenizer.max_steps': 9, 'tokenizer.epochs': 9})
+    saved = [split_tensors(read_checkpoint(p))[1] for p in (tmp_path/'run'/'tokenizer'/'checkpoints').glob('step_*')]
+    assert all(torch.isfinite(v).all() for s in saved for v in s.values() if v.is_floating_point())
