@@ -684,9 +684,10 @@ def refresh(self: TrainPanel, job=None):
         start.description = 'Continue' if job is not None and job.state in ('interrupted', 'failed') else 'Start'
         pause.description = 'Go on' if job is not None and job.state == 'paused' else 'Pause'
         if job is None: return
-        self.bar.value, self.status.value = (lambda share, text: (share, html.escape(text)))(*job.progress())
-        if not alive: self.finish(job)
+        share, said = job.progress()
         if job.histories and (time.monotonic() >= self.due or not alive): self.draw(job)
+        if not alive: self.finish(job)
+        self.bar.value, self.status.value = share, html.escape(said)   # last, so that who reads 'finished' sees the whole curve
 
 # %% ../nbs/api/18_panel.ipynb #cell-118
 @patch
@@ -991,7 +992,8 @@ def compare(self: RunsPanel):
     self.done, c = None, compare(self.ticked)
     if self.widget is None: return c
     tables = {'settings that differ': c.configs, 'losses': c.losses.set_index('run'), 'verdicts': c.verdicts, 'run against run': c.pairs}
-    self.told.value = "<div class='knb'>" + ''.join(f'<b>{k}</b>{t.to_html(border=0, float_format=lambda v: f"{v:.4g}", na_rep="")}' for k, t in tables.items() if len(t)) + '</div>'
+    html_of = lambda t: (t.reset_index() if t.index.name else t).to_html(index=False, border=0, float_format=lambda v: f'{v:.4g}', na_rep='')
+    self.told.value = "<div class='knb'><div style='display: flex; flex-wrap: wrap; gap: 0 30px'>" + ''.join(f'<div><b>{k}</b>{html_of(t)}</div>' for k, t in tables.items() if len(t)) + '</div></div>'
     show_figure(self.chart, c.plot())
 
 # %% ../nbs/api/18_panel.ipynb #cell-170
@@ -1010,7 +1012,7 @@ def build(self: RunsPanel):
     import ipywidgets as W
     self.said, self.told, self.chart, self.method = W.HTML(), W.HTML(), picture(), ''
     self.told.add_class('knb')
-    self.list = W.SelectMultiple(rows=8, layout=W.Layout(width='520px'))
+    self.list = W.SelectMultiple(rows=6, layout=W.Layout(width='520px'))
     self.list.observe(lambda c: (setattr(self, 'ticked', list(c['new'])), self.show_code()), 'value')
     def then(f): return lambda: (f(), self.show_code())
     self.buttons = {t: button(t, self.said, then(f), i) for t, f, i in (('Compare', self.compare, 'columns'), ('Average', lambda: self.average('mean'), 'plus'), ('Soup', lambda: self.average('greedy'), 'filter'), ('Look again', self.refresh, 'refresh'))}

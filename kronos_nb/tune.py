@@ -135,11 +135,12 @@ def soup_runs(
     out,            # Folder for the result; must not hold anything yet
     data=None,      # The bars they were trained on, as `fit` was given them
     method='greedy', # 'greedy': added as long as the validation loss does not rise; 'mean': all of them
+    least: int = 2,  # Fewer runs are an error
 ) -> Soup:
     "Average the predictors of runs"
     check_choice('method', method, ('greedy', 'mean'))
     named, out = {str(k): Path(v) for k, v in (runs.items() if isinstance(runs, dict) else ((Path(r).name, r) for r in runs))}, Path(out)
-    if len(named) < 2: raise RunError(f"an average needs at least two runs, got {len(named)}: {', '.join(named) or 'none'}")
+    if len(named) < least: raise RunError(f"an average needs at least two runs, got {len(named)}: {', '.join(named) or 'none'}")
     if out.is_dir() and any(out.iterdir()): raise RunError(f"{str(out)!r} is not empty: choose another folder for the soup")
     heads = {k: r/'predictor'/'best_model' for k, r in named.items()}
     for k, h in heads.items():
@@ -390,8 +391,9 @@ def soup(self: TuneResult,
 ) -> Soup:
     "A greedy soup over the best trials"
     if not self.alike: raise RunError(f"trials of this search have predictors of other shapes, or other tokens ({', '.join(self.study.best_params)}); only trials that share both can be averaged")
-    t = self.table.query("state == 'complete'").drop_duplicates('folder').head(n)
-    return soup_runs(list(t.folder), out_dir or self.out/'soup', self.data)
+    best = list(self.table.query("state == 'complete'").drop_duplicates('folder').folder)
+    rotation = {f: json.loads((Path(f)/'predictor'/'best_model'/'config.json').read_text(encoding='utf-8')).get('cross_rope') for f in best}
+    return soup_runs([f for f in best if rotation[f] == rotation[best[0]]][:n], out_dir or self.out/'soup', self.data, least=1)
 
 # %% ../nbs/api/17_tune.ipynb #cell-071
 @patch

@@ -125,6 +125,7 @@ def compare_runs(page, tmp_path):
     page.get_by_role('button', name='Compare').first.click()
     page.get_by_text('settings that differ').first.wait_for()
     page.locator('img.widget-image').locator('visible=true').first.wait_for()
+    fits(page)
     shot(page, 'runs', tmp_path)
 
 def test_settings_training_stop_and_forecast_in_voila(voila, page, tmp_path):
