@@ -409,7 +409,7 @@ def plot(self: TuneResult):
     for ax, k in zip(rest, names):
         ax.plot(t[k], t.value, 'o', ms=4)
         ax.set(xlabel=k)
-        if (f := knob_of(k)) is not None and f.metadata['log']: ax.set_xscale('log')
+        if (f := knob_of(k)) is not None and f.metadata['log']: ax.set_xscale('log'); ax.xaxis.set_minor_formatter('')
     for ax in rest[len(names):]: ax.set_visible(False)
     return fig
 
