@@ -79,7 +79,7 @@ def _long_steps(t, n, step):
     "Weeks go on at their pace; months, quarters and years by the calendar: first or last day, first or last weekday, or the same day"
     at = pd.DatetimeIndex(t[-24:].view('M8[ns]'))
     months = np.unique(np.diff(at.year*12 + at.month))
-    if len(months) > 1 or months[0] == 0: return t[-1] + step*np.arange(1, n+1), f'bars are assumed to come every {pd.Timedelta(step)}'
+    if step < 28*DAY or len(months) > 1 or months[0] == 0: return t[-1] + step*np.arange(1, n+1), f'bars are assumed to come every {pd.Timedelta(step)}'
     ends = [o for o in (pd.offsets.MonthBegin, pd.offsets.MonthEnd, pd.offsets.BMonthBegin, pd.offsets.BMonthEnd) if all(o().is_on_offset(a) for a in at)]
     ahead = [at[-1] + (ends[0](int(months[0])*i) if ends else pd.DateOffset(months=int(months[0])*i)) for i in range(1, n+1)]
     return pd.DatetimeIndex(ahead).to_numpy('M8[ns]').view('i8'), ''

@@ -60,52 +60,59 @@ class Store:
             self.own[:, :, :, i:i+t] = kv
         self.n += t
 
-    def attend(self, q):
-        "(N, H, t, head_dim) scaled queries of the last `t` bars, over all that is held -> (N, t, H*head_dim)"
-        if q.shape[2] == 1: return self.one(q)
-        if self.own is None: return F.scaled_dot_product_attention(q, *self.prefix.view(2, *self.shape), is_causal=True, scale=1.).transpose(1, 2).flatten(2) # the history itself
-        return self.block(q) if q.device.type == 'cpu' else self.batched(q)
+# %% ../nbs/api/12c_engine.ipynb #cell-014
+@patch
+def attend(self: Store, q):
+    "(N, H, t, head_dim) scaled queries of the last `t` bars, over all that is held -> (N, t, H*head_dim)"
+    if q.shape[2] == 1: return self.one(q)
+    if self.own is None: return F.scaled_dot_product_attention(q, *self.prefix.view(2, *self.shape), is_causal=True, scale=1.).transpose(1, 2).flatten(2) # the history itself
+    return self.block(q) if q.device.type == 'cpu' else self.batched(q)
 
-    def one(self, q):
-        "One bar"
-        (N, H, _, d), (B, _, P, _), (pk, pv), n = q.shape, self.shape, self.prefix, self.n - self.shape[2]
-        fold = lambda o: o.view(B, N//B, H, -1).transpose(1, 2).reshape(B*H, N//B, -1)   # paths of a symbol as rows of one matrix
-        back = lambda o: o.view(B, H, N//B, -1).transpose(1, 2)
-        w = product(fold(q), pk.mT)
-        if not n: return back(product(soft(w), pv)).reshape(N, 1, H*d)
-        k, v = self.own.view(2, N*H, self.room, d)[:, :, :n]
-        w = soft(torch.cat((w, fold(torch.bmm(q.reshape(N*H, 1, d), k.mT))), -1))
-        return back(product(w[..., :P], pv)).reshape(N, 1, H*d) + torch.bmm(back(w[..., P:].contiguous()).reshape(N*H, 1, n), v).view(N, 1, H*d)
+# %% ../nbs/api/12c_engine.ipynb #cell-016
+@patch
+def one(self: Store, q):
+    "One bar"
+    (N, H, _, d), (B, _, P, _), (pk, pv), n = q.shape, self.shape, self.prefix, self.n - self.shape[2]
+    fold = lambda o: o.view(B, N//B, H, -1).transpose(1, 2).reshape(B*H, N//B, -1)   # paths of a symbol as rows of one matrix
+    back = lambda o: o.view(B, H, N//B, -1).transpose(1, 2)
+    w = product(fold(q), pk.mT)
+    if not n: return back(product(soft(w), pv)).reshape(N, 1, H*d)
+    k, v = self.own.view(2, N*H, self.room, d)[:, :, :n]
+    w = soft(torch.cat((w, fold(torch.bmm(q.reshape(N*H, 1, d), k.mT))), -1))
+    return back(product(w[..., :P], pv)).reshape(N, 1, H*d) + torch.bmm(back(w[..., P:].contiguous()).reshape(N*H, 1, n), v).view(N, 1, H*d)
 
-    def batched(self, q):
-        "Several bars behind the history, causal among themselves: all paths and heads at once"
-        (N, H, t, d), (B, _, P, _), n = q.shape, self.shape, self.n - self.shape[2]
-        fold = lambda o: o.view(B, N//B, H, t, -1).transpose(1, 2).reshape(B*H, N//B*t, -1)
-        back = lambda o: o.view(B, H, N//B, t, -1).transpose(1, 2).reshape(N, H, t, -1)
-        k, v = self.own[:, :, :, :n]
-        w = soft(torch.cat((back(product(fold(q), self.prefix[0].mT)), q @ k.mT + ahead(t, n, q)), -1))
-        return (back(product(fold(w[..., :P]), self.prefix[1])) + w[..., P:] @ v).transpose(1, 2).flatten(2)
-
-    def block(self, q, cells=2**18):
-        "As `batched`, but a few paths of one head at a time, so that their scores stay in the processor's cache"
-        (N, H, t, d), (B, _, P, _), n = q.shape, self.shape, self.n - self.shape[2]
-        out, S, mask = q.new_empty(N, t, H, d), N//B, ahead(t, n, q)
-        few = max(1, cells // (t*(P + n)))
-        for b in range(B):
-            for h in range(H):
-                pk, pv = (linear(o, dtype=q.dtype) for o in (self.prefix[0, b*H+h], self.prefix[1, b*H+h].T))
-                for i in range(b*S, b*S+S, few):
-                    rows = slice(i, min(i+few, b*S+S))
-                    c, (k, v) = q[rows, h], self.own[:, rows, h, :n]
-                    w = soft(torch.cat((pk(c.reshape(-1, d)).view(-1, t, P), torch.baddbmm(mask, c, k.mT)), -1))
-                    out[rows, :, h] = pv(w[..., :P].reshape(-1, P)).view(-1, t, d) + torch.bmm(w[..., P:], v)
-        return out.flatten(2)
-
+# %% ../nbs/api/12c_engine.ipynb #cell-018
 def ahead(t, n, like):
     "(1, t, n) added to scores: -inf where the last `t` of `n` bars would look ahead"
     return torch.full((t, n), -torch.inf, dtype=like.dtype, device=like.device).triu(n-t+1)[None]
 
-# %% ../nbs/api/12c_engine.ipynb #cell-017
+@patch
+def batched(self: Store, q):
+    "Several bars behind the history, causal among themselves: all paths and heads at once"
+    (N, H, t, d), (B, _, P, _), n = q.shape, self.shape, self.n - self.shape[2]
+    fold = lambda o: o.view(B, N//B, H, t, -1).transpose(1, 2).reshape(B*H, N//B*t, -1)
+    back = lambda o: o.view(B, H, N//B, t, -1).transpose(1, 2).reshape(N, H, t, -1)
+    k, v = self.own[:, :, :, :n]
+    w = soft(torch.cat((back(product(fold(q), self.prefix[0].mT)), q @ k.mT + ahead(t, n, q)), -1))
+    return (back(product(fold(w[..., :P]), self.prefix[1])) + w[..., P:] @ v).transpose(1, 2).flatten(2)
+
+@patch
+def block(self: Store, q, cells=2**18):
+    "As `batched`, but a few paths of one head at a time, so that their scores stay in the processor's cache"
+    (N, H, t, d), (B, _, P, _), n = q.shape, self.shape, self.n - self.shape[2]
+    out, S, mask = q.new_empty(N, t, H, d), N//B, ahead(t, n, q)
+    few = max(1, cells // (t*(P + n)))
+    for b in range(B):
+        for h in range(H):
+            pk, pv = (linear(o, dtype=q.dtype) for o in (self.prefix[0, b*H+h], self.prefix[1, b*H+h].T))
+            for i in range(b*S, b*S+S, few):
+                rows = slice(i, min(i+few, b*S+S))
+                c, (k, v) = q[rows, h], self.own[:, rows, h, :n]
+                w = soft(torch.cat((pk(c.reshape(-1, d)).view(-1, t, P), torch.baddbmm(mask, c, k.mT)), -1))
+                out[rows, :, h] = pv(w[..., :P].reshape(-1, P)).view(-1, t, d) + torch.bmm(w[..., P:], v)
+    return out.flatten(2)
+
+# %% ../nbs/api/12c_engine.ipynb #cell-023
 def _pairs(w, n_heads):
     "Rows of a query or key layer with the coordinates j and j + head_dim/2 side by side"
     return w.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -149,7 +156,7 @@ class Angles:
             self.table = torch.where(self.parts.to(device), torch.complex(cos, sin), 1.)
         return self.table[n:n+t]
 
-# %% ../nbs/api/12c_engine.ipynb #cell-018
+# %% ../nbs/api/12c_engine.ipynb #cell-024
 class Stack:
     "Transformer blocks, arranged for reading a few bars at a time"
     def __init__(self,
@@ -181,7 +188,7 @@ class Stack:
             x = x + w2(self.gate(w13(self.unit(x).to(self.dtype))))
         return x
 
-# %% ../nbs/api/12c_engine.ipynb #cell-021
+# %% ../nbs/api/12c_engine.ipynb #cell-027
 class Reading:
     "The bars that an engine has read: a `Store` per block and one for the cross-attention"
     def __init__(self, blocks, cross): self.blocks, self.cross = blocks, cross
@@ -221,7 +228,7 @@ class Engine:
         "Embedded stamps, for `read`"
         return self.time_emb(stamp).float()
 
-# %% ../nbs/api/12c_engine.ipynb #cell-022
+# %% ../nbs/api/12c_engine.ipynb #cell-028
 @patch
 def read(self: Engine,
     s1, s2, # (rows, t) tokens of the next bars: of the histories first, of the paths later
@@ -249,7 +256,7 @@ def second(self: Engine,
     y = context + self.cross_out(r.cross.attend(q))[:, 0]
     return self.head2(unit(y).to(self.dtype)).float()
 
-# %% ../nbs/api/12c_engine.ipynb #cell-027
+# %% ../nbs/api/12c_engine.ipynb #cell-033
 class Painter:
     "A tokenizer's decoder, arranged to draw the bars of many paths behind a shared history"
     def __init__(self, tokenizer: KronosTokenizer, packed=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file
 
 from kronos_nb.calendar import future_stamps
@@ -143,6 +143,7 @@ def test_exchange_calendar_absent_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'exchange_calendars', None)
     with pytest.raises(ConfigError, match='pip install exchange_calendars'): future_stamps(walk()['timestamps'], 5, 'XNYS')
 
+@example(2, 1, '7D', pd.Timestamp('2001-02-22'))   # two weekly bars on either side of a month's end are no months
 @given(st.integers(2, 400), st.integers(1, 300), st.sampled_from(['1min', '5min', '30min', 'h', '4h', 'D', 'B', '7D', 'MS', 'ME']), st.datetimes(pd.Timestamp('2001-01-01'), pd.Timestamp('2030-01-01')))
 @settings(max_examples=60, deadline=None)
 def test_stamps_ahead_increase_and_follow_the_history(n, h, freq, start):
