@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from kronos_nb.config import Config
 from kronos_nb.compare import compare
 from kronos_nb.data.kline import read_klines
-from kronos_nb.train import fit
+from kronos_nb.train import finished, fit
 from kronos_nb.watch import numbers, read_history
 
 p = argparse.ArgumentParser()
@@ -21,6 +21,7 @@ p.add_argument('--windows', type=int, default=320, help='windows of an epoch')
 p.add_argument('--seeds', type=int, default=3)
 p.add_argument('--origins', type=int, default=240)
 p.add_argument('--only', choices=('btc', 'doge'))
+p.add_argument('--same-tokens', action='store_true', help='also train the predictor alone on the tokens of the base: the same task for both presets')
 a = p.parse_args()
 out = Path(a.out)
 btc, doge = read_klines(a.btc, 'BTCUSDT'), read_klines(a.doge, 'DOGEUSDT')
@@ -54,10 +55,10 @@ def spread(folder):
     rows = rows[rows.epoch > rows.epoch.max() / 2]
     return (rows.loss - rows.groupby('epoch').loss.transform('mean')).std()
 
-def claims(name, stage):
+def claims(name, stage, seeds):
     "What the guide claims of the optimised preset, as it is here"
     rows = []
-    for seed in range(a.seeds):
+    for seed in range(seeds):
         f = {k: out/f'{k}{name}_{seed}'/stage for k in PRESETS}
         v = {k: numbers(read_history(o).validations, 'val_loss')[1][1:] for k, o in f.items()}    # the first is of the base
         status = {k: json.loads((o/'status.json').read_text()) for k, o in f.items()}
@@ -71,12 +72,15 @@ def claims(name, stage):
 if a.only != 'doge':
     start = base('btc_original', btc, doge, 3200, 5)
     for seed in range(a.seeds):
-        for k in PRESETS:
-            cfg = Config.preset(k).replace(**small(a.windows, 160), **{'evaluate.origins': a.origins, 'runtime.seed': seed, 'runtime.init_from': str(start)})
+        cfgs = {k: Config.preset(k).replace(**small(a.windows, 160), **{'evaluate.origins': a.origins, 'runtime.seed': seed, 'runtime.init_from': str(start)}) for k in PRESETS}
+        for k, cfg in cfgs.items():
+            if not finished(out/f'{k}_{seed}'/'tokenizer'): fit(btc, cfg, out/f'{k}_{seed}', **{'runtime.only': 'tokenizer'})
+        print(claims('', 'tokenizer', seed + 1).round(5).to_string(), flush=True)
+        for k, cfg in cfgs.items():
             run(btc, cfg, out/f'{k}_{seed}')
-            # the predictor alone, on the base's tokens: the same task for both
-            run(btc, cfg.replace(**{'runtime.only': 'predictor', 'predictor.tokenizer': str(start/'tokenizer'/'best_model')}), out/f'{k}_same_tokens_{seed}')
-    print('### Tokenizer\n', claims('', 'tokenizer').round(5).to_string(), '### Predictor, both on the tokens of the base\n', claims('_same_tokens', 'predictor').round(5).to_string(), sep='\n')
+            if a.same_tokens: run(btc, cfg.replace(**{'runtime.only': 'predictor', 'predictor.tokenizer': str(start/'tokenizer'/'best_model')}), out/f'{k}_same_tokens_{seed}')   # the predictor alone, on the base's tokens: the same task for both
+    print('### Tokenizer\n', claims('', 'tokenizer', a.seeds).round(5).to_string(), sep='\n')
+    if a.same_tokens: print('### Predictor, both on the tokens of the base\n', claims('_same_tokens', 'predictor', a.seeds).round(5).to_string(), sep='\n')
     print('processor seconds', {o.parent.name: round(json.loads(o.read_text())) for o in sorted(out.glob('*/cpu_seconds.json'))})
     for seed in range(a.seeds): print(compare([out/f'{k}_{seed}' for k in PRESETS]).to_markdown(), flush=True)
 if a.only != 'btc':

@@ -16,11 +16,11 @@ from kronos_nb.train import fit
 
 p = argparse.ArgumentParser()
 p.add_argument('--out', default='runs/control'); p.add_argument('--walks', type=int, default=20); p.add_argument('--signal', type=float, default=0.)
-p.add_argument('--epochs', type=int, default=3); p.add_argument('--base-epochs', type=int, default=4); p.add_argument('--bars', type=int, default=2000)
+p.add_argument('--epochs', type=int, default=3); p.add_argument('--windows', type=int, help='windows of an epoch; none: all'); p.add_argument('--base-epochs', type=int, default=4); p.add_argument('--bars', type=int, default=2000)
 a = p.parse_args()
 out, L, H = Path(a.out), 60, 2
 cfg = Config.preset('quickstart').replace(
-    base=dict(symbols=None), data=dict(symbols=None, lookback_window=L, predict_window=H, embargo=0, train=.85, val=.15, test=0.), runtime=dict(progress=False, plots=False, log_every=1000, save_steps=1000),
+    base=dict(symbols=None), evaluate=dict(calibrate='off'), data=dict(symbols=None, lookback_window=L, predict_window=H, embargo=0, train=.85, val=.15, test=0.), runtime=dict(progress=False, plots=False, log_every=1000, save_steps=1000),
     **{f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(init='scratch', size='tiny', epochs=a.epochs, lr=1e-3, patience=None).items()})
 
 def trained(bars, cfg, folder):
@@ -28,9 +28,16 @@ def trained(bars, cfg, folder):
     return Forecaster.from_pretrained(folder)
 
 base = trained(random_walks(3000, ('X', 'Y'), seed=10**6), cfg.replace(**{'tokenizer.epochs': a.base_epochs, 'predictor.epochs': a.base_epochs}), out/'base')
-walk = iter(range(a.walks))
-def recipe(train): return trained(train, cfg.replace(**{'runtime.init_from': str(out/'base')}), out/f'signal_{a.signal:g}'/f'walk_{next(walk)}'), base
+def judged(i):
+    "Verdict of walk `i`: fine-tuned on its first half, judged on its second"
+    folder = out/f'signal_{a.signal:g}'/f'walk_{i}'
+    if (folder/'verdict.csv').exists(): return pd.read_csv(folder/'verdict.csv')
+    recipe = lambda train: (trained(train, cfg.replace(**{'runtime.init_from': str(out/'base'), 'data.windows_per_epoch': a.windows}), folder), base)
+    d = control(recipe, 1, a.signal, a.bars, L, H, seed=500 + i, origins=150, paths=50, baselines=[LastValue(), GeometricBrownian()], top_p=1.).assign(walk=i)
+    d.to_csv(folder/'verdict.csv', index=False)
+    print(d.round(4).to_string(header=not i, index=False), flush=True)
+    return d
 
 t = time.time()
-d = control(recipe, a.walks, a.signal, a.bars, L, H, seed=500, origins=150, paths=50, baselines=[LastValue(), GeometricBrownian()], top_p=1.)
-print(d.round(3).to_string()); print(d.verdict.value_counts().to_string()); print(f'{time.time() - t:.0f} s in this session')
+d = pd.concat([judged(i) for i in range(a.walks)], ignore_index=True)
+print(d.round(4).to_string(index=False)); print(d.verdict.value_counts().to_string()); print(f'{time.time() - t:.0f} s in this session')

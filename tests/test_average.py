@@ -140,5 +140,7 @@ def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
     assert all(torch.equal(a, b) for m, n in zip(r.predictors, again.predictors) for a, b in zip(m.parameters(), n.parameters()))
     with pytest.raises(RunError, match='runtime.seeds'): fit(bars, 'quickstart', tmp_path, seeds=[1, 3], **settings)
     with pytest.raises(ConfigError, match='two or more'): fit(bars, 'quickstart', tmp_path/'other', seeds=[1])
-    from kronos_nb.cli import config_of, parser
+    from kronos_nb.cli import config_of, main, parser
+    bars.to_csv(tmp_path.parent/'walk.csv', index=False)                    # a model inside the run is judged with the run's tokenizer
+    assert main(['evaluate', str(tmp_path.parent/'walk.csv'), '--model', str(tmp_path/'seed_2'/'predictor'/'best_model'), '--paths', '4', '--origins', '8']) == 0
     assert config_of(parser().parse_args(['fit', '--seeds', '1,2'])).runtime.seeds == Config.load({'runtime': {'seeds': [1, 2]}}).runtime.seeds == (1, 2)
