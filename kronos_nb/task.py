@@ -141,7 +141,7 @@ def check_bits(tokenizer: KronosTokenizer, predictor: Kronos):
     if a != b: raise ModelError(f"the tokenizer writes {a[0]} + {a[1]} bits and the predictor reads {b[0]} + {b[1]}: train a predictor for this tokenizer from scratch (predictor.init=scratch "
         f"and predictor.model s1_bits={a[0]}, s2_bits={a[1]}), or use the tokenizer that the predictor was trained with")
 
-# %% ../nbs/api/11a_task.ipynb #cell-021
+# %% ../nbs/api/11a_task.ipynb #cell-022
 class _Plan(torch.utils.data.Sampler):
     "Addresses that a loader is to fetch; set anew for each epoch"
     def __init__(self): self.steps = []
@@ -190,7 +190,7 @@ class WindowSource(SampledSource):
         x, stamp, _ = self.dataset.arrays(rows, shift)
         return dict(x=x if self.augment is None else self.augment.values(x, self.seed, epoch, rows), stamp=stamp)
 
-# %% ../nbs/api/11a_task.ipynb #cell-025
+# %% ../nbs/api/11a_task.ipynb #cell-026
 TOKEN_BLOCK = 64   # windows encoded together
 
 def encode_windows(
