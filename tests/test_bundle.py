@@ -1,5 +1,5 @@
 "A bundle for machines without internet: libraries by pip, nothing left behind by a failure, and a wheel made again from an installed one"
-import importlib.metadata, subprocess, sys, zipfile
+import importlib.metadata, os, re, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 from kronos_nb.bundle import build_wheel, bundle, repack
@@ -42,3 +42,30 @@ def test_an_installed_package_is_packed_again(tmp_path):
     install(second, tmp_path/'again')
     files = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and '__pycache__' not in p.parts and p.name not in ('RECORD', 'INSTALLER', 'REQUESTED', 'direct_url.json')}
     assert files(tmp_path/'site').keys() - files(tmp_path/'again').keys() <= {'bin/kronos-nb'} and files(tmp_path/'again').items() <= files(tmp_path/'site').items()
+
+@pytest.mark.parametrize('capability,precision', [((7, 5), 'fp16'), ((8, 0), 'bf16'), ((9, 0), 'bf16')])
+def test_a_gpu_without_bfloat16_takes_fp16(capability, precision, monkeypatch):
+    "A T4 (7.5) emulates bfloat16 slowly; 'mixed' knows, and what is asked for by name stays"
+    import torch
+    from kronos_nb import train
+    from kronos_nb.config import Config
+    monkeypatch.setattr(train, 'pick_device', lambda name: torch.device('cuda'))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    mixed = Config.preset('kaggle_stock', **{'runtime.precision': 'mixed'})
+    assert train.precision_of(mixed)==precision and train.precision_of(mixed.replace(**{'runtime.precision': 'fp32'}))=='fp32'
+
+def test_a_bundle_installs_without_internet(tmp_path):
+    "Mounted read-only under Kaggle's paths, by the command of its own README; then data, models and the folder for runs are found"
+
+    root, site = tmp_path/'disk', tmp_path/'site'
+    (root/'kaggle'/'working').mkdir(parents=True)
+    bundle(root/'kaggle'/'input'/'some-data'/'kronos', models=[Path(__file__).parent/'golden'/'tiny'], download=False)
+    (root/'kaggle'/'input'/'some-data'/'train_combined.csv').write_text('Date,Open\n')
+    readme = (root/'kaggle'/'input'/'some-data'/'kronos'/'README.md').read_text()
+    code = re.search(r'``` python\n(.*?)```', readme, re.S)[1].replace('/kaggle/input', f'{root}/kaggle/input').replace("'install',", f"'install', '--no-deps', '--target', {str(site)!r},")
+    env = {k: v for k, v in os.environ.items() if k!='PYTHONPATH'}
+    subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    use = f"from kronos_nb.bundle import *; import kronos_nb; p = place({str(root)!r}); print(kronos_nb.__file__, p.out, *find_data('train*.csv', p), sep='\\n'); " \
+        f"from kronos_nb.forecast import Forecaster; print(Forecaster.from_pretrained(next(p.inputs[0].rglob('models/tiny'))).predictor.n_params)"
+    said = subprocess.run([sys.executable, '-c', use], env=env | dict(PYTHONPATH=str(site)), cwd=tmp_path, check=True, capture_output=True, text=True, timeout=200).stdout.split('\n')
+    assert said[0].startswith(str(site)) and said[1]==str(root/'kaggle'/'working'/'runs') and said[2].endswith('train_combined.csv') and int(said[3]) > 0
