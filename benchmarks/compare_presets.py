@@ -74,7 +74,7 @@ if a.only != 'doge':
     for seed in range(a.seeds):
         cfgs = {k: Config.preset(k).replace(**small(a.windows, 160), **{'evaluate.origins': a.origins, 'runtime.seed': seed, 'runtime.init_from': str(start)}) for k in PRESETS}
         for k, cfg in cfgs.items():
-            if not finished(out/f'{k}_{seed}'/'tokenizer'): fit(btc, cfg, out/f'{k}_{seed}', **{'runtime.only': 'tokenizer'})
+            if not finished(out/f'{k}_{seed}'/'tokenizer') and fit(btc, cfg, out/f'{k}_{seed}', **{'runtime.only': 'tokenizer'}).interrupted: raise SystemExit('interrupted; run the same command again to go on')
         print(claims('', 'tokenizer', seed + 1).round(5).to_string(), flush=True)
         for k, cfg in cfgs.items():
             run(btc, cfg, out/f'{k}_{seed}')
