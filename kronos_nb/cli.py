@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import PRESETS, SECTIONS, VARIANTS, Config, check_keys
-from .core import ConfigError, KronosError, RunError, check_choice
+from .core import ConfigError, DataError, KronosError, RunError, check_choice
 
 # %% ../nbs/api/19_cli.ipynb #cell-006
 def _fit_parser(sub):
@@ -171,6 +171,9 @@ def _check_parser(sub):
     p = sub.add_parser('check', help='look for errors in bars; exit code 1 if there are any')
     p.add_argument('data', nargs='+', help='files, globs or folders of bars')
     p.add_argument('--window', type=int, help='bars of one window; symbols shorter than it are errors')
+    p.add_argument('--lookback-window', type=int, default=Config().data.lookback_window, help='bars of history over which the scale of each normaliser is shown')
+    p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--out', help='folder for data_report.md and its pictures')
     p.set_defaults(run=run_check)
 
 def parser() -> argparse.ArgumentParser:
@@ -436,8 +439,11 @@ def run_bundle(a):
 def run_check(a):
     "`kronos-nb check`"
     from kronos_nb.data.kline import check_klines, read_klines
-    report = check_klines(read_klines(a.data), a.window)
+    from kronos_nb.data.normalize import with_scales
+    try: report = with_scales(check_klines(read_klines(a.data, tz=a.tz), a.window), a.lookback_window)
+    except DataError as e: print(f'# Data report\n\nThe bars cannot be read: {e}'); return 1
     print(report.to_markdown())
+    if a.out: print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
 
 # %% ../nbs/api/19_cli.ipynb #cell-043

@@ -21,8 +21,8 @@ from torch import nn
 from . import __version__
 from .core import ConfigError, DataError, FEATURES, ModelError, RunError, pick_device, seed_everything, threads, write_atomic, write_json
 from .config import PRESETS, Config, check_keys, seconds
-from .data.kline import RULES, KlineReport, check_klines, read_klines, repair_klines, sample_klines
-from .data.normalize import NORMALIZERS, normalizer_from_dict
+from .data.kline import RULES, KlineReport, Section, check_klines, read_klines, repair_klines, sample_klines
+from .data.normalize import NORMALIZERS, normalizer_from_dict, with_scales
 from .data.window import Split, WindowDataset, split_by_time
 from .data.augment import Augment
 from .learner import Engine, Learner
@@ -85,6 +85,8 @@ def prepare(
         bars, changes = repair_klines(bars, min_bars=window)
         report = check_klines(bars, window)
     if not report.ok: raise DataError(_what_is_wrong(report, d, window))
+    with_scales(report, d.lookback_window, d.predict_window, d.clip)
+    if len(changes): report.sections.append(Section('Repairs', f'{len(changes):,} changes, each in `repairs.csv`.', changes.groupby(['rule', 'action', 'symbol']).size().rename('changes').reset_index()))
     split = split_by_time(bars, d.train, d.val, d.test, d.embargo)
     normalizer = NORMALIZERS[d.normalizer](clip=d.clip)
     lay = lambda part, stride: _windows(part, getattr(split, part), d, normalizer, stride)
@@ -381,7 +383,8 @@ def claim_folder(
         raise RunError(f"{str(out)!r} is not empty and holds no run of ours: choose another folder, so that nothing is overwritten")
     cfg.save(out/'config.yaml')
     write_json(known, run_facts(cfg, data))
-    write_atomic(out/'data_report.md', data.report.to_markdown() + ('' if data.changes.empty else f'\n## Repairs\n\n{len(data.changes)} changes, in `repairs.csv`.\n'))
+    if cfg.runtime.plots: data.report.save(out)
+    else: write_atomic(out/'data_report.md', data.report.to_markdown())
     if not data.changes.empty: write_atomic(out/'repairs.csv', data.changes.to_csv(index=False))
 
 # %% ../nbs/api/16_train.ipynb #cell-035

@@ -386,3 +386,11 @@ def test_shifts_stay_inside_the_segment():
     at = ds.rows(np.arange(len(ds)), a.shifts(0, 0, range(len(ds))))
     k = np.searchsorted(ds.offsets, np.arange(len(ds)), 'right')-1
     assert (at>=ds.starts[k]).all() and (at+ds.window<=ds.ends[k]).all()
+
+def test_the_check_command_shows_scales_and_exits_by_what_it_finds(tmp_path, capsys):
+    from kronos_nb.cli import main
+    frame(300).to_csv(tmp_path/'good.csv', index=False); spoil('nan').to_csv(tmp_path/'bad.csv', index=False); frame(50).drop(columns='low').to_csv(tmp_path/'worse.csv', index=False)
+    said = {}
+    for name, code in (('good', 0), ('bad', 1), ('worse', 1)): assert main(['check', str(tmp_path/f'{name}.csv'), '--lookback-window', '60', *(['--out', str(tmp_path/'out')] if code==0 else [])])==code; said[name] = capsys.readouterr().out
+    assert 'clipped_median_mad' in said['good'] and (tmp_path/'out'/'plots'/'scales.png').is_file()
+    assert '| nan | error | X |' in said['bad'] and 'no column for low' in said['worse']
