@@ -1,6 +1,6 @@
 """A small run for the tests of several processes, under any launcher: python, torchrun, accelerate launch, Ray.
 
-    accelerate launch --cpu --num_processes 2 tests/scaling_run.py OUT
+    accelerate launch --multi_gpu --num_processes 2 tests/scaling_run.py OUT
 """
 import json, os, sys
 from pathlib import Path

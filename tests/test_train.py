@@ -109,7 +109,8 @@ def launched(out, launcher, env=None, **changes):
 
 def ranks(out, stage): return [(load_file(p), json.loads(p.with_suffix('.json').read_text())) for p in sorted(out.with_name(out.name+'_ranks').glob(f'{stage}_*.safetensors'))]
 torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-accelerate = ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+accelerate = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',   # so it names several processes, on the CPU too; with --cpu it starts one
+    '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
 exact = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'predictor.model': cfg.predictor.model | dict(ffn_dropout_p=0., resid_dropout_p=0.), 'tokenizer.epochs': 1, 'predictor.epochs': 1}
 
 @pytest.fixture(scope='module')
