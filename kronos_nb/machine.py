@@ -45,6 +45,7 @@ class Machine:
     prefetch: int | None   # batches that each keeps ready
     compile: str | None    # mode of `torch.compile`
     matmul: str            # `torch.set_float32_matmul_precision`
+    heap: bool             # freed memory stays with the process, see `heap_kept`
     text: str              # all of it in words, for the log
     @property
     def loader(self) -> dict: return dict(workers=self.workers, persistent=self.persistent, prefetch=self.prefetch)
@@ -64,8 +65,8 @@ def machine_for(
     given = r.threads is None and 'OMP_NUM_THREADS' in os.environ
     said = [f"{f'{torch.get_num_threads()} (OMP_NUM_THREADS)' if given else auto(threads, r.threads)} of {cores()} cores for {siblings()} process{'es' if siblings() > 1 else ''} here",
         f"{auto(workers, r.workers)} loader processes" + (f", {'persistent' if r.persistent_workers else 'new in each epoch'}, {auto(prefetch, r.prefetch)} batches ready" if workers else ''),
-        f"torch.compile {f'in mode {mode}' if mode else 'off'}", f'matrix precision {r.matmul_precision}']
-    return Machine(threads, workers, bool(workers and r.persistent_workers), prefetch, mode, r.matmul_precision, f"machine ({device}): {'; '.join(said)}")
+        f"torch.compile {f'in mode {mode}' if mode else 'off'}", f'matrix precision {r.matmul_precision}'] + ['freed memory is kept']*(device == 'cpu')
+    return Machine(threads, workers, bool(workers and r.persistent_workers), prefetch, mode, r.matmul_precision, device == 'cpu', f"machine ({device}): {'; '.join(said)}")
 
 # %% ../nbs/api/15c_machine.ipynb #cell-011
 def _threads(r, device):
@@ -80,5 +81,5 @@ def _plain(r: Runtime) -> Machine:
     "Nothing chosen, nothing changed; says which settings it overrules"
     default = Runtime()
     overruled = [f'{k}={getattr(r, k)}' for k in ('threads', 'workers', 'prefetch', 'compile', 'matmul_precision') if getattr(r, k) != getattr(default, k)]
-    return Machine(None, 0, False, None, None, 'highest', f"machine: optimizations are off, everything as torch has it ({torch.get_num_threads()} threads, no loader processes)"
+    return Machine(None, 0, False, None, None, 'highest', False, f"machine: optimizations are off, everything as torch has it ({torch.get_num_threads()} threads, no loader processes)"
         + (f"; not used: {', '.join(f'runtime.{o}' for o in overruled)}" if overruled else ''))

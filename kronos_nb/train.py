@@ -31,6 +31,7 @@ from .callback.monitor import Codebook, GradNorm, LivePlot, LossPlot, Progress, 
 from .callback.react import NormSchedule, NormStopping, ResourceGuard
 from .callback.advise import Advise
 from .callback.checkpoint import Checkpoint, Interrupts
+from .model.kernels import heap_kept
 from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
@@ -487,7 +488,7 @@ def fit(
     if seeds is not None: cfg = cfg.replace(**{'runtime.seeds': tuple(seeds)})
     out = Path(out_dir or Path('runs')/(config if isinstance(config, str) and config in PRESETS else 'run'))
     limit, machine = seconds(cfg.runtime.max_time), machine_for(cfg.runtime)
-    with threads(machine.threads), matmul_precision(machine.matmul):
+    with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
         return _fit_run(data, cfg, out, None if limit is None else time.monotonic() + limit, list(callbacks), resume, judge)
 
 def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
