@@ -46,3 +46,21 @@ def test_other_commands(place, capsys, argv, code, says):
     assert main([o.replace('RUN', str(place/'run')).replace('FILE', str(place/'GOOG.csv')) for o in argv])==code
     out = capsys.readouterr()
     assert says in out.out+out.err
+
+def test_a_folder_of_configurations_runs_one_after_the_other(place, capsys):
+    "Finished ones are left alone; a failing one is told and does not stop the rest"
+    d = place/'experiments'
+    d.mkdir()
+    small = cfg.replace(**{'tokenizer.epochs': 1, 'predictor.epochs': 1, 'runtime.only': 'tokenizer', 'evaluate.calibrate': 'off'})
+    small.save(d/'a.yaml')
+    small.replace(**{'tokenizer.lr': 2e-3}).save(d/'b.yaml')
+    (d/'c.yaml').write_text('tokenizer: {lrr: 1}\n')
+    argv = ['fit', str(place/'GOOG.csv'), '--config', str(d), '--out', str(place/'many'), '--skip-existing']
+    assert main(argv)==2
+    said = capsys.readouterr().out
+    assert said.count('finished')==2 and 'failed' in said and 'lrr' in said and 'kronos-nb compare' in said
+    assert main(argv)==2 and capsys.readouterr().out.count('skipped')==2
+
+def test_none_empties_a_list():
+    from kronos_nb.cli import settings
+    assert settings(['base.symbols=none', 'runtime.trackers=a,b'])=={'base.symbols': None, 'runtime.trackers': ('a', 'b')}
