@@ -7,7 +7,8 @@ sides take steps in turn, each in a process of its own, so that neither has the 
 forward, backward, clip, AdamW. Ours takes tokens that were encoded once, since the tokenizer is frozen, and does what `fit` does with the settings named. The matrix rate
 is that of one large product in the same precision on the same threads. Without PATH our side runs alone.
 """
-import argparse, contextlib, multiprocessing, resource, statistics, sys, time
+import argparse, contextlib, multiprocessing, re, statistics, sys, time
+from pathlib import Path
 import torch
 from torch import nn
 from kronos_nb.callback.train import adamw
@@ -103,6 +104,10 @@ def flops(a, model, task, batch):
     for h in hooks: h.remove()
     return n[0]
 
+def peak():
+    "GiB of this process; getrusage's figure would begin with the parent's"
+    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
+
 def side(name, a, pipe):
     "One side in its own process: answers 'step' with seconds, and 'end' with its rate, work and peak memory"
     torch.set_num_threads(a.threads)
@@ -126,7 +131,7 @@ def side(name, a, pipe):
         t = time.perf_counter()
         step()
         pipe.send(time.perf_counter() - t)
-    pipe.send((rate, work, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20))
+    pipe.send((rate, work, peak()))
 
 def main():
     a = options()
