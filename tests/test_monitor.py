@@ -161,3 +161,12 @@ def test_any_tracker_that_accelerate_knows_is_started_by_name(monkeypatch, tmp_p
         t = began[-1]
         assert t.started and t.config == dict(lr=1.) and t.args == (('predictor', str(tmp_path/'runs')) if cls.requires_logging_directory else ('mine',)) and len(t.rows) > 2
         assert name == 'tensorboard' or t.kw == dict(tags=3)
+
+def test_skipped_updates_are_diagnosed():
+    "One skipped update is named with its step; a history with other notes alone is not accused"
+    from kronos_nb.diagnose import not_finite
+    from kronos_nb.learner import History
+    note = dict(epoch=1, step=7, text='update skipped: loss inf (epoch 1, step 7, windows [3])')
+    found = not_finite(History(notes=[dict(epoch=1, step=2, text='machine (cpu): 2 threads'), note]))
+    assert found.name=='losses that are not finite' and '1 updates' in found.text and 'step 7' in found.text and 'lr' in found.remedy
+    assert not_finite(History(notes=[dict(epoch=1, step=2, text='stopped early')])) is None
