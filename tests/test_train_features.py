@@ -1,5 +1,5 @@
 "Everything that a run can be asked for, each by its effect"
-import copy, itertools, json, math, shutil
+import copy, itertools, json, math, shutil, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
@@ -232,18 +232,23 @@ def test_where_tokens_are_kept_changes_little(plain, tmp_path, where):
 
 # stopping and going on
 class Slow(Callback):
-    def after_step(self, learn): import time; time.sleep(.15)
+    "Every step takes a quarter of an hour, on a clock of its own: how fast a machine is must not decide a test"
+    def __init__(self, monkeypatch):
+        self.spent, real = 0., time.monotonic
+        monkeypatch.setattr(time, 'monotonic', lambda: real() + self.spent)
+    def after_step(self, learn): self.spent += 900
 
-def test_a_time_limit_stops_in_time_and_the_rest_is_the_same(tmp_path):
-    long = {'tokenizer.epochs': 3, 'tokenizer.max_steps': None}
-    part = run(tmp_path/'a', [Slow()], **long, **{'runtime.max_time': '2s'})
+def test_a_time_limit_stops_in_time_and_the_rest_is_the_same(tmp_path, monkeypatch):
+    long, slow = {'tokenizer.epochs': 3, 'tokenizer.max_steps': None}, Slow(monkeypatch)
+    part = run(tmp_path/'a', [slow], **long, **{'runtime.max_time': '1h30m'})
     assert part.interrupted and part.stop_reason=='the time limit is near' and not (tmp_path/'a'/'tokenizer'/'final_model').exists()
+    assert 900 <= slow.spent < 5400   # before the limit, not after
     run(tmp_path/'a', **long); run(tmp_path/'b', **long)
     assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
 
-def test_a_checkpoint_of_two_processes_is_not_for_one(tmp_path):
+def test_a_checkpoint_of_two_processes_is_not_for_one(tmp_path, monkeypatch):
     out = tmp_path/'run'
-    part = run(out, [Slow()], **{'tokenizer.epochs': 3, 'tokenizer.max_steps': None, 'runtime.max_time': '2s'})
+    assert run(out, [Slow(monkeypatch)], **{'tokenizer.epochs': 3, 'tokenizer.max_steps': None, 'runtime.max_time': '1h30m'}).interrupted
     last = max((out/'tokenizer'/'checkpoints').glob('step_*'))
     saved = json.loads((last/'training.json').read_text()); saved['tree']['world'] = 2
     (last/'training.json').write_text(json.dumps(saved))
