@@ -56,7 +56,7 @@ training.basemodel_epochs training.epochs training.batch_size training.log_inter
 training.predictor_learning_rate training.adam_beta1 training.adam_beta2 training.adam_weight_decay training.accumulation_steps model_paths.pretrained_tokenizer
 model_paths.pretrained_predictor model_paths.exp_name model_paths.base_path model_paths.base_save_path model_paths.finetuned_tokenizer model_paths.tokenizer_save_name
 model_paths.basemodel_save_name experiment.name experiment.description experiment.use_comet experiment.train_tokenizer experiment.train_basemodel experiment.skip_existing
-experiment.pre_trained experiment.pre_trained_tokenizer experiment.pre_trained_predictor device.use_cuda device.device_id distributed.use_ddp distributed.backend
+experiment.pre_trained experiment.pre_trained_tokenizer experiment.pre_trained_predictor device.use_cuda device.device_id distributed.use_ddp distributed.backend --symbol
 --config --skip-tokenizer --skip-basemodel --skip-existing --device DIST_BACKEND --multi-gpu --num-gpus --test
 early_stopping_enabled early_stopping_patience early_stopping_min_delta data_augmentation.enabled data_augmentation.noise_std data_augmentation.dropout_rate
 data_augmentation.time_shift_max data_augmentation.scale_factor_range scheduler_config.type scheduler_config.pct_start scheduler_config.div_factor
