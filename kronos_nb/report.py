@@ -51,13 +51,17 @@ def _stage_section(out, stage):
     if not len(m): return ''
     said = [f"- epoch {n['epoch']}, step {n['step']}: {n['text']}" for n in read_lines(Path(out)/stage/'notes.jsonl')]
     best = f"Best val_loss {m.val_loss.min():.5g} in epoch {int(m.val_loss.idxmin())+1} of {len(m)}.\n" if 'val_loss' in m and m.val_loss.notna().any() else ''
-    chosen = json.loads((Path(out)/stage/'weights.json').read_text(encoding='utf-8'))['table'] if (Path(out)/stage/'weights.json').is_file() else []
     shown = m[[c for c in ('train_loss', 'val_loss', 'learning_rate', 'gradient_norm') if c in m]].copy()
     shown.insert(0, 'epoch', range(1, len(m)+1))
     seed, _, name = stage.rpartition('/')
     title = name.title() + (f", {seed.replace('_', ' ')}" if seed else '')
     return '\n'.join([f'### {title}\n', best, md_table(shown.map(lambda v: f'{v:.5g}')), '', picture(out, f'{stage}/plots/loss_curve_latest.png', f'{stage} loss'),
-        'Which weights were kept, by validation loss:\n\n' + md_table(pd.DataFrame(chosen)[['candidate', 'val_loss', 'chosen']]) + '\n' if chosen else '', diagnose(Path(out)/stage).to_markdown() + '\n', *said, ''])
+        _kept(Path(out)/stage/'weights.json'), diagnose(Path(out)/stage).to_markdown() + '\n', *said, ''])
+
+def _kept(file):
+    if not file.is_file(): return ''
+    rows = [dict(candidate=o['candidate'], val_loss=f"{o['val_loss']:.5g}", kept='yes' if o['chosen'] else '') for o in json.loads(file.read_text(encoding='utf-8'))['table']]
+    return f'Which weights were kept, by validation loss:\n\n{md_table(pd.DataFrame(rows))}\n'
 
 def _verdict_section(out):
     folder = Path(out)/'evaluation'
