@@ -15,9 +15,24 @@ from pathlib import Path
 
 from . import __version__
 from .config import PRESETS, SECTIONS, VARIANTS, Config, check_keys
-from .core import ConfigError, DataError, KronosError, RunError, check_choice
+from .core import ConfigError, DataError, KronosError, RunError, check_choice, nearest
 
 # %% ../nbs/api/19_cli.ipynb #cell-006
+class _Parser(argparse.ArgumentParser):
+    "Says of an unknown option or command which one was probably meant"
+    def parse_args(self, args=None, namespace=None):
+        a, left = self.parse_known_args(args, namespace)
+        if left:
+            own = next(o for o in self._actions if o.dest == 'command').choices[a.command]
+            bad = next((o for o in left if o.startswith('-')), left[0]).partition('=')[0]
+            own.error(f"unrecognized arguments: {' '.join(left)}{nearest(bad, own._option_string_actions)}" + ("; any setting is --set KEY=VALUE, such as --set predictor.lr=1e-5" if '--set' in own._option_string_actions else ''))
+        return a
+
+    def error(self, message):
+        name = message.partition("argument COMMAND: invalid choice: '")[2].partition("'")[0]
+        super().error(message + (nearest(name, next(o for o in self._actions if o.dest == 'command').choices) if name else ''))
+
+# %% ../nbs/api/19_cli.ipynb #cell-008
 def _fit_parser(sub):
     p = sub.add_parser('fit', help='fine-tune on bars, keep the best weights, and judge them', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='*', help='files, globs or folders of bars (csv, zip, parquet, feather); none: the bundled sample')
@@ -41,7 +56,7 @@ def _fit_parser(sub):
     _other_spellings(p.add_argument_group('as other scripts spell it'))
     p.set_defaults(run=run_fit)
 
-# %% ../nbs/api/19_cli.ipynb #cell-008
+# %% ../nbs/api/19_cli.ipynb #cell-010
 SPELLINGS = dict(   # option -> (settings that it is, type or True for a switch, help)
     num_threads=(('runtime.threads',), int, 'CPU threads'), dataloader_workers=(('runtime.workers',), int, 'loader processes'),
     enable_compile=(('runtime.compile',), True, 'compile the model'), plot_loss=(('runtime.plots',), True, 'save loss curves at checkpoints (the default)'),
@@ -70,7 +85,7 @@ def _other_spellings(p):
     p.add_argument('--disable-monitoring', action='store_true', help='no limits on processor and memory: runtime.max_cpu=none, runtime.max_memory=none')
     for name, text in ELSEWHERE.items(): p.add_argument(f"--{name.replace('_', '-')}", action=_NotHere, nargs='?', help=text)
 
-# %% ../nbs/api/19_cli.ipynb #cell-010
+# %% ../nbs/api/19_cli.ipynb #cell-012
 def _model_options(p):
     "What forecasting and judging share"
     p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
@@ -102,7 +117,7 @@ def _evaluate_parser(sub):
     p.add_argument('--out', help='folder for the results')
     p.set_defaults(run=run_evaluate)
 
-# %% ../nbs/api/19_cli.ipynb #cell-012
+# %% ../nbs/api/19_cli.ipynb #cell-014
 def _push_parser(sub):
     p = sub.add_parser('push', help='publish the pair of models of a run, each with its card', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Writes user/name-tokenizer and user/name-predictor to the Hugging Face hub. The login is that of HF_TOKEN in the environment, or of `hf auth login`; there is no option for a token.")
@@ -127,7 +142,7 @@ def _bundle_parser(sub):
     p.add_argument('--dataset', help='user/slug: also write dataset-metadata.json for `kaggle datasets create -r zip -p OUT`')
     p.set_defaults(run=run_bundle)
 
-# %% ../nbs/api/19_cli.ipynb #cell-014
+# %% ../nbs/api/19_cli.ipynb #cell-016
 def _report_parser(sub):
     p = sub.add_parser('report', help="write a run's report.md again")
     p.add_argument('out', help="the run's folder")
@@ -145,7 +160,7 @@ def _compare_parser(sub):
     p.add_argument('runs', nargs='+', help='two or more run folders')
     p.set_defaults(run=run_compare)
 
-# %% ../nbs/api/19_cli.ipynb #cell-016
+# %% ../nbs/api/19_cli.ipynb #cell-018
 def _tune_parser(sub):
     p = sub.add_parser('tune', help='search for settings by validation; resumes, and keeps to its budget', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
@@ -180,13 +195,13 @@ def _check_parser(sub):
 
 def parser() -> argparse.ArgumentParser:
     "The parser of `kronos-nb`"
-    p = argparse.ArgumentParser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
+    p = _Parser('kronos-nb', description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.')
     p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for add in (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser, _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser): add(sub)
     return p
 
-# %% ../nbs/api/19_cli.ipynb #cell-019
+# %% ../nbs/api/19_cli.ipynb #cell-021
 def settings(
     pairs: list, # ['predictor.lr=1e-5', ...]
 ) -> dict: # Changes for `Config.replace`
@@ -218,7 +233,7 @@ def config_of(a: argparse.Namespace) -> Config:
     cfg = cfg.replace(**{k: v for k, v in named.items() if v is not None})
     return cfg.replace(**respelt(a, cfg)).replace(**settings(a.set))
 
-# %% ../nbs/api/19_cli.ipynb #cell-021
+# %% ../nbs/api/19_cli.ipynb #cell-023
 def respelt(a: argparse.Namespace, cfg: Config) -> dict:
     "The settings that the guides' options stand for"
     out = {k: v for name, (keys, kind, _) in SPELLINGS.items() if (v := getattr(a, name)) not in (None, False) for k in keys}
@@ -243,7 +258,7 @@ def _new_tokenizer(a, cfg):
     pair = dict(s1_bits=bits//2, s2_bits=bits - bits//2)
     return out | {'tokenizer.model': t.model | pair | dict(group_size=max(g for g in range(1, 10) if bits % g == 0)), 'predictor.model': cfg.predictor.model | pair}
 
-# %% ../nbs/api/19_cli.ipynb #cell-023
+# %% ../nbs/api/19_cli.ipynb #cell-025
 def run_fit(a):
     "`kronos-nb fit`"
     if a.config and Path(a.config).is_dir(): return run_experiments(a)
@@ -265,7 +280,7 @@ def stopped(out: Path) -> bool:
     from kronos_nb.watch import read_json
     return any(read_json(p)['state'] == 'interrupted' for p in out.rglob('status.json'))
 
-# %% ../nbs/api/19_cli.ipynb #cell-025
+# %% ../nbs/api/19_cli.ipynb #cell-027
 def run_experiments(a):
     "`kronos-nb fit --config FOLDER`"
     from kronos_nb.tune import experiments
@@ -275,7 +290,7 @@ def run_experiments(a):
     if len(there) > 1: print(f"\nSide by side: kronos-nb compare {' '.join(there)}")
     return 130 if 'interrupted' in set(done.state) else 2 if 'failed' in set(done.state) else 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-027
+# %% ../nbs/api/19_cli.ipynb #cell-029
 def launch(
     n: int,     # Processes
     argv: list, # Of this command
@@ -295,7 +310,7 @@ def launch(
             except KeyboardInterrupt: pass   # the processes have it too, and save
     finally: signal.signal(signal.SIGTERM, old)
 
-# %% ../nbs/api/19_cli.ipynb #cell-029
+# %% ../nbs/api/19_cli.ipynb #cell-031
 def dry_run(cfg: Config, data, out: Path,
     beside=None, # Preset or YAML file to show the settings beside; None: the defaults
 ) -> int:
@@ -329,7 +344,7 @@ def dry_run(cfg: Config, data, out: Path,
     print('Everything that a run needs is there.')
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-031
+# %% ../nbs/api/19_cli.ipynb #cell-033
 def run_of(
     model, # A run's folder, or something inside it
 ) -> Path | None:
@@ -382,7 +397,7 @@ def run_forecast(a):
     print(f"\n{a.paths} paths for each of {len(got)} symbols; pictures and paths in {out}")
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-033
+# %% ../nbs/api/19_cli.ipynb #cell-035
 def run_evaluate(a):
     "`kronos-nb evaluate`"
     import pandas as pd
@@ -394,7 +409,7 @@ def run_evaluate(a):
     print(e.to_markdown())
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-035
+# %% ../nbs/api/19_cli.ipynb #cell-037
 def run_monitor(a):
     "`kronos-nb monitor`"
     from kronos_nb.follow import monitor_run
@@ -406,7 +421,7 @@ def run_compare(a):
     print(compare(a.runs).to_markdown())
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-037
+# %% ../nbs/api/19_cli.ipynb #cell-039
 def run_tune(a):
     "`kronos-nb tune`"
     from kronos_nb.tune import tune
@@ -422,7 +437,7 @@ def yaml_value(text):
     import yaml
     return yaml.safe_load(text)
 
-# %% ../nbs/api/19_cli.ipynb #cell-039
+# %% ../nbs/api/19_cli.ipynb #cell-041
 def run_average(a):
     "`kronos-nb average`"
     from kronos_nb.average import average_checkpoints
@@ -435,7 +450,7 @@ def run_report(a):
     print(write_report(a.out))
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-041
+# %% ../nbs/api/19_cli.ipynb #cell-043
 def run_push(a):
     "`kronos-nb push`"
     from kronos_nb.hub import push
@@ -451,7 +466,7 @@ def run_bundle(a):
     print(got.table().to_string(index=False), got, sep='\n\n')
     return 0
 
-# %% ../nbs/api/19_cli.ipynb #cell-043
+# %% ../nbs/api/19_cli.ipynb #cell-045
 def run_check(a):
     "`kronos-nb check`"
     from kronos_nb.data.kline import check_klines, read_klines
@@ -462,7 +477,7 @@ def run_check(a):
     if a.out: print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
 
-# %% ../nbs/api/19_cli.ipynb #cell-045
+# %% ../nbs/api/19_cli.ipynb #cell-047
 def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted

@@ -64,3 +64,9 @@ def test_a_folder_of_configurations_runs_one_after_the_other(place, capsys):
 def test_none_empties_a_list():
     from kronos_nb.cli import settings
     assert settings(['base.symbols=none', 'runtime.trackers=a,b'])=={'base.symbols': None, 'runtime.trackers': ('a', 'b')}
+
+@pytest.mark.parametrize('argv, meant', [(['fit', '--skip-tokeniser'], "did you mean '--skip-tokenizer'?"), (['fit', '--learning_rate', '3'], "did you mean '--learning-rate'?"), (['fit', '--batchsize=8'], "did you mean '--batch-size'?"),
+    (['forecast', '--model', 'x', '--patsh', '3'], "did you mean '--paths'?"), (['fits'], "did you mean 'fit'?"), (['fit', '--lr', '3'], '--set predictor.lr')])
+def test_a_misspelt_option_or_command(capsys, argv, meant):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code==2 and meant in capsys.readouterr().err
