@@ -52,8 +52,9 @@ class Scale:
         "Sigmas (..., T, F) back to float64 units"
         return z * self._like(self.scale, z) + self._like(self.loc, z)
     def stats(self) -> dict:
-        "Location and scale by name: price_mean, price_std (..., 4), vol_mean, vol_std (..., 2)"
-        return dict(price_mean=self.loc[..., :4], price_std=self.scale[..., :4], vol_mean=self.loc[..., 4:], vol_std=self.scale[..., 4:])
+        "Location and scale by name: price_mean, price_std (..., 4), vol_mean, vol_std (..., 2), and of extra features extra_mean, extra_std"
+        parts = dict(price=slice(4), vol=slice(4, 6), **(dict(extra=slice(6, None)) if self.loc.shape[-1] > 6 else {}))
+        return {f'{k}_{n}': v[..., at] for k, at in parts.items() for n, v in (('mean', self.loc), ('std', self.scale))}
 
 # %% ../../nbs/api/03_data.normalize.ipynb #cell-016
 def _past(x, lookback_window):
@@ -253,8 +254,8 @@ def check_normalizer(
     if got != expected: raise ConfigError(f"the model was trained with {expected} but {got} is in use; use the model's own normalizer")
 
 # %% ../../nbs/api/03_data.normalize.ipynb #cell-060
-def _some_windows(bars, window, n, seed):
-    "Up to `n` windows (n, window, 6) of finite bars, each inside one symbol; evenly drawn, without a copy of the bars"
+def _some_windows(bars, window, n, seed, features=FEATURES):
+    "Up to `n` windows (n, window, F) of finite bars, each inside one symbol; evenly drawn, without a copy of the bars"
     code = pd.factorize(bars.symbol)[0]
     row = np.argsort(code, kind='stable') if (np.diff(code) < 0).any() else None
     size = np.bincount(code[code >= 0])
@@ -264,7 +265,7 @@ def _some_windows(bars, window, n, seed):
     k = np.searchsorted(fit.cumsum(), i, side='right')
     at = (int((code < 0).sum()) + i - (fit.cumsum() - fit)[k] + (size.cumsum() - size)[k])[:, None] + np.arange(window)
     if row is not None: at = row[at]
-    out = np.stack([to_float(bars[c])[0][at] for c in FEATURES], -1)
+    out = np.stack([to_float(bars[c])[0][at] for c in features], -1)
     out = out[np.isfinite(out).all((1, 2))]
     if not len(out): raise DataError(f"every window of {window} bars that was drawn has NaN or inf; repair the bars first (repair_klines)")
     return out
@@ -277,12 +278,13 @@ def scale_table(
     clip: float = 5.,
     n: int = 1000,      # Windows drawn
     seed: int = 0,
+    features=FEATURES,
 ) -> pd.DataFrame: # One row per feature
     "Ratio of the two scales and share of clipped bars under each normaliser"
-    w = _some_windows(bars, lookback_window + predict_window, n, seed)
+    w = _some_windows(bars, lookback_window + predict_window, n, seed, features)
     z, m = ZScore(clip).fit(w, lookback_window), MedianMAD(clip).fit(w, lookback_window)
     ratio = m.scale / z.scale
-    out = pd.DataFrame(dict(mad_over_std=np.median(ratio, 0), low=np.quantile(ratio, .05, 0), high=np.quantile(ratio, .95, 0)), index=list(FEATURES))
+    out = pd.DataFrame(dict(mad_over_std=np.median(ratio, 0), low=np.quantile(ratio, .05, 0), high=np.quantile(ratio, .95, 0)), index=list(features))
     for name, s in (('zscore', z), ('median_mad', m)):
         far = abs(s.encode(w)) >= clip
         out[f'clipped_{name}'] = far[:, :lookback_window].mean((0, 1))
@@ -295,14 +297,15 @@ def plot_scales(
 ):
     "Scale ratio (median, 5 to 95 %) and clip rate of each feature"
     fig, axes = plt_subplots(1, 2, figsize=(10, 3), layout='constrained')
-    at = np.arange(len(FEATURES))
+    names = max((t.index for t in tables.values()), key=len)
+    at = np.arange(len(names))
     for i, (name, t) in enumerate(tables.items()):
-        x = at + (i - (len(tables) - 1) / 2) * .2
+        x = at[:len(t)] + (i - (len(tables) - 1) / 2) * .2
         axes[0].errorbar(x, t.mad_over_std, [t.mad_over_std - t.low, t.high - t.mad_over_std], fmt='o', ms=4, label=name)
         for kind, mark in (('zscore', 'o'), ('median_mad', 's')):
             axes[1].plot(x, 100 * t[f'clipped_{kind}'], mark, ms=4, color=f'C{i}', mfc='none' if kind == 'zscore' else f'C{i}', label=f'{name}, {kind}')
-    axes[0].axhline(1, color='0.7', lw=1); axes[0].set(title='MAD over standard deviation', xticks=at, xticklabels=FEATURES)
-    axes[1].set(title='Bars at the clip, % of the lookback', xticks=at, xticklabels=FEATURES)
+    axes[0].axhline(1, color='0.7', lw=1); axes[0].set(title='MAD over standard deviation', xticks=at, xticklabels=names)
+    axes[1].set(title='Bars at the clip, % of the lookback', xticks=at, xticklabels=names)
     for ax in axes: ax.legend(fontsize=6)
     return fig
 
@@ -323,7 +326,7 @@ def with_scales(
 ) -> KlineReport: # The same report, with one more section
     "Add scale ratio and clip rate under each normaliser to a data report"
     if report.bars is None or not len(report.bars): return report   # its issues say why
-    try: t = scale_table(report.bars, lookback_window, predict_window, clip).round(4)
+    try: t = scale_table(report.bars, lookback_window, predict_window, clip, features=report.features).round(4)
     except DataError as e: report.sections.append(Section('Scales', f'Not computed: {e}.', name='scales')); return report
     text = f'MAD over standard deviation (median window, 5 % and 95 %), and the share of bars that end at the clip of {clip:g} sigmas under each normaliser. Lookback of {lookback_window} bars'
     report.sections.append(Section('Scales', text + (f', then {predict_window}.' if predict_window else '.'), t.rename_axis('feature').reset_index(), lambda: plot_scales({'bars': t}), 'scales'))

@@ -32,23 +32,24 @@ def _refuse(bars, mask, what):
 # %% ../../nbs/api/04_data.window.ipynb #cell-009
 def check_canonical(
     bars: pd.DataFrame,
+    features=FEATURES, # Columns that must hold numbers: the six and extra ones
 ):
     "Raise unless `bars` are grouped by symbol, sorted, unique and finite"
-    missing = [c for c in COLUMNS if c not in bars]
+    missing = [c for c in (*COLUMNS[:2], *features) if c not in bars]
     if missing: raise DataError(f"bars lack the columns {', '.join(missing)}; pass them through read_klines first")
     if not len(bars): raise DataError("there are no bars")
     edges, t = _edges(bars), bars.timestamps.to_numpy('M8[ns]')
     again = bars.symbol.iloc[edges].duplicated().to_numpy()
     if again.any(): _refuse(bars.iloc[edges], again, 'the rows of a symbol are not together')
-    for lo in range(0, len(t), 2**17): _check_rows(bars, t, edges, lo, min(lo + 2**17, len(t)))  # piece by piece, to need no memory
+    for lo in range(0, len(t), 2**17): _check_rows(bars, t, edges, lo, min(lo + 2**17, len(t)), features)  # piece by piece, to need no memory
 
-def _check_rows(bars, t, edges, lo, hi):
+def _check_rows(bars, t, edges, lo, hi, features):
     "Raise for the first of rows lo..hi that is out of order or not finite"
     part, step = bars.iloc[lo:hi], np.diff(t[max(lo - 1, 0):hi].view('i8'), prepend=t[:0 if lo else 1].view('i8'))
     step[edges[(edges >= lo) & (edges < hi)] - lo] = 1   # the first bar of a symbol follows nothing
     for bad, what in ((np.isnat(t[lo:hi]), 'unreadable timestamp'), (step < 0, 'older than the bar before it'), (step == 0, 'the same timestamp again')):
         if bad.any(): _refuse(part, bad, what)
-    for c in FEATURES:
+    for c in features:
         bad = ~np.isfinite(part[c].to_numpy('float64'))
         if bad.any(): _refuse(part, bad, f'{c} is NaN or infinite')
 
@@ -136,12 +137,12 @@ def split_by_date(
 # %% ../../nbs/api/04_data.window.ipynb #cell-029
 KEEP_BYTES = 2**29  # most memory that 'auto' spends on statistics
 
-def _choose(statistics, normalizer, n_bars, stride):
+def _choose(statistics, normalizer, n_bars, stride, n_features=len(FEATURES)):
     "'rolling' or 'on the fly'"
     check_choice('statistics', statistics, ('auto', 'rolling', 'on the fly'))
     if statistics != 'auto': return statistics
     slow = normalizer.kind == 'median_mad' and n_bars > 2_000_000 and not compiles(n_bars)
-    return 'on the fly' if 48 * n_bars > KEEP_BYTES or stride > 4 or slow else 'rolling'
+    return 'on the fly' if 8 * n_features * n_bars > KEEP_BYTES or stride > 4 or slow else 'rolling'
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-032
 class WindowDataset:
@@ -154,11 +155,12 @@ class WindowDataset:
         stride: int = 1,        # Bars from one window to the next inside a segment
         max_gap='auto',         # See `segments`
         statistics='auto',      # 'rolling' (once for every bar), 'on the fly' (with each batch), or 'auto'
+        features=FEATURES,      # The six, and extra columns of `bars` after them
     ):
         for k, v, lo in (('lookback_window', lookback_window, 1), ('predict_window', predict_window, 0), ('stride', stride, 1)):
             if int(v) != v or v < lo: raise ConfigError(f"{k} must be a whole number of at least {lo}, got {v}")
-        check_canonical(bars)
-        self.lookback_window, self.predict_window, self.normalizer, self.stride = lookback_window, predict_window, normalizer, stride
+        check_canonical(bars, features)
+        self.lookback_window, self.predict_window, self.normalizer, self.stride, self.features = lookback_window, predict_window, normalizer, stride, tuple(features)
         self.window = lookback_window + predict_window
         seg = segments(bars, max_gap)
         seg = seg[seg[:, 1] - seg[:, 0] >= self.window]
@@ -168,12 +170,12 @@ class WindowDataset:
         self.offsets = np.r_[0, np.cumsum((self.ends - self.starts - self.window) // stride + 1)]
         self.codes, names = pd.factorize(bars.symbol.iloc[self.starts])
         self.symbols = [str(o) for o in names]
-        self.x = np.empty((len(bars), len(FEATURES)))
-        for i, c in enumerate(FEATURES): self.x[:, i] = bars[c].to_numpy('float64')
+        self.x = np.empty((len(bars), len(features)))
+        for i, c in enumerate(features): self.x[:, i] = bars[c].to_numpy('float64')
         self.timestamps = bars.timestamps.to_numpy('M8[ns]')
         self.stamps = np.empty((len(bars), 5), np.int8)
         for i in range(0, len(bars), 2**16): self.stamps[i:i + 2**16] = time_stamps(self.timestamps[i:i + 2**16], np.int8)
-        self.statistics = _choose(statistics, normalizer, len(bars), stride)
+        self.statistics = _choose(statistics, normalizer, len(bars), stride, len(features))
         self.compiled = self.statistics == 'rolling' and compiles(len(bars) if normalizer.kind == 'median_mad' else len(bars) // 5)
         if self.statistics == 'rolling': self._keep()
     def __len__(self): return int(self.offsets[-1])
@@ -230,15 +232,15 @@ def _compiled_gather():
 
 @patch
 def _one_pass(self: WindowDataset, at, scale):
-    "float32 sigmas (B, L+H, 6) of the windows that begin at rows `at`"
-    F, out = len(FEATURES), torch.empty(len(at), self.window, len(FEATURES))
+    "float32 sigmas (B, L+H, F) of the windows that begin at rows `at`"
+    F, out = self.x.shape[1], torch.empty(len(at), self.window, self.x.shape[1])
     row = [np.tile(o, 8) for o in (scale.loc, scale.scale)]   # eight bars in a row fill the vector units
     _compiled_gather()(self.x.ravel(), at * F, *row, scale.clip, out.view(len(at), -1).numpy())
     return out
 
 # %% ../../nbs/api/04_data.window.ipynb #cell-043
 @patch
-def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torch.Tensor, Scale]: # (B, L+H, 6) float32 sigmas, (B, L+H, 5) int64 stamps, their scale
+def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torch.Tensor, Scale]: # (B, L+H, F) float32 sigmas, (B, L+H, 5) int64 stamps, their scale
     "Whole windows: what a training step needs"
     at = self.rows(indices, shift)
     stamps = torch.from_numpy(_gather(self.stamps, at, self.window)).long()
@@ -251,7 +253,7 @@ def arrays(self: WindowDataset, indices, shift=None) -> tuple[torch.Tensor, torc
 # %% ../../nbs/api/04_data.window.ipynb #cell-045
 @patch
 def batch(self: WindowDataset, indices, shift=None) -> dict:
-    "Windows stacked: hist_features (B, L, 6), hist_timestamps (B, L, 5), pred_features, pred_timestamps, window_idx (B,), stats"
+    "Windows stacked: hist_features (B, L, F), hist_timestamps (B, L, 5), pred_features, pred_timestamps, window_idx (B,), stats"
     x, stamps, scale = self.arrays(indices, shift)
     L, i = self.lookback_window, np.asarray(indices, dtype=np.int64).ravel()
     return dict(hist_features=x[:, :L], hist_timestamps=stamps[:, :L], pred_features=x[:, L:], pred_timestamps=stamps[:, L:],
@@ -272,7 +274,7 @@ def where(self: WindowDataset, i) -> tuple: # symbol, first stamp, first stamp o
     k = np.searchsorted(self.starts, at, side='right') - 1
     return self.symbols[self.codes[k]], pd.Timestamp(self.timestamps[at]), pd.Timestamp(self.timestamps[at + self.lookback_window]) if self.predict_window else None
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-056
+# %% ../../nbs/api/04_data.window.ipynb #cell-059
 def _mix(v, key):
     "A 64-bit hash of uint64 `v` (the finaliser of splitmix64, https://doi.org/10.1145/2714064.2660195)"
     v = v + np.uint64(key)
@@ -280,7 +282,7 @@ def _mix(v, key):
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return v ^ (v >> np.uint64(31))
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-059
+# %% ../../nbs/api/04_data.window.ipynb #cell-062
 def permute(
     i,        # Positions, 0 <= i < n
     n: int,   # Length of the permutation
@@ -300,7 +302,7 @@ def permute(
     while (far := out >= n).any(): out[far] = scramble(out[far])
     return out.astype(np.int64)
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-062
+# %% ../../nbs/api/04_data.window.ipynb #cell-065
 class BatchSampler:
     "Window numbers of any step of any epoch; a pure function of (seed, epoch, step, rank, world_size)"
     def __init__(self,
@@ -332,7 +334,7 @@ class BatchSampler:
     def set_epoch(self, epoch): self.epoch = epoch
     def __iter__(self): return (self.batch(self.epoch, s) for s in range(len(self)))
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-064
+# %% ../../nbs/api/04_data.window.ipynb #cell-067
 @patch
 def batch(self: BatchSampler, epoch: int, step: int) -> np.ndarray: # (batch_size,) window numbers; fewer in a last, partial step
     "The windows of `step` in `epoch` on this rank"
@@ -353,7 +355,7 @@ def _stream(self: BatchSampler, pos, n, *name):
         out[m] = permute(pos[m] % n, n, stable_key(self.seed, *name, int(turn)))
     return out
 
-# %% ../../nbs/api/04_data.window.ipynb #cell-066
+# %% ../../nbs/api/04_data.window.ipynb #cell-069
 @patch
 def _balanced(self: BatchSampler, pos):
     "Symbols in turn, in an order that changes with every round; each has its own stream of windows"
