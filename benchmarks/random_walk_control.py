@@ -17,8 +17,9 @@ from kronos_nb.train import fit
 p = argparse.ArgumentParser()
 p.add_argument('--out', default='runs/control'); p.add_argument('--walks', type=int, default=20); p.add_argument('--signal', type=float, default=0.)
 p.add_argument('--epochs', type=int, default=3); p.add_argument('--windows', type=int, help='windows of an epoch; none: all'); p.add_argument('--base-epochs', type=int, default=4); p.add_argument('--bars', type=int, default=2000)
+p.add_argument('--lookback', type=int, default=60); p.add_argument('--horizon', type=int, default=2); p.add_argument('--base-bars', type=int, default=3000); p.add_argument('--origins', type=int, default=150)
 a = p.parse_args()
-out, L, H = Path(a.out), 60, 2
+out, L, H = Path(a.out), a.lookback, a.horizon
 cfg = Config.preset('quickstart').replace(
     base=dict(symbols=None), evaluate=dict(calibrate='off'), data=dict(symbols=None, lookback_window=L, predict_window=H, embargo=0, train=.85, val=.15, test=0.), runtime=dict(progress=False, plots=False, log_every=1000, save_steps=1000),
     **{f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in dict(init='scratch', size='tiny', epochs=a.epochs, lr=1e-3, patience=None).items()})
@@ -27,13 +28,13 @@ def trained(bars, cfg, folder):
     if not (folder/'report.md').exists() and fit(bars, cfg, folder).interrupted: raise SystemExit(f'{folder} was interrupted; run the same command again to go on')
     return Forecaster.from_pretrained(folder)
 
-base = trained(random_walks(3000, ('X', 'Y'), seed=10**6), cfg.replace(**{'tokenizer.epochs': a.base_epochs, 'predictor.epochs': a.base_epochs}), out/'base')
+base = trained(random_walks(a.base_bars, ('X', 'Y'), seed=10**6), cfg.replace(**{'tokenizer.epochs': a.base_epochs, 'predictor.epochs': a.base_epochs}), out/'base')
 def judged(i):
     "Verdict of walk `i`: fine-tuned on its first half, judged on its second"
     folder = out/f'signal_{a.signal:g}'/f'walk_{i}'
     if (folder/'verdict.csv').exists(): return pd.read_csv(folder/'verdict.csv')
     recipe = lambda train: (trained(train, cfg.replace(**{'runtime.init_from': str(out/'base'), 'data.windows_per_epoch': a.windows}), folder), base)
-    d = control(recipe, 1, a.signal, a.bars, L, H, seed=500 + i, origins=150, paths=50, baselines=[LastValue(), GeometricBrownian()], top_p=1.).assign(walk=i)
+    d = control(recipe, 1, a.signal, a.bars, L, H, seed=500 + i, origins=a.origins, paths=50, baselines=[LastValue(), GeometricBrownian()], top_p=1.).assign(walk=i)
     d.to_csv(folder/'verdict.csv', index=False)
     print(d.round(4).to_string(header=not i, index=False), flush=True)
     return d

@@ -7,7 +7,7 @@ __all__ = ['DATES', 'stretch_needed', 'conformal_quantile', 'Calibration', 'lear
            'calibrate', 'room_to_calibrate']
 
 # %% ../nbs/api/14b_calibrate.ipynb #cell-002
-import json, math
+import json, math, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,16 @@ def conformal_quantile(
     return float(s[math.ceil(p * len(s) - 1e-9) - 1])
 
 # %% ../nbs/api/14b_calibrate.ipynb #cell-013
+def _from_hub(name, revision):
+    "calibration.json of a repository; None where it has none, or where `name` is no hub id"
+    if Path(name).is_dir() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(name)): return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try: return hf_hub_download(str(name), 'calibration.json', revision=revision)
+    except LocalEntryNotFoundError as e: raise RunError(f"calibration.json of {str(name)!r} is not on this machine, and the hub cannot be reached ({str(e).splitlines()[0]})") from e
+    except EntryNotFoundError: return None
+    except Exception as e: raise RunError(f"the hub did not say whether {str(name)!r} has a calibration.json ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
 @dataclass(frozen=True)
 class Calibration:
     "By which factor to widen the 50, 80 and 95 % bands of a model"
@@ -54,12 +64,15 @@ class Calibration:
 
     def save(self, folder) -> Path: return write_json(Path(folder)/'calibration.json', asdict(self))
     @classmethod
-    def load(cls, folder):
-        "What `save` wrote into a model's folder or a run's"
-        at = [Path(folder)/o/'calibration.json' for o in ('', 'predictor/best_model', 'predictor')]
-        path = next((o for o in at if o.exists()), None)
-        if path is None: raise RunError(f"there is no calibration.json in {str(folder)!r} or its predictor: set evaluate.calibrate=on for a run, learn one with calibrate(...) and save it beside the model, or forecast without")
-        o = json.loads(path.read_text())
+    def load(cls,
+        source,        # A model's folder, a run's, or the hub id of a predictor
+        revision=None, # Branch, tag or commit, for a hub id
+    ):
+        "What `save` wrote, or `push` published"
+        at = [Path(source)/o/'calibration.json' for o in ('', 'predictor/best_model', 'predictor')]
+        path = next((o for o in at if o.exists()), None) or _from_hub(source, revision)
+        if path is None: raise RunError(f"there is no calibration.json in {str(source)!r}{' or its predictor' * Path(source).is_dir()}: set evaluate.calibrate=on for a run, learn one with calibrate(...) and save it beside the model, or forecast without")
+        o = json.loads(Path(path).read_text(encoding='utf-8'))
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()})
 
 # %% ../nbs/api/14b_calibrate.ipynb #cell-015
@@ -112,12 +125,17 @@ class Calibrated:
     def __init__(self, forecaster, calibration: Calibration): self.forecaster, self.calibration = forecaster, calibration
     @classmethod
     def from_pretrained(cls,
-        folder,         # A run, or a model folder with calibration.json in it
-        predictor=None, # Where `folder` is a tokenizer: the folder of the predictor, with its calibration.json
+        source,         # As in `Forecaster.from_pretrained`: a run, a folder of models, or 'user/name' on the hub
+        predictor=None, # Where `source` is a tokenizer: folder or hub id of the predictor, with its calibration.json
         **kw,           # For `Forecaster.from_pretrained`
     ):
-        "The forecaster of a run or a pair of models, with the calibration kept there"
-        return cls(Forecaster.from_pretrained(folder, predictor, **kw), Calibration.load(predictor or folder))
+        "The forecaster of a run or a pair of models, with the calibration kept beside its predictor, or in `source`"
+        f = Forecaster.from_pretrained(source, predictor, **kw)
+        return cls(f, Calibration.load(source)) if predictor is None and (Path(source)/'calibration.json').is_file() else f.calibrated()
+    def save_pretrained(self, folder) -> Path:
+        "The models, and the calibration beside the predictor"
+        self.calibration.save(self.forecaster.save_pretrained(folder)/'predictor')
+        return Path(folder)
     def __getattr__(self, k):
         if k == 'forecaster': raise AttributeError(k)
         return getattr(self.forecaster, k)
@@ -133,6 +151,13 @@ class Calibrated:
         return {k: self.calibration.apply(f) for k, f in got.items()} if isinstance(got, dict) else self.calibration.apply(got)
 
 # %% ../nbs/api/14b_calibrate.ipynb #cell-022
+@patch
+def calibrated(self: Forecaster) -> Calibrated:
+    "This forecaster with the calibration that is kept beside its predictor, in a folder or on the hub"
+    if self.source is None: raise RunError("this forecaster was not loaded from anywhere, so no calibration is kept beside it; learn one: Calibrated(forecaster, calibrate(forecaster, bars, ...))")
+    return Calibrated(self, Calibration.load(self.source, self.revision))
+
+# %% ../nbs/api/14b_calibrate.ipynb #cell-024
 def calibrate(
     forecaster,            # The model
     bars: pd.DataFrame,    # Validation bars: they may have selected the model, but not trained it, and may not judge it
@@ -144,7 +169,7 @@ def calibrate(
     e = evaluate(forecaster, bars, lookback_window, predict_window, **{'baselines': [LastValue()], 'progress': False, **kw})
     return learn_calibration(e.rows[e.rows['model'] == 'model'])
 
-# %% ../nbs/api/14b_calibrate.ipynb #cell-024
+# %% ../nbs/api/14b_calibrate.ipynb #cell-026
 def room_to_calibrate(
     bars: pd.DataFrame, lookback_window: int, predict_window: int,
     start=None, # First timestamp that may be forecast; one for all, or a dict of symbols
@@ -157,7 +182,7 @@ def room_to_calibrate(
     if n >= DATES: return n
     raise DataError(f"a calibration needs {DATES} forecasts of {predict_window} bars one after another, and the validation part has room for fewer: raise data.val, shorten predict_window, or set evaluate.calibrate=off")
 
-# %% ../nbs/api/14b_calibrate.ipynb #cell-028
+# %% ../nbs/api/14b_calibrate.ipynb #cell-030
 @patch
 def coverage(self: Calibration,
     rows: pd.DataFrame, # Of one model, from an `Evaluation` on other bars
@@ -176,5 +201,5 @@ def to_markdown(self: Calibration,
     if rows is not None and len(rows):
         c = self.coverage(rows)
         t = t.assign(**{f'inside on test, {k}': [f'{100*o:.0f} %' for o in c[n]] for k, n in (('as forecast', 'before'), ('widened', 'after'))})
-    return (f"## Calibration\n\nLearnt from {self.dates} forecasts on the validation part ({self.first[:16]} to {self.last[:16]}). Forecasts are widened where that is asked for: `Calibrated.from_pretrained(folder)`, "
+    return (f"## Calibration\n\nLearnt from {self.dates} forecasts on the validation part ({self.first[:16]} to {self.last[:16]}). Forecasts are widened where that is asked for: `Calibrated.from_pretrained(...)` with the run's folder or the pair's name on the hub, "
             f"`kronos-nb forecast --calibrated`.\n\n{md_table(t)}\n")

@@ -7,7 +7,7 @@ __all__ = ['BANDS', 'PRECISIONS', 'impossible', 'coherent', 'History', 'read_his
            'Forecaster', 'write_ensemble', 'members']
 
 # %% ../nbs/api/13_forecast.ipynb #cell-002
-import json
+import json, re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -276,6 +276,7 @@ class Forecaster:
         compile=False,              # Compile what lies between the matrix products: for GPUs and large batches; it takes a while to start
         precision: str = 'float32', # Of the predictor while it draws: 'float32' or 'bfloat16'. Tokens are made and read in float32
     ):
+        self.source = self.revision = None   # where the (first) predictor was loaded from
         self.tokenizer, self.predictors = tokenizer, list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
         self._check_fit()
         models = [*self.predictors, tokenizer]
@@ -462,7 +463,7 @@ def members(
 
 @patch(cls_method=True)
 def from_pretrained(cls: Forecaster,
-    source,            # Folder of a run (all its seeds), folder with tokenizer/ and predictor/, a checkpoint or average inside a run, or the hub id or folder of a tokenizer (or of a released predictor)
+    source,            # Folder of a run (all its seeds), folder with tokenizer/ and predictor/, a checkpoint or average inside a run, the hub id of a released predictor, 'user/name' of a pair that `push` published, or the hub id or folder of a tokenizer
     predictor=None,    # Hub id or folder of the predictor, or several, where `source` is a tokenizer
     which='best_model', # Of a run: best_model, final_model or averaged
     revision=None,     # Of the hub ids
@@ -474,10 +475,13 @@ def from_pretrained(cls: Forecaster,
     elif predictor is None and folder.is_dir(): source, predictor, revision = _model_folder(folder, 'tokenizer', which), [_model_folder(folder, o, which) for o in members(folder)], None
     elif predictor is None:
         released = {k: f"NeoQuasar/Kronos-Tokenizer-{'2k' if k.endswith('mini') else 'base'}" for k in PUBLISHED if 'Tokenizer' not in k}
-        if str(source) not in released: raise ModelError(f"{str(source)!r} is neither a folder nor a released predictor ({', '.join(released)}){nearest(source, released)}; or pass a tokenizer and a predictor")
-        source, predictor = released[str(source)], source
+        if str(source) in released: source, predictor = released[str(source)], source
+        elif re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(source)) and not str(source).startswith('NeoQuasar/'): source, predictor = (f"{re.sub('-(tokenizer|predictor)$', '', str(source))}-{o}" for o in ('tokenizer', 'predictor'))
+        else: raise ModelError(f"{str(source)!r} is neither a folder nor a released predictor ({', '.join(released)}){nearest(source, released)}; or pass a tokenizer and a predictor")
     several = predictor if isinstance(predictor, (list, tuple)) else [predictor]
-    return cls(KronosTokenizer.from_pretrained(source, revision), [Kronos.from_pretrained(o, revision) for o in several], **kwargs)
+    f = cls(KronosTokenizer.from_pretrained(source, revision), [Kronos.from_pretrained(o, revision) for o in several], **kwargs)
+    f.source, f.revision = several[0], revision
+    return f
 
 @patch
 def save_pretrained(self: Forecaster, folder) -> Path:

@@ -294,8 +294,9 @@ def stage_folders(
         folder = folders[s] = out/'hub'/repos[s].partition('/')[2]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        alone = len(read_facts(out).cfg.runtime.seeds or [0]) == 1   # a calibration of several predictors that pool their paths fits none of them alone
         for n in (*FILES, 'calibration.json'):
-            if n in FILES or (out/s/'best_model'/n).is_file(): shutil.copyfile(out/s/'best_model'/n, folder/n)
+            if n in FILES or (alone and (out/s/'best_model'/n).is_file()): shutil.copyfile(out/s/'best_model'/n, folder/n)
         for k, v in shown.items(): shutil.copyfile(out/v, folder/f'{k}.png')
         write_atomic(folder/'README.md', card)
     return folders

@@ -62,6 +62,32 @@ print(push({str(run)!r}, 'somebody/goog', licence='cc0-1.0', data_licence='publi
         code, said = elsewhere(hub, tmp_path/'stranger', "from kronos_nb.forecast import Forecaster; Forecaster.from_pretrained('somebody/goog-tokenizer', 'somebody/goog-predictor')", token=None)
         assert code and 'the hub did not give its files' in said
 
+def test_the_calibration_comes_back(run, tmp_path):
+    "`fit` kept it beside the predictor; from the hub, by one name or by two, it widens the bands as it does from the run's folder"
+    from kronos_nb.calibrate import Calibrated
+    c = Calibrated.from_pretrained(run)
+    np.save(tmp_path/'wide.npy', c.predict(bars.tail(16), 4, paths=9).paths)
+    with Hub(TOKEN) as hub:
+        code, said = elsewhere(hub, tmp_path/'home', f'''
+import numpy as np
+from kronos_nb.hub import push
+from kronos_nb.calibrate import Calibrated, Calibration
+from kronos_nb.forecast import Forecaster
+from kronos_nb.data.kline import sample_klines
+push({str(run)!r}, 'somebody/goog')
+kept = Calibration.load({str(run)!r})
+pair = 'somebody/goog-tokenizer', 'somebody/goog-predictor'
+for c in (Calibrated.from_pretrained('somebody/goog'), Calibrated.from_pretrained(*pair), Forecaster.from_pretrained('somebody/goog-predictor').calibrated(), Forecaster.from_pretrained({str(run)!r}).calibrated()):
+    assert c.calibration == kept
+    assert (c.predict(sample_klines('GOOG').head(700).tail(16), 4, paths=9).paths == np.load({str(tmp_path/'wide.npy')!r})).all()
+c.save_pretrained({str(tmp_path/'saved')!r})
+assert Calibrated.from_pretrained({str(tmp_path/'saved')!r}).calibration == kept
+''')
+        assert code == 0, said
+        del hub.repos['somebody/goog-predictor']['files']['calibration.json']
+        code, said = elsewhere(hub, tmp_path/'stranger', "from kronos_nb.calibrate import Calibrated; Calibrated.from_pretrained('somebody/goog')")
+        assert code and "RunError: there is no calibration.json in 'somebody/goog-predictor'" in said, said
+
 PUSH = "from kronos_nb.hub import push; print(push({run!r}, 'somebody/goog', private={private}))"
 @pytest.mark.parametrize('path, status', [('/api/repos/create', 403), ('/commit/', 403), ('/objects/', 403)])
 def test_a_refusal_is_an_error_without_the_token(run, tmp_path, path, status):
