@@ -301,14 +301,17 @@ def launch(
     if 0 < have < n: raise ConfigError(f"--num-gpus {n}: this machine has {have} GPU{'s' if have > 1 else ''}; ask for at most that many")
     argv = [o for i, o in enumerate(argv) if not o.startswith(('--num-gpus', '--multi-gpu')) and not (i and argv[i-1] in ('--num-gpus', '--multi-gpu'))]
     from kronos_nb.machine import cores
-    env = os.environ | ({} if have or 'OMP_NUM_THREADS' in os.environ else dict(OMP_NUM_THREADS=str(max(cores()//n, 1))))
+    env = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600') | os.environ | ({} if have or 'OMP_NUM_THREADS' in os.environ else dict(OMP_NUM_THREADS=str(max(cores()//n, 1))))
     p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', '-m', 'kronos_nb.cli', *argv], env=env)
-    old = signal.signal(signal.SIGTERM, lambda number, frame: p.send_signal(number))
+    asked, old = [], signal.getsignal(signal.SIGTERM)
+    def forward(number, frame): asked.append(number); p.send_signal(number)
+    signal.signal(signal.SIGTERM, forward)
     try:
         while True:
-            try: return p.wait()
-            except KeyboardInterrupt: pass   # the processes have it too, and save
+            try: code = p.wait(); break
+            except KeyboardInterrupt: asked.append(signal.SIGINT)   # not lost: the terminal sent it to the processes too; they save and end, and that is what is waited for
     finally: signal.signal(signal.SIGTERM, old)
+    return 130 if asked else code   # torchrun gives 1 when it was told to end
 
 # %% ../nbs/api/19_cli.ipynb #cell-031
 def dry_run(cfg: Config, data, out: Path,

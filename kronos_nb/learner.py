@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPANS', 'EVENTS', 'CANCELS', 'LATEST', 'LARGEST', 'POSITION', 'Batch', 'Source', 'TensorSource', 'Cancel',
            'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelBatch', 'CancelStep', 'CancelValidate', 'Callback', 'Mean',
-           'History', 'Engine', 'Learner', 'out_of_memory', 'to_host']
+           'History', 'Engine', 'Learner', 'out_of_memory', 'smaller', 'free_cache', 'to_host', 'double']
 
 # %% ../nbs/api/08_learner.ipynb #cell-002
 import contextlib, math
@@ -29,9 +29,10 @@ class Batch:
     n_global: int             # windows of this step on all processes
     where: np.ndarray | None = None # window numbers, for error messages
 
+    def __len__(self): return len(next(iter(self.tensors.values())))
     def split(self, size: int) -> Iterator['Batch']:
         "Cut into micro-batches of at most `size` windows"
-        total = len(next(iter(self.tensors.values())))
+        total = len(self)
         for i in range(0, total, size):
             part = {k: v[i:i+size] for k, v in self.tensors.items()}
             n = min(size, total-i) if self.n else 0
@@ -187,7 +188,7 @@ class Learner:
         self.callbacks = []
         for c in callbacks: self.add(c)
         self.epoch = self.epoch_step = self.step = self.epochs = 0
-        self.max_steps, self.validated_at, self.stop_reason, self.interrupted, self.training = None, -1, None, False, False
+        self.max_steps, self.validated_at, self.stop_reason, self.interrupted, self.training, self.valid_batch, self._tried = None, -1, None, False, False, None, 0
         self.history, self.metrics, self.losses, self.row, self.shares = History(), {}, {}, {}, {}
         self._pending, self._interval, self._means = [], Mean(), Mean()
 
@@ -274,18 +275,28 @@ def _one_step(self: Learner, batch: Batch):
     at = self.step
     self.task.train()
     self.training = True
-    while True:
-        torch.manual_seed(stable_key(self.seed, 'dropout', self.step, self.engine.rank))
-        self.row, self.shares = {}, {}
-        size = self.micro_batch or len(next(iter(batch.tensors.values())))
-        try: self._micro_batches(list(batch.split(size))); break
-        except (MemoryError, RuntimeError) as e:
-            if not out_of_memory(e): raise
-            self._halve(size, e)
+    if self.engine.world > 1 and self._tried < 2: self._rehearse(batch)
+    while not self._fits(lambda size: self._micro_batches(list(batch.split(size))), batch): pass
     self.batch = batch
     self.span('step', self._update)
     self.opt.zero_grad(set_to_none=True)
     if self.step == at: self._next_step()   # the update was cancelled: no row, but the position moves on
+
+@patch
+def _fits(self: Learner, f, batch: Batch) -> bool:
+    "Call `f` with the micro-batch; False if memory ran out and it was halved"
+    torch.manual_seed(stable_key(self.seed, 'dropout', self.step, self.engine.rank))
+    self.row, self.shares, size = {}, {}, self.micro_batch or len(batch)
+    try: f(size)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e): raise
+        self.losses, self.shares = {}, {}   # what was computed is alive as long as somebody holds it
+        if self.engine.world > 1: raise RunError(f"process {self.engine.rank} ran out of memory at {size} windows per forward pass, after the first steps had fitted, and the other processes "
+            f"cannot be told in time: set micro_batch to {max(size//2, 1)} and start again; training goes on from the last checkpoint") from e
+        smaller(size, e)
+    else: return True
+    self._halve(size)
+    return False
 
 @patch
 def _micro_batches(self: Learner, parts: list):
@@ -323,18 +334,41 @@ def out_of_memory(e: BaseException) -> bool:
     "Whether `e` says that a device or the host has no memory left"
     return isinstance(e, MemoryError) or any(o in str(e).lower() for o in ('out of memory', "can't allocate memory"))
 
-@patch
-def _halve(self: Learner, size: int, e: BaseException):
-    "Half the micro-batch, or an error that says what is left to try"
-    self.opt.zero_grad(set_to_none=True)
-    if self.engine.world > 1: raise RunError(f"process {self.engine.rank} ran out of memory at {size} windows per forward pass, and the other processes cannot be told in time: "
-        f"set micro_batch to {max(size//2, 1)} and start again; training goes on from the last checkpoint") from e
+def smaller(size: int, e: BaseException) -> int:
+    "Half of `size` windows, or an error that says what is left to try"
     if size <= 1: raise RunError("out of memory with a single window per forward pass: use a smaller model, a shorter window or gradient_checkpointing") from e
-    self.micro_batch = size//2
-    if self.engine.device.type == 'cuda': torch.cuda.empty_cache()
-    self.note(f"out of memory at {size} windows per forward pass: going on with {size//2}, accumulated to the same step")
+    return size//2
+
+def free_cache(device):
+    "Give a GPU's cached memory back, so that it can be cut into other pieces"
+    if device.type == 'cuda': torch.cuda.empty_cache()
+
+@patch
+def _halve(self: Learner, size: int):
+    self.opt.zero_grad(set_to_none=True)
+    self.micro_batch = max(size//2, 1)
+    free_cache(self.engine.device)
+    self.note(f"out of memory at {size} windows per forward pass: going on with {self.micro_batch}, accumulated to the same step")
 
 # %% ../nbs/api/08_learner.ipynb #cell-038
+@patch
+def _rehearse(self: Learner, batch: Batch):
+    "Halve the micro-batch until it fits on every process"
+    short = True
+    while short:
+        size, error = self.micro_batch or len(batch), None
+        try:
+            with self.engine.no_sync(self.task): self.engine.backward(self.task(**self.on_device(next(batch.split(size))))['loss'])
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e): raise
+            error = MemoryError(str(e))   # without its frames, which hold what was computed
+        self.opt.zero_grad(set_to_none=True)
+        if short := self.engine.any(error is not None):
+            smaller(size, error or MemoryError('on another process'))
+            self._halve(size)
+    self._tried += 1
+
+# %% ../nbs/api/08_learner.ipynb #cell-040
 @patch
 def log(self: Learner, **numbers):
     "Add scalars (floats, or tensors on the device, equal on all processes) to the row of this step"
@@ -365,20 +399,42 @@ def _flush(self: Learner, write=False):
         self.history.steps.append(dict(epoch=self.epoch+1, epoch_step=self.epoch_step, step=self.step) | self._interval.row())
         self._interval = Mean()
 
-# %% ../nbs/api/08_learner.ipynb #cell-040
+# %% ../nbs/api/08_learner.ipynb #cell-042
+@patch
+def in_pieces(self: Learner,
+    batch: Batch,
+    f,            # Called with a batch; must not keep gradients
+) -> list: # What it gives for each piece
+    "Call `f` with `batch`, or with pieces of it where memory runs out"
+    while True:
+        size = self.valid_batch or len(batch)
+        try: return [f(o) for o in batch.split(size)]
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e): raise
+            self.valid_batch = smaller(size, e)
+        free_cache(self.engine.device)
+        self.note(f"out of memory at {size} windows of a validation: going on with {self.valid_batch}, which gives the same mean")
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    "`x` in float64, on the CPU where the device has none"
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
 @patch
 def validate(self: Learner) -> dict: # 'val_loss' and the task's other scalars with `val_` before their names
     "Evaluate the task on the validation source"
     self.task.eval()
     self.training = False
-    sums, n = {}, 0
+    sums, n, size = {}, 0, self.valid_batch
+    def losses(batch):
+        self.batch, self.losses = batch, self.model(**self.on_device(batch))
+        return {k: double(v.detach())*batch.n for k, v in self.losses.items()}
     with torch.no_grad():
-        for self.batch in self.valid.stream(0):
-            self.losses, weight = self.task(**self.on_device(self.batch)), self.batch.n
-            for k, v in self.losses.items(): sums[k] = sums.get(k, 0.) + v.detach().cpu().double()*weight
-            n += weight
-    total = self.engine.sum(torch.stack([*sums.values(), torch.tensor(float(n), dtype=torch.float64)]).to(self.engine.device, torch.float32 if self.engine.device.type == 'mps' else torch.float64))
-    *values, n = total.tolist()
+        for batch in self.valid.stream(0):
+            for row in self.in_pieces(batch, losses):
+                for k, v in row.items(): sums[k] = sums.get(k, 0.) + v
+            n += batch.n
+    *values, n = self.engine.sum(torch.stack([*sums.values(), next(iter(sums.values())).new_tensor(n)])).tolist()
+    if self.engine.any(self.valid_batch != size) and self.valid_batch == size: self.note("another process ran out of memory in a validation, and goes on in smaller pieces, which gives the same mean")
     return {f'val_{k}': v/n for k, v in zip(sums, values)}
 
 @patch
@@ -396,7 +452,7 @@ def _validation(self: Learner):
 def _validate_if_due(self: Learner):
     if self.val_every and self.step and self.step % self.val_every == 0: self._validate_once()
 
-# %% ../nbs/api/08_learner.ipynb #cell-042
+# %% ../nbs/api/08_learner.ipynb #cell-044
 @patch
 def stop(self: Learner, reason: str, interrupted=False):
     "End the fit after this step, or after this epoch's validation; `interrupted` if it is to be continued later"
@@ -408,8 +464,8 @@ def _check_interrupted(self: Learner):
     self.stop('another process was interrupted', interrupted=True)
     raise CancelFit
 
-# %% ../nbs/api/08_learner.ipynb #cell-044
-POSITION = ('epoch', 'epoch_step', 'step', 'validated_at', 'micro_batch', 'metrics')
+# %% ../nbs/api/08_learner.ipynb #cell-046
+POSITION = ('epoch', 'epoch_step', 'step', 'validated_at', 'micro_batch', 'valid_batch', 'metrics')
 
 @patch
 def state_dict(self: Learner) -> dict:
@@ -427,13 +483,13 @@ def load_state_dict(self: Learner, state: dict):
     self.model.load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     if state['scaler']: self.engine.accelerator.scaler.load_state_dict(state['scaler'])
-    for k in POSITION: setattr(self, k, state['position'][k])
+    for k, v in state['position'].items(): setattr(self, k, v)
     self.stop_reason, self._interval, self._means = state['stop_reason'], Mean(state['interval']), Mean(state['means'])
     self.history = History.from_dict(state['history'])
     for c in self.callbacks:
         if c.name in state['callbacks']: c.load_state_dict(state['callbacks'][c.name])
 
-# %% ../nbs/api/08_learner.ipynb #cell-045
+# %% ../nbs/api/08_learner.ipynb #cell-047
 @patch
 def show_loop(self: Learner):
     "Print the spans of a fit and which callback runs where"

@@ -18,7 +18,7 @@ from torch import nn
 from .core import ConfigError, ModelError
 from .data.augment import Augment
 from .data.window import BatchSampler, WindowDataset
-from .learner import Batch, Source
+from .learner import Batch, Source, free_cache, out_of_memory, smaller
 from .model.predictor import Kronos
 from .model.tokenizer import KronosTokenizer
 
@@ -199,18 +199,28 @@ def encode_windows(
     device='cpu',
     folder=None,       # Keep the tokens in a file there instead of in memory
     progress=False,
+    say=print,         # Called with a sentence where memory ran out
 ) -> np.ndarray: # (windows, T, 2) int16 or int32
     "The tokens of every window of `dataset`"
     from tqdm.auto import tqdm
     shape = (len(dataset), dataset.window, 2)
     kind = np.int16 if max(tokenizer.s1_bits, tokenizer.s2_bits) <= 15 else np.int32
     out = np.empty(shape, kind) if folder is None else _mapped(Path(folder), shape, kind)
-    model = tokenizer.to(device).eval()
-    with torch.no_grad(), matmul_precision('highest'):
-        for i in tqdm(range(0, len(dataset), TOKEN_BLOCK), desc='encoding windows', disable=not progress, leave=False):
-            rows = np.arange(i, min(i+TOKEN_BLOCK, len(dataset)))
-            pair = model.encode(dataset.arrays(rows)[0].to(device), half=True)
-            out[rows] = torch.stack(pair, -1).cpu().numpy().astype(kind)
+    model, block, done = tokenizer.to(device).eval(), TOKEN_BLOCK, 0
+    encode = lambda rows: torch.stack(model.encode(dataset.arrays(rows)[0].to(device), half=True), -1).cpu().numpy().astype(kind)
+    with torch.no_grad(), matmul_precision('highest'), tqdm(total=len(dataset), desc='encoding windows', disable=not progress, leave=False) as bar:
+        while done < len(dataset):
+            rows = np.arange(done, min(done + block, len(dataset)))
+            try: out[rows] = encode(rows)
+            except (MemoryError, RuntimeError) as e:
+                if not out_of_memory(e): raise
+                block = smaller(block, e)
+            else:
+                done += len(rows)
+                bar.update(len(rows))
+                continue
+            free_cache(model.device)
+            say(f"out of memory while {len(rows)} windows were encoded into tokens: going on with {block} at a time")
     return out
 
 @contextlib.contextmanager

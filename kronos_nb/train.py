@@ -129,6 +129,7 @@ class Stage:
     tokenizer: nn.Module | None = None # For the predictor stage
     init: str = 'scratch'    # What the weights begin with
     machine: object = None   # `Machine`: threads, loader processes, ... chosen when the sources are laid out
+    said: list = field(default_factory=list) # Sentences for the history that come up before there is one
     @property
     def knobs(self): return getattr(self.cfg, self.name)
     @property
@@ -153,7 +154,7 @@ def _sources(stage: Stage):
     if where == 'off':
         loader = stage.machine.loader
         return WindowSource(stage.data.train, augment=augment, **train, **loader), stage.data.val and WindowSource(stage.data.val, **val, **loader)
-    def encoded(ds, **kw): return TokenSource(ds, encode_windows(stage.tokenizer, ds, e.device, stage.out/'tokens' if where == 'disk' else None, r.progress and e.is_main), **kw)
+    def encoded(ds, **kw): return TokenSource(ds, encode_windows(stage.tokenizer, ds, e.device, stage.out/'tokens' if where == 'disk' else None, r.progress and e.is_main, stage.said.append), **kw)
     return encoded(stage.data.train, **train), stage.data.val and encoded(stage.data.val, **val)
 
 def _where_tokens(stage: Stage, augment) -> str:
@@ -242,7 +243,9 @@ def run_stage(
     learn = make_learner(stage, model, deadline, callbacks)
     checkpoint = next(c for c in learn.callbacks if isinstance(c, Checkpoint))
     if resume: checkpoint.resume(learn, trained=finished(stage.out))
-    if stage.machine.text not in [n['text'] for n in learn.history.notes]: learn.note(stage.machine.text)   # also where a run goes on on another machine
+    noted = [n['text'] for n in learn.history.notes]
+    for text in (stage.machine.text, *stage.said):
+        if text not in noted: learn.note(text)   # also where a run goes on on another machine
     if r.find_lr and not learn.step: try_rates(stage, learn)
     learn.fit(k.epochs, k.max_steps)
     if not learn.interrupted and not finished(stage.out): _keep(stage, learn)
@@ -326,7 +329,7 @@ def _rotation(stage: Stage, learn: Learner) -> dict:
     if stage.tokenizer is None or learn.valid is None: return {}
     model = build_model(stage.name, str(stage.out/'best_model')).to(stage.engine.device)
     tokens = lambda t: (t['s1'], t['s2']) if 's1' in t else stage.tokenizer.to(model.device).encode(t['x'], half=True)
-    batches = (learn.on_device(b) for b in learn.valid.stream(0))
+    batches = (learn.on_device(o) for b in learn.valid.stream(0) for o in b.split(learn.valid_batch or len(b)))
     losses = model.pick_cross_rope([(*tokens(t), t['stamp']) for t in batches], start=stage.cfg.data.lookback_window-1)
     save_model(model, stage.out/'best_model')
     write_json(stage.out/'cross_rope.json', losses)
@@ -343,6 +346,7 @@ def _validator(stage: Stage, learn: Learner):
     plain = type(learn.model.model)(**learn.model.model.config)
     task = TokenizerTask(plain) if stage.tokenizer is None else PredictorTask(plain, stage.tokenizer)
     judge = Learner(task, learn.source, learn.valid, engine=Engine(stage.engine.device, stage.engine.precision))
+    judge.valid_batch = learn.valid_batch
     def validate(weights): plain.load_state_dict(dict(weights)); return judge.validate()
     return validate
 
@@ -374,16 +378,17 @@ def claim_folder(
 ):
     "Write OUT/config.yaml and OUT/run.json, or raise if another run is there"
     known, same = out/'run.json', lambda a, b: a.diff(b, names=('this run', 'folder')).drop(index=list(MAY_DIFFER), errors='ignore')
-    if known.is_file():
+    begun = any((out/o).exists() for o in ('config.yaml', 'base', 'tokenizer', 'predictor'))
+    if known.is_file() and begun:
         if not resume: raise RunError(f"{str(out)!r} holds a run already and resume is False: choose another folder, or delete this one")
         old, was = Config.load(out/'config.yaml'), json.loads(known.read_text())
         diff = same(cfg, old)
         if len(diff): raise RunError(f"{str(out)!r} holds another run. It differs in:\n{diff.to_string()}\nChoose another folder (out_dir, --out), or start from its weights with runtime.init_from={str(out)!r}")
         if was['data'] != data.hash: raise RunError(f"{str(out)!r} holds a run on other bars ({was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}): choose another folder")
-    elif out.is_dir() and any(not o.name.startswith('.') for o in out.iterdir()):
+    elif out.is_dir() and any(not o.name.startswith('.') and o != known for o in out.iterdir()):
         raise RunError(f"{str(out)!r} is not empty and holds no run of ours: choose another folder, so that nothing is overwritten")
-    cfg.save(out/'config.yaml')
     write_json(known, run_facts(cfg, data))
+    cfg.save(out/'config.yaml')
     if cfg.runtime.plots: data.report.save(out)
     else: write_atomic(out/'data_report.md', data.report.to_markdown())
     if not data.changes.empty: write_atomic(out/'repairs.csv', data.changes.to_csv(index=False))

@@ -147,15 +147,51 @@ def test_ranks_stop_together_and_another_number_of_them_is_refused(tmp_path):
     shutil.rmtree(out/'tokenizer'/'final_model')   # as if it had died before its end
     with pytest.raises(RunError, match=r'written by 2 processes, and there is 1 now.*--num-gpus 2'): fit(bars, cfg.replace(**no_test, **stop), out)
 
-def test_num_gpus_starts_the_same_command_on_several_processes(tmp_path):
-    bars.to_csv(tmp_path/'GOOG.csv', index=False)
-    cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 1}).save(tmp_path/'mine.yaml')
-    p = subprocess.Popen([sys.executable, '-m', 'kronos_nb.cli', 'fit', str(tmp_path/'GOOG.csv'), '--config', str(tmp_path/'mine.yaml'), '--out', str(tmp_path/'run'), '--num-gpus', '2'], cwd=root,
-        env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = finish(p)
+PAUSE = """
+import os, time
+if 'RANK' in os.environ and os.environ.get('PAUSE'):
+    from kronos_nb.callback.checkpoint import Interrupts
+    def after_step(self, learn):
+        if learn.step != 6: return
+        open(os.environ['PAUSE'] + os.environ['RANK'], 'w').close()
+        while not learn.interrupted: time.sleep(.01)   # until the signal is there, on each process
+    Interrupts.after_step = after_step
+"""
+def cli(where, name, **env):
+    "`kronos-nb fit --num-gpus 2` on a file of bars, one epoch"
+    bars.to_csv(where/'GOOG.csv', index=False)
+    (where/'sitecustomize.py').write_text(PAUSE)
+    cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 1, 'tokenizer.batch_size': 16}).save(where/'mine.yaml')
+    return subprocess.Popen([sys.executable, '-m', 'kronos_nb.cli', 'fit', str(where/'GOOG.csv'), '--config', str(where/'mine.yaml'), '--out', str(where/name), '--num-gpus', '2'], cwd=root,
+        env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=f'{where}{os.pathsep}{root}') | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    "A run by --num-gpus 2, not interrupted"
+    where = tmp_path_factory.mktemp('pair')
+    said = finish(cli(where, 'run'))
     assert said.count('Report:')==1   # rank 0 speaks
-    last = max((tmp_path/'run'/'tokenizer'/'checkpoints').glob('step_*'))
+    return where/'run'
+
+def test_num_gpus_starts_the_same_command_on_several_processes(pair):
+    last = max((pair/'tokenizer'/'checkpoints').glob('step_*'))
     assert json.loads((last/'training.json').read_text())['tree']['world']==2
+
+def test_sigterm_to_several_processes_finishes_the_step_and_going_on_is_the_same(pair, tmp_path):
+    "All ranks finish step 6, rank 0 saves it, the command exits with 130; the same command ends with the bits of a run that was not stopped"
+    p = cli(tmp_path, 'run', PAUSE=str(tmp_path/'ready'))
+    while not all((tmp_path/f'ready{r}').exists() for r in (0, 1)): assert p.poll() is None, p.communicate()[0]; time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=300)[0]
+    stage = tmp_path/'run'/'tokenizer'
+    assert p.returncode==130 and said.count('SIGTERM: finishing the step and saving')==2, said
+    assert max((stage/'checkpoints').glob('step_*')).name=='step_000006' and not (stage/'final_model').exists()
+    status = json.loads((stage/'status.json').read_text())
+    assert (status['state'], status['why'], status['step'], status['epoch'])==('interrupted', 'SIGTERM', 6, 1)
+    finish(cli(tmp_path, 'run'))
+    a, b = weights(pair, 'tokenizer'), weights(tmp_path/'run', 'tokenizer')
+    assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+    assert [timeless(o) for o in read_lines(pair/'tokenizer'/'steps.jsonl')]==[timeless(o) for o in read_lines(stage/'steps.jsonl')]
 
 def test_inside_a_ray_trainer(tmp_path):
     "examples/ray_fit.py, two workers on the CPU"
@@ -203,6 +239,28 @@ def test_a_folder_belongs_to_one_run(whole, tmp_path):
     (tmp_path/'thesis.txt').write_text('mine')
     with pytest.raises(RunError, match='holds no run of ours'): fit(bars, changed, tmp_path)
     assert (tmp_path/'thesis.txt').read_text()=='mine' and len(list(tmp_path.iterdir()))==1
+
+@pytest.mark.parametrize('after', [0, 1])
+def test_a_run_that_was_killed_while_it_claimed_its_folder_goes_on(tmp_path, monkeypatch, after):
+    "Nothing was trained yet, so the same command begins; `after` files had been written"
+    import kronos_nb.train as train
+    wrote = []
+    def dies(path): wrote.append(path); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        if after: m.setattr(Config, 'save', lambda self, path: dies(path))
+        else: m.setattr(train, 'write_json', lambda path, d: dies(path))
+        with pytest.raises(KeyboardInterrupt): fit(bars, cfg.replace(**no_test), tmp_path/'run')
+    assert wrote and len(list((tmp_path/'run').glob('*') if (tmp_path/'run').is_dir() else []))==after
+    d = prepare(bars, cfg.replace(**no_test))
+    train.claim_folder(tmp_path/'run', cfg.replace(**no_test), d, resume=True)
+    assert Config.load(tmp_path/'run'/'config.yaml')==cfg.replace(**no_test) and (tmp_path/'run'/'run.json').is_file()
+
+def test_the_status_names_the_epoch_that_was_the_last(whole, tmp_path):
+    "Not the one after it: of 6 epochs stopped after 2, and of 2 that were all"
+    assert [json.loads((whole/s/'status.json').read_text())['epoch'] for s in ('tokenizer', 'predictor')]==[2, 2]
+    fit(bars, cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 6, 'tokenizer.patience': 1, 'tokenizer.min_delta': 1e3}), tmp_path/'run')
+    s = json.loads((tmp_path/'run'/'tokenizer'/'status.json').read_text())
+    assert (s['state'], s['epoch'], s['epochs'])==('finished', 2, 6) and 'early stopping' in s['why'] and len(read_lines(tmp_path/'run'/'tokenizer'/'validations.jsonl'))==2
 
 def test_stages_alone(whole, tmp_path):
     with pytest.raises(RunError, match='the predictor needs a tokenizer'): fit(bars, cfg.replace(**no_test, **{'runtime.only': 'predictor'}), tmp_path/'a')

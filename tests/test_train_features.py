@@ -203,6 +203,33 @@ def test_memory_that_runs_out_halves_the_micro_batch(tmp_path, monkeypatch, caps
     assert [n for n in said if n.startswith('out of memory at')]==[f'out of memory at {n} windows per forward pass: going on with {n//2}, accumulated to the same step' for n in (16, 8)]
     assert 'runtime.gradient_checkpointing=True (now False)' in capsys.readouterr().out and any('runtime.micro_batch set to that number' in n for n in said)
 
+def test_memory_that_runs_out_in_a_validation_changes_no_mean(plain, tmp_path, monkeypatch):
+    "Validation, the codebook's count and the choice of weights go on in pieces; training does not notice"
+    zero = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'tokenizer.batch_size': 16}
+    run(tmp_path/'a', **zero)
+    forward = TokenizerTask.forward
+    def small(self, x, stamp=None):
+        if not self.training and len(x)>5: raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 MiB')
+        return forward(self, x, stamp)
+    monkeypatch.setattr(TokenizerTask, 'forward', small)
+    run(tmp_path/'b', **zero)
+    assert [n for n in notes(tmp_path/'b') if n.startswith('out of memory at')]==[f'out of memory at {n} windows of a validation: going on with {n//2}, which gives the same mean' for n in (16, 8)]
+    assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
+    rows = [json.loads((tmp_path/o/'tokenizer'/'weights.json').read_text())['table'][0]['val_loss'] for o in 'ab']
+    np.testing.assert_allclose(*[[json.loads(l)['val_loss'] for l in (tmp_path/o/'tokenizer'/'validations.jsonl').read_text().splitlines()] + [r] for o, r in zip('ab', rows)], rtol=1e-6)
+
+def test_memory_that_runs_out_while_windows_are_encoded(plain, tmp_path, monkeypatch):
+    encode = KronosTokenizer.encode
+    def small(self, x, half=False):
+        if len(x)>20 and x.shape[1]==20: raise MemoryError   # windows; forecasts have 16 bars
+        return encode(self, x, half)
+    monkeypatch.setattr(KronosTokenizer, 'encode', small)
+    fit(bars, cfg.replace(**quick, **{'runtime.only': 'predictor', 'predictor.tokenizer': str(plain/'tokenizer'/'best_model')}), tmp_path/'run')
+    said = [n for n in notes(tmp_path/'run', 'predictor') if n.startswith('out of memory')]
+    assert said==[f'out of memory while {n} windows were encoded into tokens: going on with {n//2} at a time' for n in (64, 32)]
+    got = [json.loads((o/'predictor'/'weights.json').read_text())['table'][0]['val_loss'] for o in (plain, tmp_path/'run')]
+    np.testing.assert_allclose(got[1], got[0], rtol=1e-3)
+
 # the machine
 def test_compile_falls_back_and_says_so(tmp_path, monkeypatch):
     modes = []

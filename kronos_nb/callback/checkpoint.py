@@ -199,10 +199,13 @@ class Interrupts(Callback):
     ): self.deadline, self.checkpoint, self.old, self.slowest = deadline, checkpoint, {}, 0.
 
     def before_fit(self, learn):
-        self.last = time.monotonic()
+        self.last, self.asked = time.monotonic(), None
         if threading.current_thread() is not threading.main_thread(): return   # signals reach the main thread alone
         def handler(number, frame):
-            if learn.interrupted: raise KeyboardInterrupt
+            if self.asked is not None:
+                if time.monotonic() - self.asked > 1: raise KeyboardInterrupt
+                return
+            self.asked = time.monotonic()   # of this process: that another one was interrupted is no first time
             learn.stop(signal.Signals(number).name, interrupted=True)
             print(f'\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once', flush=True)
         for s in (signal.SIGINT, signal.SIGTERM): self.old[s] = signal.signal(s, handler)

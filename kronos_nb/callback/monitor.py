@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import FEATURES, ConfigError, check_choice, write_atomic, write_json
 from ..model.tokenizer import KronosTokenizer
-from ..learner import Callback
+from ..learner import Callback, double
 from .train import Clip
 from ..diagnose import collapse
 from ..watch import LINES, clock, json_line, plot_losses, png, summary_line, write_metrics
@@ -175,7 +175,8 @@ def line(self: RunFiles, kind: str, row: dict) -> str:
 def tell(self: RunFiles, state: str, why=None):
     "Write where the run is"
     learn, self.told = self.learn, time.time()
-    write_json(self.folder/'status.json', dict(stage=self.stage, state=state, why=why, epoch=min(learn.epoch+1, learn.epochs), epochs=learn.epochs, step=learn.step, total_steps=learn.total_steps,
+    epoch = learn.epoch + (state == 'running' or learn.epoch_step > 0 or not learn.step)   # the one at hand; at the end, the last
+    write_json(self.folder/'status.json', dict(stage=self.stage, state=state, why=why, epoch=min(epoch, learn.epochs), epochs=learn.epochs, step=learn.step, total_steps=learn.total_steps,
         steps_per_epoch=learn.steps_per_epoch, first_step=self.first, began=self.began, updated=self.told, every=self.every, pid=os.getpid(), host=platform.node()))
 
 @patch
@@ -363,18 +364,21 @@ class Codebook(Callback):
 
     @torch.no_grad()
     def measure(self, learn) -> dict:
-        tok, counts, errors, seen = self.tokenizer or learn.model.model, None, 0., 0
+        sums, seen = None, 0
         for i in range(len(learn.valid)):
             if seen >= self.windows: break
             batch = learn.valid.load(0, i)
             if not batch.n: continue
-            x = learn.on_device(batch)['x']
-            (_, z), _, _, ids = tok(x)
-            parts = [torch.bincount(o.flatten(), minlength=2**b).double() for o, b in ((ids & 2**tok.s1_bits-1, tok.s1_bits), (ids >> tok.s1_bits, tok.s2_bits))]
-            counts = parts if counts is None else [a+b for a, b in zip(counts, parts)]
-            errors, seen = errors + (z.float()-x).square().mean((0, 1)).double()*len(x), seen + len(x)
-        counts, errors, seen = [learn.engine.sum(c) for c in counts], learn.engine.sum(errors), learn.engine.sum(torch.tensor(float(seen), device=x.device))
-        return dict(zip((f'val_mse_{k}' for k in FEATURES), (errors/seen).tolist())) | codebook_numbers(*counts)
+            for part in learn.in_pieces(batch, lambda o: self.count(learn.on_device(o)['x'], learn)): sums = part if sums is None else [a+b for a, b in zip(sums, part)]
+            seen += batch.n
+        *counts, errors, windows = map(learn.engine.sum, sums)
+        return dict(zip((f'val_mse_{k}' for k in FEATURES), (errors/windows).tolist())) | codebook_numbers(*counts)
+
+    def count(self, x, learn) -> list: # Counts per level, squared errors per feature, windows
+        tok = self.tokenizer or learn.model.model
+        (_, z), _, _, ids = tok(x)
+        levels = [torch.bincount(o.flatten(), minlength=2**b) for o, b in ((ids & 2**tok.s1_bits-1, tok.s1_bits), (ids >> tok.s1_bits, tok.s2_bits))]
+        return list(map(double, (*levels, (z.float()-x).square().mean((0, 1))*len(x), torch.tensor(len(x), device=x.device))))
 
     def state_dict(self): return dict(said=self.said)
     def load_state_dict(self, state): self.said = state['said']
