@@ -52,26 +52,29 @@ class History:
     "One checked history"
     symbol: str
     t: pd.DatetimeIndex # (L,) UTC
-    x: np.ndarray       # (L, 6) float64
+    x: np.ndarray       # (L, F) float64
     notes: list
 
-def _columns(bars):
+def _columns(bars, features=FEATURES):
     "Features as float64, and notes on those that had to be made"
+    extra = features[len(FEATURES):]
+    if lacks := [c for c in extra if c not in bars]: raise DataError(f"history lacks {', '.join(lacks)}: the model was trained on {', '.join(features)}; read_klines(..., extra_features={extra!r}) keeps these columns")
     missing = [c for c in PRICES if c not in bars]
     if missing: raise DataError(f"history lacks {', '.join(missing)}; it has {', '.join(map(str, bars.columns))}{nearest(missing[0], bars.columns)}. read_klines() renames the columns of other sources")
     notes, x = [], {}
-    for c in FEATURES:
+    for c in features:
         if c in bars: x[c] = bars[c]
         elif c == 'volume': x[c], notes = 0., ['no volume in the history: volume and amount are 0']
         elif 'volume' not in bars: x[c] = 0.
         else: x[c], notes = bars['volume']*bars[list(PRICES)].mean(axis=1), ['no amount in the history: volume times the mean price']
-    try: return pd.DataFrame(x, index=bars.index)[list(FEATURES)].to_numpy(np.float64), notes
+    try: return pd.DataFrame(x, index=bars.index)[list(features)].to_numpy(np.float64), notes
     except (TypeError, ValueError) as e: raise DataError(f"history holds cells that are no numbers ({e}); read_klines() converts or reports them") from e
 
 def read_history(
     bars,               # Frame with `timestamps` (a column, or its index) and the features
     lookback_window=None, # Bars used, the last ones; None takes all
     symbol=None,        # Name; by default the frame's only `symbol`
+    features=FEATURES,  # Columns that the model reads
 ) -> History:
     "Check one symbol's bars"
     if not isinstance(bars, pd.DataFrame): raise DataError(f"history must be a DataFrame of bars, got {type(bars).__name__}; read_klines() makes one of a file")
@@ -82,11 +85,11 @@ def read_history(
     if len(bars) < 2: raise DataError(f"{name} has {len(bars)} bars; a forecast needs at least 2, and better as many as the model was trained on")
     t = pd.DatetimeIndex(bars['timestamps'] if 'timestamps' in bars else bars.index)
     if t.tz is not None: t = t.tz_convert('UTC').tz_localize(None)
-    x, notes = _columns(bars)
+    x, notes = _columns(bars, features)
     wrong = ~np.isfinite(x)
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
-        raise DataError(f"{name} at {t[i]}: {FEATURES[j]} is {x[i, j]} ({wrong.sum()} such cells); repair_klines() fills or drops them")
+        raise DataError(f"{name} at {t[i]}: {features[j]} is {x[i, j]} ({wrong.sum()} such cells); repair_klines() fills or drops them")
     back = np.flatnonzero(np.diff(t.to_numpy('M8[ns]').view('i8')) <= 0)
     if t.hasnans or len(back): raise DataError(f"{name}: timestamps must increase, but {'one is empty' if t.hasnans else f'{t[back[0]+1]} follows {t[back[0]]}'}; sort the bars and drop duplicates (repair_klines)")
     return History(symbol, t, x, notes)
@@ -279,6 +282,7 @@ class Forecaster:
         self.source = self.revision = None   # where the (first) predictor was loaded from
         self.tokenizer, self.predictors = tokenizer, list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
         self._check_fit()
+        self.features = tokenizer.features   # the columns that a history must have; paths are of the first six
         models = [*self.predictors, tokenizer]
         if device is not None: [m.to(pick_device(device)) for m in models]
         self.normalizer = pick_normalizer(models, normalizer)
@@ -374,7 +378,7 @@ def predict_many(self: Forecaster,
     keys = [h.symbol for h in hists] if keys is None else list(keys)
     if len(keys) != len(hists): raise ConfigError(f"keys must name each history: {len(hists)} histories, {len(keys)} keys")
     n, M = paths if temperature else min(paths, len(self.predictors)), len(self.predictors)
-    z = np.empty((len(hists), n, predict_window, len(FEATURES)))
+    z = np.empty((len(hists), n, predict_window, len(self.features)))
     batches = list(self._batches([len(h.x) for h in hists], predict_window, n, memory))
     with evaluating(self.tokenizer, *self.predictors), _progress(progress, predict_window*sum(min(M, len(ks)) for _, ks in batches)) as tick:
         engines, painter = [Engine(m, self.cross_rope, self.dtype, compile=self.compile) for m in self.predictors], Painter(self.tokenizer)
@@ -390,7 +394,7 @@ def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, fu
     "Checked histories, their scales, stamps (L+H, 5), and (future stamps, note)"
     if isinstance(histories, pd.DataFrame): raise ConfigError("predict_many takes a list of frames, one per history; for a frame with several symbols use predict")
     L = lookback_window or self.lookback_window or self.max_context
-    hists = [read_history(o, L) for o in histories]
+    hists = [read_history(o, L, features=self.features) for o in histories]
     futures = [None]*len(hists) if futures is None else list(futures)
     if len(futures) != len(hists): raise ConfigError(f"futures must give the stamps of each history: {len(hists)} histories, {len(futures)} futures")
     ahead = [future_stamps(h.t, horizon, calendar, f) for h, f in zip(hists, futures)]
@@ -400,12 +404,12 @@ def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, fu
 @patch
 def _finish(self: Forecaster, z, hist, scale, t, note, repair, how):
     "The `Forecast` of normalised paths"
-    paths, notes = scale.decode(z), [*hist.notes, *([note] if note else [])]
+    paths, notes = scale.decode(z)[..., :6], [*hist.notes, *([note] if note else [])]
     if repair:
         bad, floor = impossible(paths).mean(), hist.x[:, :4].min()/1000
         paths = coherent(paths, floor if floor > 0 else -np.inf)
         how = how | dict(repaired=float(bad))
-    return Forecast(paths, t, pd.DataFrame(hist.x, hist.t, FEATURES), hist.symbol, notes, how)
+    return Forecast(paths, t, pd.DataFrame(hist.x[:, :6], hist.t, FEATURES), hist.symbol, notes, how)
 
 class _progress:
     "A progress bar over `total` steps, shown when asked for or after two seconds"

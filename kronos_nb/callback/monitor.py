@@ -372,7 +372,7 @@ class Codebook(Callback):
             for part in learn.in_pieces(batch, lambda o: self.count(learn.on_device(o)['x'], learn)): sums = part if sums is None else [a+b for a, b in zip(sums, part)]
             seen += batch.n
         *counts, errors, windows = map(learn.engine.sum, sums)
-        return dict(zip((f'val_mse_{k}' for k in FEATURES), (errors/windows).tolist())) | codebook_numbers(*counts)
+        return dict(zip((f'val_mse_{k}' for k in (self.tokenizer or learn.model.model).features), (errors/windows).tolist())) | codebook_numbers(*counts)
 
     def count(self, x, learn) -> list: # Counts per level, squared errors per feature, windows
         tok = self.tokenizer or learn.model.model

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import ConfigError, ModelError
+from ..core import FEATURES, ConfigError, ModelError
 from .layers import Block, Pretrained, run_blocks
 
 # %% ../../nbs/api/06_model.tokenizer.ipynb #cell-007
@@ -77,7 +77,7 @@ class KronosTokenizer(Pretrained):
         gamma: float,            # Weight of the codebook entropy
         zeta: float,             # Weight of the two entropies together
         group_size: int,         # Divides s1_bits + s2_bits; changes no value
-        extra: dict | None = None, # What training adds to the file: normalizer, max_context, ...
+        extra: dict | None = None, # What training adds to the file: normalizer, max_context, features where they are more than six, ...
     ):
         super().__init__(locals(), extra)
         if min(s1_bits, s2_bits) < 1: raise ConfigError(f"s1_bits and s2_bits must be at least 1, got {s1_bits} and {s2_bits}")
@@ -147,7 +147,15 @@ def decode(self: KronosTokenizer,
     bits = torch.cat([ids_to_bits(o, b) for o, b in zip(ids, (self.s1_bits, self.s2_bits))], -1) if half else ids_to_bits(ids, self.bits)
     return self.draw(self.post_quant_embed((bits / self.bits**.5).to(self.head.weight.dtype)), caches)
 
-# %% ../../nbs/api/06_model.tokenizer.ipynb #cell-033
+# %% ../../nbs/api/06_model.tokenizer.ipynb #cell-030
+@patch(as_prop=True)
+def features(self: KronosTokenizer) -> tuple:
+    "The columns of a bar, in the order in which they are read"
+    own, n = tuple(self.extra.get('features', FEATURES)), self.config['d_in']
+    if len(own) != n: raise ModelError(f"the tokenizer reads {n} columns (d_in) and its configuration names {len(own)}: {', '.join(own)}; add the names of all {n}, in order, as 'features' to its config.json")
+    return own
+
+# %% ../../nbs/api/06_model.tokenizer.ipynb #cell-036
 @torch.no_grad()
 def codebook_usage(
     s1, # (...,) coarse tokens
