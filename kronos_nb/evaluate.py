@@ -433,7 +433,7 @@ def fingerprint(
     if isinstance(forecaster, Baseline): return _address(forecaster.name, sorted((k, _plain(v)) for k, v in vars(forecaster).items()))
     models = [getattr(forecaster, 'tokenizer', None), *getattr(forecaster, 'predictors', [])]
     if not all(hasattr(o, 'weights_hash') for o in models): return None
-    plain = sorted((k, v) for k, v in vars(forecaster).items() if v is None or isinstance(v, (int, float, str)))
+    plain = sorted((k, v) for k, v in vars(forecaster).items() if k not in ('source', 'revision') and (v is None or isinstance(v, (int, float, str))))   # weights count, not where they lay
     return _address(plain, repr(getattr(forecaster, 'normalizer', None)), *(o.weights_hash() for o in models))
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-067

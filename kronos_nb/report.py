@@ -66,8 +66,9 @@ def _kept(file):
 def _verdict_section(out):
     folder = Path(out)/'evaluation'
     if not (folder/'evaluation.json').is_file() and not any(folder.glob('*.parquet')): return 'Not judged: no test part was held back, or the run did not get that far.\n'
-    e, calibrated = Evaluation.load(folder), any((Path(out)/o/'calibration.json').is_file() for o in ('predictor/best_model', 'predictor'))
-    return e.to_markdown() + ('\n' + Calibration.load(out).to_markdown(e.rows[e.rows['model'] == 'model']) if calibrated else '')
+    e, calibrated, why = Evaluation.load(folder), any((Path(out)/o/'calibration.json').is_file() for o in ('predictor/best_model', 'predictor')), Path(out)/'predictor'/'no_calibration.txt'
+    said = Calibration.load(out).to_markdown(e.rows[e.rows['model'] == 'model']) if calibrated else f"No calibration was learnt: {why.read_text(encoding='utf-8')}.\n" if why.is_file() else ''
+    return e.to_markdown() + (said and '\n' + said)
 
 def _seeds_line(out):
     seeds = Config.load(Path(out)/'config.yaml').runtime.seeds

@@ -431,6 +431,7 @@ class FitResult:
     predictors: list = field(default_factory=list) # One, or one per seed of `runtime.seeds`
     evaluation: object = None          # `Evaluation` on the untouched end, or None: not judged
     calibration: Calibration | None = None # How much wider the bands must be, learnt on the validation part
+    not_calibrated: str | None = None # Why there is none
     interrupted: bool = False          # Call `fit` again with the same arguments to go on
     stop_reason: str | None = None
 
@@ -448,6 +449,7 @@ class FitResult:
         if self.interrupted: return f"Interrupted ({self.stop_reason}); call fit again with the same arguments to go on. Run folder: `{self.out_dir}`"
         table = '' if self.evaluation is None else self.evaluation.to_markdown()
         if table and self.calibration is not None: table += '\n' + self.calibration.to_markdown(_model_rows(self))
+        if table and self.not_calibrated: table += f'\nNo calibration was learnt: {self.not_calibrated}.\n'
         return f"{table or '**Not judged**: no test part was held back.'}\n\nRun folder: `{self.out_dir}`, report: `{self.out_dir/'report.md'}`"
 
 # %% ../nbs/api/16_train.ipynb #cell-038
@@ -565,6 +567,7 @@ def _judge(result: FitResult, data: Prepared, inits: dict):
 def _room(data: Prepared, cfg: Config) -> dict:
     "What `calibrate` is to be given: validation bars, and the range that training used; raises where they are too few"
     d, e, parts = cfg.data, cfg.evaluate, data.split.summary
+    if not e.temperature: raise DataError("forecasts drawn with temperature 0 have no bands to widen: set evaluate.temperature, or evaluate.calibrate=off")
     span = lambda part: parts[parts.part == part].groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
     val, train = span('val'), span('train')
     if not len(val): raise DataError("a calibration is learnt on the validation part, and there is none: raise data.val, or set evaluate.calibrate=off")
@@ -574,14 +577,19 @@ def _room(data: Prepared, cfg: Config) -> dict:
     return given | dict(used={s: (r['first'], r['last']) for s, r in train.iterrows()}, paths=e.paths, seed=cfg.runtime.seed, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
 
 def _calibrate(result: FitResult, data: Prepared):
-    "Learn on the validation part how much wider the bands must be, and keep it beside the predictor"
-    asked = result.config.evaluate.calibrate
-    if asked == 'off' or not result.config.evaluate.temperature: return
-    try: result.calibration = calibrate(result.forecaster(), **_room(data, result.config))
-    except DataError:   # too few bars, or bands without width
-        if asked == 'on': raise
-        return
-    result.calibration.save(result.out_dir/'predictor'/'best_model')
+    "Learn on the validation part how much wider the bands must be, and keep it beside the predictor, or why there is none"
+    asked, out = result.config.evaluate.calibrate, result.out_dir/'predictor'
+    result.not_calibrated = 'evaluate.calibrate=off' if asked == 'off' else None
+    if asked != 'off':
+        try: result.calibration = calibrate(result.forecaster(), **_room(data, result.config))
+        except DataError as e:   # too few bars, or bands without width
+            if asked == 'on': raise
+            result.not_calibrated = str(e)
+    if result.not_calibrated:
+        (out/'best_model'/'calibration.json').unlink(missing_ok=True)
+        return write_atomic(out/'no_calibration.txt', result.not_calibrated)
+    (out/'no_calibration.txt').unlink(missing_ok=True)
+    result.calibration.save(out/'best_model')
     if result.evaluation is not None: write_atomic(result.out_dir/'evaluation'/'card.md', result.evaluation.to_markdown() + '\n' + result.calibration.to_markdown(_model_rows(result)))
 
 def _model_rows(result): return result.evaluation.rows[result.evaluation.rows['model'] == 'model']

@@ -155,6 +155,22 @@ def test_calibrated_forecaster_from_a_folder(tmp_path):
     np.testing.assert_allclose(spread(wide), 2 * spread(plain), rtol=.1)
     assert c.max_context == f.max_context and 'calibrated' in wide.notes[-1]
 
+def test_a_run_says_why_it_learnt_no_calibration(tmp_path):
+    "Too few validation bars, or no bands: one sentence in the report and on the result; with room for it, none"
+    from kronos_nb.train import fit
+    small = dict(d_model=16, n_heads=2, ff_dim=16, s1_bits=4, s2_bits=4)
+    how = {'base.symbols': None, 'data.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 8, 'data.embargo': 0, 'data.windows_per_epoch': 16, 'data.val_windows': 8, 'runtime.progress': False, 'runtime.plots': False,
+        'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'predictor.model': small | dict(n_layers=1), 'tokenizer.epochs': 1, 'predictor.epochs': 1, 'evaluate.paths': 4, 'evaluate.origins': 4}
+    def said(**settings):
+        r = fit(walks(symbols=('A',), n=400), 'quickstart', tmp_path/str(len(list(tmp_path.iterdir()))), **how | settings)
+        page, shown = (r.out_dir/'report.md').read_text(), r._repr_markdown_()
+        assert (r.calibration is None) == ('No calibration was learnt' in page) == ('No calibration was learnt' in shown)
+        return page
+    assert 'No calibration was learnt: a calibration needs 20 forecasts of 8 bars one after another, and the validation part has room for fewer' in said()
+    assert 'No calibration was learnt: forecasts drawn with temperature 0 have no bands' in said(**{'evaluate.temperature': 0.})
+    assert '## Calibration' in said(**{'data.predict_window': 2, 'data.lookback_window': 16})
+    assert 'No calibration was learnt: evaluate.calibrate=off' in said(**{'evaluate.calibrate': 'off'})
+
 def test_a_symbol_without_a_test_part_is_left_out():
     bars = walks()
     e = evaluate(LastValue(), bars, 60, 5, origins=16, paths=20, progress=False, baselines=[Garch()], start={'A': bars.timestamps[300]}, used={'A': (bars.timestamps[0], bars.timestamps[299]), 'B': (bars.timestamps[0], bars.timestamps[599])})
