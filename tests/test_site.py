@@ -128,16 +128,25 @@ def test_pages_show_signatures_outputs_and_pictures(site):
     assert 'out_dir' in page and '<img' in page and 'val_loss' in page
 
 class Links(HTMLParser):
-    def __init__(self): super().__init__(); self.found = []
-    def handle_starttag(self, tag, attrs): self.found += [v for k, v in attrs if k in ('href', 'src') and v]
+    def __init__(self, page): super().__init__(); self.found, self.ids = [], set(); self.feed(page.read_text())
+    def handle_starttag(self, tag, attrs):
+        self.found += [v for k, v in attrs if k in ('href', 'src') and v]
+        self.ids |= {v for k, v in attrs if k in ('id', 'name') and v}
 
-def test_no_dead_links(site):
-    dead = set()
-    for page in site.rglob('*.html'):
-        p = Links(); p.feed(page.read_text())
-        for link in p.found:
+def dead_links(site):
+    "Links below `site` to a page that is not there, or to a place that it does not have"
+    pages, dead = {p.resolve(): Links(p) for p in site.rglob('*.html')}, set()
+    for page, links in pages.items():
+        for link in links.found:
             u = urlparse(link)
-            if u.scheme or u.netloc or not u.path: continue
-            target = site/u.path.lstrip('/') if u.path.startswith('/') else page.parent/unquote(u.path)
-            if not target.exists(): dead.add((page.relative_to(site).as_posix(), link))
-    assert not dead, sorted(dead)
+            if u.scheme or u.netloc: continue
+            target = (page if not u.path else site/u.path.lstrip('/') if u.path.startswith('/') else page.parent/unquote(u.path)).resolve()
+            if not target.exists() or u.fragment and target in pages and unquote(u.fragment) not in pages[target].ids: dead.add((page.relative_to(site.resolve()).as_posix(), link))
+    return sorted(dead)
+
+def test_no_dead_links(site): assert not dead_links(site)
+
+def test_planted_dead_links_are_found(tmp_path):
+    (tmp_path/'a.html').write_text('<a href="b.html#there"></a><a href="b.html#gone"></a><a href="#gone"></a><img src="gone.png">')
+    (tmp_path/'b.html').write_text('<h1 id="there"></h1><a href="a.html"></a>')
+    assert [l for _, l in dead_links(tmp_path)]==['#gone', 'b.html#gone', 'gone.png']
