@@ -358,7 +358,7 @@ def _rehearse(self: Learner, batch: Batch):
     while short:
         size, error = self.micro_batch or len(batch), None
         try:
-            with self.engine.no_sync(self.task): self.engine.backward(self.task(**self.on_device(next(batch.split(size))))['loss'])
+            self.engine.backward(self.model(**self.on_device(next(batch.split(size))))['loss'])   # the inner task: it waits for nobody
         except (MemoryError, RuntimeError) as e:
             if not out_of_memory(e): raise
             error = MemoryError(str(e))   # without its frames, which hold what was computed

@@ -42,7 +42,8 @@ def start(out, sleep=0., processes=1, **changes):
     return subprocess.Popen([sys.executable, *launcher, str(code)], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def finish(p):
-    said = p.communicate(timeout=300)[0]
+    try: said = p.communicate(timeout=300)[0]
+    except subprocess.TimeoutExpired: p.terminate(); raise   # a launcher ends its processes with it
     assert p.returncode==0, said
     return said
 
@@ -147,7 +148,7 @@ def test_ranks_stop_together_and_another_number_of_them_is_refused(tmp_path):
     shutil.rmtree(out/'tokenizer'/'final_model')   # as if it had died before its end
     with pytest.raises(RunError, match=r'written by 2 processes, and there is 1 now.*--num-gpus 2'): fit(bars, cfg.replace(**no_test, **stop), out)
 
-PAUSE = """
+HOOKS = """
 import os, time
 if 'RANK' in os.environ and os.environ.get('PAUSE'):
     from kronos_nb.callback.checkpoint import Interrupts
@@ -156,12 +157,19 @@ if 'RANK' in os.environ and os.environ.get('PAUSE'):
         open(os.environ['PAUSE'] + os.environ['RANK'], 'w').close()
         while not learn.interrupted: time.sleep(.01)   # until the signal is there, on each process
     Interrupts.after_step = after_step
+if os.environ.get('RANK') == os.environ.get('SHORT', 'none'):
+    from kronos_nb.task import TokenizerTask
+    forward = TokenizerTask.forward
+    def short(self, x, stamp=None):
+        if len(x) > 5: raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 MiB')
+        return forward(self, x, stamp)
+    TokenizerTask.forward = short
 """
 def cli(where, name, **env):
-    "`kronos-nb fit --num-gpus 2` on a file of bars, one epoch"
+    "`kronos-nb fit --num-gpus 2` on a file of bars, one epoch; HOOKS are imported by each process"
     bars.to_csv(where/'GOOG.csv', index=False)
-    (where/'sitecustomize.py').write_text(PAUSE)
-    cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 1, 'tokenizer.batch_size': 16}).save(where/'mine.yaml')
+    (where/'sitecustomize.py').write_text(HOOKS)
+    cfg.replace(**no_test, **{'runtime.only': 'tokenizer', 'tokenizer.epochs': 1, 'tokenizer.batch_size': 16, 'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.)}).save(where/'mine.yaml')
     return subprocess.Popen([sys.executable, '-m', 'kronos_nb.cli', 'fit', str(where/'GOOG.csv'), '--config', str(where/'mine.yaml'), '--out', str(where/name), '--num-gpus', '2'], cwd=root,
         env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=f'{where}{os.pathsep}{root}') | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -192,6 +200,15 @@ def test_sigterm_to_several_processes_finishes_the_step_and_going_on_is_the_same
     a, b = weights(pair, 'tokenizer'), weights(tmp_path/'run', 'tokenizer')
     assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
     assert [timeless(o) for o in read_lines(pair/'tokenizer'/'steps.jsonl')]==[timeless(o) for o in read_lines(stage/'steps.jsonl')]
+
+def test_memory_that_runs_out_on_one_process_halves_on_all(pair, tmp_path):
+    "Process 1 cannot hold more than five windows: both train with four, and end with the weights of a run with memory enough; only process 1 validates in pieces"
+    finish(cli(tmp_path, 'run', SHORT='1'))
+    said = [o['text'] for o in read_lines(tmp_path/'run'/'tokenizer'/'notes.jsonl') if 'out of memory ' in o['text']]
+    assert said==[f'out of memory at {n} windows per forward pass: going on with {n//2}, accumulated to the same step' for n in (16, 8)] + ['another process ran out of memory in a validation, and goes on in smaller pieces, which gives the same mean']
+    a, b = weights(pair, 'tokenizer'), weights(tmp_path/'run', 'tokenizer')
+    for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-6, msg=k)
+    np.testing.assert_allclose(*[[o['val_loss'] for o in read_lines(p/'tokenizer'/'validations.jsonl')] for p in (pair, tmp_path/'run')], rtol=1e-5)
 
 def test_inside_a_ray_trainer(tmp_path):
     "examples/ray_fit.py, two workers on the CPU"
