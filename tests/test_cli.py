@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest
 from kronos_nb.cli import main
 from kronos_nb.data.kline import sample_klines
+from kronos_nb.forecast import Forecaster
 from tests.test_train import bars, cfg, SETTINGS
 
 @pytest.fixture(scope='module')
@@ -37,6 +38,18 @@ def test_evaluate_takes_only_what_the_model_has_not_seen(place, capsys):
     assert pd.Timestamp(first)>=pd.Timestamp(last)
     assert main(['evaluate', str(place/'GOOG.csv'), '--model', str(place/'run'), '--paths', '4', '--start', '2004-12-01'])==2   # bars that it was trained on
     assert 'DataError' in capsys.readouterr().err
+
+def test_evaluate_judges_a_checkpoint_and_an_average(place, capsys):
+    "With the run's tokenizer and base, on the bars that the run did not see, as it judges the run itself"
+    kept = sorted((place/'run'/'predictor'/'checkpoints').glob('step_*'))[-1]
+    assert main(['average', '--checkpoint-dir', str(kept.parent), '--num-checkpoints', '2', '--output', str(place/'run'/'two')])==0
+    found = {}
+    for model in (place/'run', kept, place/'run'/'two'):
+        assert main(['evaluate', str(place/'GOOG.csv'), '--model', str(model), '--paths', '4', '--origins', '8', '--out', str(place/f'ev_{model.name}')])==0
+        found[model.name] = pd.read_parquet(place/f'ev_{model.name}'/'rows.parquet').set_index(['model', 'origin', 'h'])
+    run, *others = found.values()
+    assert all(o.index.equals(run.index) and o.loc['LastValue'].equals(run.loc['LastValue']) for o in others)
+    assert capsys.readouterr().out.count('## Evaluation') == 3 and len({Forecaster.from_pretrained(o).predictor.weights_hash() for o in (kept, place/'run'/'two')}) == 2
 
 @pytest.mark.parametrize('argv, code, says', [
     (['monitor', 'RUN', '--once'], 0, 'finished'), (['report', 'RUN'], 0, 'report.md'), (['check', 'FILE'], 0, 'GOOG'), (['compare', 'RUN', 'RUN'], 2, ''),
