@@ -55,19 +55,23 @@ def spread(folder):
     rows = rows[rows.epoch > rows.epoch.max() / 2]
     return (rows.loss - rows.groupby('epoch').loss.transform('mean')).std()
 
-def claims(name, stage, seeds):
-    "What the guide claims of the optimised preset, as it is here"
+def facts(preset, stage, folder, goal):
+    "What the guide makes claims about, of one stage; `goal`: the validation loss to be reached"
+    h, seconds = read_history(folder), folder.parent/'cpu_seconds.json'
+    start, *v = numbers(h.validations, 'val_loss')[1]   # the first is of the base
+    return dict(stage=stage, preset=preset, start=start, best=min(v), at_epoch=int(np.argmin(v)) + 1, last=v[-1], epochs=len(v), epochs_to_goal=epochs_to(v, goal), spread=spread(folder),
+        updates=json.loads((folder/'status.json').read_text())['step'], cpu_seconds=round(json.loads(seconds.read_text())) if stage == 'predictor' and seconds.exists() else None)
+
+def claims(seeds):
+    "A row for every stage, preset and seed that is there; predictors on the tokens of the base, so that both have the same task"
     rows = []
-    for seed in range(seeds):
-        f = {k: out/f'{k}{name}_{seed}'/stage for k in PRESETS}
-        v = {k: numbers(read_history(o).validations, 'val_loss')[1][1:] for k, o in f.items()}    # the first is of the base
-        status = {k: json.loads((o/'status.json').read_text()) for k, o in f.items()}
-        best = v['btc_original'].min()
-        row = dict(seed=seed, start=numbers(read_history(f['btc_original']).validations, 'val_loss')[1][0], original_best=best, optimized_best=v['btc_optimized'].min(), original_last=v['btc_original'][-1], optimized_last=v['btc_optimized'][-1],
-            original_epochs_to_it=epochs_to(v['btc_original'], best), optimized_epochs_to_it=epochs_to(v['btc_optimized'], best))
-        for k in PRESETS: row |= {f'{k[4:]}_epochs': len(v[k]), f'{k[4:]}_spread': spread(f[k]), f'{k[4:]}_seconds': status[k]['updated'] - status[k]['began']}
-        rows.append(row)
-    return pd.DataFrame(rows).set_index('seed').T
+    for stage, name in (('tokenizer', ''), ('predictor', '_same_tokens')):
+        for seed in range(seeds):
+            at = {k: out/f'{k}{name}_{seed}'/stage for k in PRESETS}
+            if not all(finished(o) for o in at.values()): continue
+            goal = min(numbers(read_history(at['btc_original']).validations, 'val_loss')[1][1:])
+            rows += [dict(seed=seed) | facts(k, stage, o, goal) for k, o in at.items()]
+    return pd.DataFrame(rows)
 
 if a.only != 'doge':
     start = base('btc_original', btc, doge, 3200, 5)
@@ -75,12 +79,12 @@ if a.only != 'doge':
         cfgs = {k: Config.preset(k).replace(**small(a.windows, 160), **{'evaluate.origins': a.origins, 'runtime.seed': seed, 'runtime.init_from': str(start)}) for k in PRESETS}
         for k, cfg in cfgs.items():
             if not finished(out/f'{k}_{seed}'/'tokenizer') and fit(btc, cfg, out/f'{k}_{seed}', **{'runtime.only': 'tokenizer'}).interrupted: raise SystemExit('interrupted; run the same command again to go on')
-        print(claims('', 'tokenizer', seed + 1).round(5).to_string(), flush=True)
+        print(claims(seed + 1).round(5).T.to_string(), flush=True)
         for k, cfg in cfgs.items():
             run(btc, cfg, out/f'{k}_{seed}')
             if a.same_tokens: run(btc, cfg.replace(**{'runtime.only': 'predictor', 'predictor.tokenizer': str(start/'tokenizer'/'best_model')}), out/f'{k}_same_tokens_{seed}')   # the predictor alone, on the base's tokens: the same task for both
-    print('### Tokenizer\n', claims('', 'tokenizer', a.seeds).round(5).to_string(), sep='\n')
-    if a.same_tokens: print('### Predictor, both on the tokens of the base\n', claims('_same_tokens', 'predictor', a.seeds).round(5).to_string(), sep='\n')
+    claims(a.seeds).to_csv(out/'claims.csv', index=False, float_format='%.5g')
+    print(claims(a.seeds).round(5).T.to_string())
     print('processor seconds', {o.parent.name: round(json.loads(o.read_text())) for o in sorted(out.glob('*/cpu_seconds.json'))})
     for seed in range(a.seeds): print(compare([out/f'{k}_{seed}' for k in PRESETS]).to_markdown(), flush=True)
 if a.only != 'btc':

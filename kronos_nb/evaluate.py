@@ -314,7 +314,8 @@ def rivals(self: Evaluation) -> pd.DataFrame:
     "Who the model was compared with, in words"
     t, level = self.tests, f"{100 * self.settings['level']:g} % interval"
     return pd.DataFrame({'CRPS skill': t['skill'].map(_pct), level: [f'{_pct(a)} to {_pct(b)}' for a, b in zip(t['low'], t['high'])],
-                         'Diebold-Mariano p': t['p'].map('{:.3f}'.format), 'smallest skill these origins can find': t['detectable'].map(_pct)}, index=t.index)
+                         'Diebold-Mariano p': t['p'].map('{:.3f}'.format), 'smallest skill these origins can find': t['detectable'].map(_pct),
+                         'origins that a skill of this size needs': [f'{o:,.0f}' if np.isfinite(o) else 'no number is enough' for o in t['needed']]}, index=t.index)
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-053
 @patch
