@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import PRESETS, SECTIONS, VARIANTS, Config, check_keys
-from .core import ConfigError, DataError, KronosError, RunError, check_choice, nearest
+from .core import FEATURES, ConfigError, DataError, KronosError, RunError, check_choice, nearest
 
 # %% ../nbs/api/19_cli.ipynb #cell-006
 class _Parser(argparse.ArgumentParser):
@@ -190,6 +190,7 @@ def _check_parser(sub):
     p.add_argument('--window', type=int, help='bars of one window; symbols shorter than it are errors')
     p.add_argument('--lookback-window', type=int, default=Config().data.lookback_window, help='bars of history over which the scale of each normaliser is shown')
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--extra-features', default='', metavar='A,B', help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
     p.set_defaults(run=run_check)
 
@@ -334,7 +335,7 @@ def dry_run(cfg: Config, data, out: Path,
     for s in ('tokenizer', 'predictor'):
         k = getattr(cfg, s)
         if cfg.base.symbols: k = dataclasses.replace(k, init='scratch')
-        model = build_model(s, k.init, k.size, k.model)
+        model = build_model(s, k.init, k.size, k.model, cfg.data.features)
         size += 4*model.n_params
         steps = -(-(cfg.data.windows_per_epoch or len(prepared.train))//(k.batch_size*k.accumulation_steps))
         print(f"{s.title()}: {model.n_params:,} parameters, {steps} steps an epoch, {min(k.epochs*steps, k.max_steps or k.epochs*steps)} in all")
@@ -376,7 +377,7 @@ def _model_and_windows(a):
     cfg = Config.load(run/'config.yaml') if run else Config()
     f = (Calibrated if a.calibrated else Forecaster).from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
     symbols = a.symbols or (list(cfg.data.symbols) if not a.data and cfg.data.symbols else None)
-    bars = read_klines(a.data, symbols=symbols) if a.data else sample_klines(symbols)
+    bars = read_klines(a.data, symbols=symbols, extra_features=f.features[len(FEATURES):]) if a.data else sample_klines(symbols)
     return f, bars, a.lookback_window or cfg.data.lookback_window, a.predict_window or cfg.data.predict_window
 
 def run_forecast(a):
@@ -474,7 +475,8 @@ def run_check(a):
     "`kronos-nb check`"
     from kronos_nb.data.kline import check_klines, read_klines
     from kronos_nb.data.normalize import with_scales
-    try: report = with_scales(check_klines(read_klines(a.data, tz=a.tz), a.window), a.lookback_window)
+    extra = tuple(o for o in a.extra_features.split(',') if o)
+    try: report = with_scales(check_klines(read_klines(a.data, tz=a.tz, extra_features=extra), a.window, features=(*FEATURES, *extra)), a.lookback_window)
     except DataError as e: print(f'# Data report\n\nThe bars cannot be read: {e}'); return 1
     print(report.to_markdown())
     if a.out: print(f'written to {report.save(a.out)}')

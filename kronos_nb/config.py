@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from .core import ConfigError, check_choice, nearest, write_atomic
+from .core import FEATURES, ConfigError, check_choice, nearest, write_atomic
 
 # %% ../nbs/api/01_config.ipynb #cell-006
 def knob(
@@ -89,6 +89,7 @@ class Data(Section):
     end: str | None = knob(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = knob(None, "read at most this many rows", lo=1, unit='rows')
     repair: str = knob('off', "'off' stops at errors in the bars; 'standard' repairs them and lists every change", choices=('off', 'standard'))
+    extra_features: tuple[str, ...] | None = knob(None, "numeric columns read beside the six features, such as trades; for a tokenizer trained from scratch")
     lookback_window: int = knob(90, "history that the model sees", lo=2, hi=8192, unit='bars')
     predict_window: int = knob(10, "future that it learns to forecast", lo=1, hi=2048, unit='bars')
     max_context: int = knob(512, "most bars in one pass of generation; released models: 512, Kronos-mini 2048", lo=2, hi=8192, unit='bars')
@@ -103,7 +104,12 @@ class Data(Section):
     windows_per_epoch: int | None = knob(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
     val_windows: int | None = knob(None, "windows per validation, evenly spread; none: all of them", lo=1, unit='windows')
     sampling: str = knob('shuffled', "balanced draws every symbol equally often", choices=('shuffled', 'balanced', 'sequential'))
+    @property
+    def features(self) -> tuple: return FEATURES + (self.extra_features or ())
     def check(self):
+        if self.extra_features == (): object.__setattr__(self, 'extra_features', None)
+        if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps', ''} & set(self.features):
+            raise ConfigError(f"data.extra_features must be different columns beside {', '.join(FEATURES)}, such as trades,taker_buy_volume; got {','.join(self.extra_features)}")
         if abs((total := self.train+self.val+self.test)-1) > 1e-6: raise ConfigError(f"data.train + data.val + data.test must be 1, got {self.train} + {self.val} + {self.test} = {total:g}")
 
 # %% ../nbs/api/01_config.ipynb #cell-016

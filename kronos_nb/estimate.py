@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .config import Config
-from .core import pick_device
+from .core import FEATURES, pick_device
 from .data.normalize import NORMALIZERS
 from .data.window import WindowDataset, split_by_time
 from .model.layers import PUBLISHED
@@ -25,13 +25,15 @@ from .train import Prepared, base_config, load_bars
 def architecture(
     stage: str, # 'tokenizer' or 'predictor'
     knobs,      # That stage's section of the config
+    features=FEATURES, # Columns of the bars, from `config.data.features`: a fresh tokenizer is as wide
 ) -> dict | None: # Constructor's arguments; None where only the weights themselves would tell
     "What the model of a stage is made of"
     hub = {k.partition('/')[2]: o['config'] for k, o in PUBLISHED.items()}
     if knobs.init == 'scratch': found = TINY[stage] if knobs.size == 'tiny' else hub.get(str(knobs.size).removeprefix('NeoQuasar/'))
     elif (path := Path(knobs.init)/'config.json').is_file(): found = json.loads(path.read_text(encoding='utf-8'))
     else: found = hub.get(knobs.init.removeprefix('NeoQuasar/'))
-    return None if found is None else {k: v for k, v in (found | knobs.model).items() if k in TINY[stage]}
+    wide = dict(d_in=len(features)) if stage == 'tokenizer' and knobs.init == 'scratch' else {}
+    return None if found is None else {k: v for k, v in (found | knobs.model | wide).items() if k in TINY[stage]}
 
 @functools.lru_cache(64)
 def _empty(stage, arch):
@@ -53,7 +55,7 @@ def _measure(stage, arch, window, device, precision, checkpointing, batch):
     model = CLASSES[stage](**json.loads(arch)).to(device)
     model.gradient_checkpointing = checkpointing
     stamp = torch.ones(batch, window, 5, dtype=torch.long, device=device)
-    if stage == 'tokenizer': task, x = TokenizerTask(model), dict(x=torch.randn(batch, window, 6, device=device))
+    if stage == 'tokenizer': task, x = TokenizerTask(model), dict(x=torch.randn(batch, window, model.config['d_in'], device=device))
     else: task, x = PredictorTask(model), dict(stamp=stamp, s1=stamp[..., 0], s2=stamp[..., 0])
     kept, best = {}, math.inf
     def keep(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
@@ -102,7 +104,7 @@ def in_words(seconds: float) -> str: # '40 s', '12 min', '3.5 h', '2.1 days'
 
 # %% ../nbs/api/16a_estimate.ipynb #cell-016
 def _windows(part, d):
-    return len(WindowDataset(part, d.lookback_window, d.predict_window, NORMALIZERS[d.normalizer](clip=d.clip), d.stride, d.max_gap, statistics='on the fly'))
+    return len(WindowDataset(part, d.lookback_window, d.predict_window, NORMALIZERS[d.normalizer](clip=d.clip), d.stride, d.max_gap, statistics='on the fly', features=d.features))
 
 def _row(cfg, stage, n_train, n_val, measured):
     "Numbers of one stage"
@@ -112,7 +114,7 @@ def _row(cfg, stage, n_train, n_val, measured):
     steps = min(k.epochs*per_epoch, k.max_steps or k.epochs*per_epoch)
     seen, checked = n*steps/per_epoch, n_val*k.epochs
     row = dict(stage=stage, parameters=math.nan, windows=n, steps_per_epoch=per_epoch, steps=steps, tokens=round(seen*(d.lookback_window+d.predict_window)), memory_gb=math.nan, seconds=math.nan)
-    if (arch := architecture(stage, k)) is None: return row
+    if (arch := architecture(stage, k, d.features)) is None: return row
     row['parameters'] = n_params(stage, arch)
     if not measured: return row
     micro = min(r.micro_batch or k.batch_size, k.batch_size)

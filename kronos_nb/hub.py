@@ -116,11 +116,18 @@ def _use(facts, stage, repos):
     where = f"'{repos['tokenizer']}', '{repos['predictor']}'" if repos else "'FOLDER OF THE RUN'"
     series = facts.run['series']
     every = some(sorted({interval_text(s['interval']) for s in series}), 3)
+    extra = d.extra_features
     alone = ' It works with the tokenizer named here and with no other.' if stage == 'predictor' else ' It turns bars into tokens and back; the predictor named here was trained on its tokens.'
     return (f"## Use\n\nA Kronos is a pair: a tokenizer and a predictor.{alone}\n\n``` python\nfrom kronos_nb.data.kline import read_klines\nfrom kronos_nb.forecast import Forecaster\n\n"
         f"forecaster = Forecaster.from_pretrained({where})   # with its normaliser\n"
-        f"bars = read_klines('my_bars.csv')                  # {every} bars, {d.lookback_window} or more of a symbol\n"
-        f"forecast = forecaster.predict(bars, predict_window={d.predict_window}, paths=100)\nforecast.plot()\n```\n\n{_normaliser(facts, stage)}")
+        f"bars = read_klines('my_bars.csv'{f', extra_features={extra}' if extra else ''}){'' if extra else ' '*16}  # {every} bars, {d.lookback_window} or more of a symbol\n"
+        f"forecast = forecaster.predict(bars, predict_window={d.predict_window}, paths=100)\nforecast.plot()\n```\n\n{_columns(d)}{_normaliser(facts, stage)}")
+
+def _columns(d):
+    "What a model with extra features needs, in words; nothing where it reads the six"
+    if not d.extra_features: return ''
+    return (f"**Columns:** the tokenizer reads {len(d.features)} columns of each bar: {', '.join(d.features)}, in this order, as `config.json` says; bars without {' and '.join(d.extra_features)} are refused, and forecasts are of the first six. "
+        f"The reference implementation builds a tokenizer of this width from `config.json`, but its predictor class feeds six columns, so this pair works with kronos_nb only.\n\n")
 
 def _normaliser(facts, stage):
     "Normaliser and calendar in words"

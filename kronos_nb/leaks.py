@@ -48,6 +48,10 @@ def _moved(a, b):
     return float((abs(a - b) / np.maximum(abs(a), 1e-6 + abs(a).mean() if a.size else 1)).max()) if a.size else 0.0
 
 # %% ../nbs/api/14a_leaks.ipynb #cell-011
+def _columns(bars):
+    "The features, and whatever other numbers the bars carry"
+    return list(FEATURES) + [c for c in bars.select_dtypes('number') if c not in (*FEATURES, 'symbol', 'timestamps')]
+
 def perturbed(
     bars: pd.DataFrame, # Canonical bars
     rows,               # Boolean mask of what to change
@@ -55,15 +59,15 @@ def perturbed(
 ) -> pd.DataFrame:
     "`bars` with the features of some rows multiplied by random factors between 2 and 4"
     out = bars.copy()
-    x = out[list(FEATURES)].to_numpy(np.float64, copy=True)
+    x = out[_columns(bars)].to_numpy(np.float64, copy=True)
     x[rows] *= np_rng(seed, 'perturb').uniform(2, 4, (int(np.sum(rows)), 1))
-    out[list(FEATURES)] = x
+    out[_columns(bars)] = x
     return out
 
 # %% ../nbs/api/14a_leaks.ipynb #cell-013
 def leak_statistics(normalizer, bars, lookback_window, predict_window):
     "Do statistics of a window read its future?"
-    x = np.ascontiguousarray(bars[list(FEATURES)].to_numpy(np.float64)[:lookback_window + predict_window])
+    x = np.ascontiguousarray(bars[_columns(bars)].to_numpy(np.float64)[:lookback_window + predict_window])
     y = x.copy(); y[lookback_window:] *= 3
     a, b = (normalizer.fit(o, lookback_window) for o in (x, y))
     return max(_moved(a.loc, b.loc), _moved(a.scale, b.scale)), f'{normalizer}: the {predict_window} bars after the lookback times 3'
@@ -84,7 +88,7 @@ def leak_symbols(dataset, bars, lookback_window, predict_window):
     code = pd.factorize(bars['symbol'])[0]
     if code.max() == 0: return 0.0, 'one symbol only: nothing to mix'
     y = bars.copy()
-    y.loc[code % 2 == 1, list(FEATURES)] *= 3.0
+    y.loc[code % 2 == 1, _columns(bars)] *= 3.0
     a, b = dataset(bars), dataset(y)
     near = [np.linspace(e - 2 * (lookback_window + predict_window), e, 40) for e in np.cumsum(np.bincount(code))[:-1]]
     at = np.unique(np.clip(np.concatenate([*near, np.linspace(0, len(a) - 1, 100)]), 0, len(a) - 1).astype(int))
@@ -145,7 +149,7 @@ def leak_batch(forecaster, bars, lookback_window, predict_window):
     "Does a forecast depend on the other histories of its batch?"
     one = bars[bars['symbol'] == bars['symbol'].iloc[0]].reset_index(drop=True)
     now, later = one.iloc[:lookback_window], one.iloc[predict_window:lookback_window + predict_window]
-    later = later.assign(**{c: 2 * later[c] for c in FEATURES})
+    later = later.assign(**{c: 2 * later[c] for c in _columns(later)})
     how = dict(paths=4, seed=0)
     alone, = forecaster.predict_many([now], predict_window, keys=['now'], **how)
     _, among = forecaster.predict_many([later, now], predict_window, keys=['later', 'now'], **how)
@@ -174,11 +178,11 @@ def _of_run(folder, bars):
     if not (folder/'config.yaml').is_file():
         raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
     d = Config.load(folder/'config.yaml').data
-    if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows)
+    if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features)
     if bars is None: bars = sample_klines(list(d.symbols) if d.symbols else None)
-    if d.repair == 'standard' and not check_klines(bars).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window)
+    if d.repair == 'standard' and not check_klines(bars, features=d.features).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, features=d.features)
     target = Forecaster.from_pretrained(folder)
-    dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=d.max_gap)
+    dataset = lambda o: WindowDataset(o, d.lookback_window, d.predict_window, target.normalizer, max_gap=d.max_gap, features=d.features)
     judged = Evaluation.load(folder).rows if (folder/'evaluation'/'evaluation.json').is_file() else None
     return target, bars, d.lookback_window, d.predict_window, split_by_time(bars, d.train, d.val, d.test, d.embargo), dataset, judged
 
@@ -201,7 +205,7 @@ def check_leaks(
     if bars is None: bars = random_walks(4 * window, ('A', 'B'))
     if len(bars) < 2 * window: raise DataError(f"a leak check needs at least {2 * window} bars (twice lookback_window + predict_window), got {len(bars)}")
     norm = getattr(target, 'normalizer', None) or ZScore()
-    make = dataset or (lambda o: WindowDataset(o, lookback_window, predict_window, norm, max_gap=None))
+    make = dataset or (lambda o: WindowDataset(o, lookback_window, predict_window, norm, max_gap=None, features=getattr(target, 'features', FEATURES)))
     size, splits = (bars, lookback_window, predict_window), splits or split_by_time(bars)
     done = dict(statistics=leak_statistics(norm, *size), inputs=leak_inputs(make, *size), symbols=leak_symbols(make, *size), splits=leak_splits(splits))
     if hasattr(target, 'tokenizer'): done['tokens'] = leak_tokens(target.tokenizer)

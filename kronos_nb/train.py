@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import __version__
-from .core import ConfigError, DataError, FEATURES, ModelError, RunError, pick_device, seed_everything, threads, write_atomic, write_json
+from .core import ConfigError, DataError, ModelError, RunError, pick_device, seed_everything, threads, write_atomic, write_json
 from .config import PRESETS, Config, check_keys, seconds
 from .data.kline import RULES, KlineReport, Section, check_klines, read_klines, repair_klines, sample_klines
 from .data.normalize import NORMALIZERS, normalizer_from_dict, with_scales
@@ -32,7 +32,7 @@ from .callback.react import NormSchedule, NormStopping, ResourceGuard
 from .callback.advise import Advise
 from .callback.checkpoint import Checkpoint, Interrupts
 from .model.kernels import heap_kept
-from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, encode_windows, matmul_precision,
+from .task import (PredictorTask, TokenSource, TokenizerTask, WindowSource, build_model, check_bits, check_features, encode_windows, matmul_precision,
     plain_state, save_model, set_trainable)
 from .average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files
 from .forecast import Forecaster, write_ensemble
@@ -56,7 +56,7 @@ class Prepared:
     @property
     def hash(self) -> str:
         "Of the bars: the same bars, the same run"
-        h = hashlib.sha256(self.bars[list(FEATURES)].to_numpy('float64').tobytes())
+        h = hashlib.sha256(self.bars[list(self.train.features)].to_numpy('float64').tobytes())
         h.update(self.bars.timestamps.to_numpy('M8[ns]').tobytes())
         h.update('\n'.join(self.bars.symbol.astype(str)).encode())
         return h.hexdigest()
@@ -69,7 +69,7 @@ def load_bars(
     d = cfg.data
     if data is None: data = list(d.source) if d.source else 'sample'
     if isinstance(data, str) and data == 'sample': data = sample_klines(list(d.symbols) if d.symbols else None)
-    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows)
+    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features)
 
 # %% ../nbs/api/16_train.ipynb #cell-008
 def prepare(
@@ -81,10 +81,10 @@ def prepare(
     bars, window = load_bars(data, cfg), d.lookback_window + d.predict_window
     lost = set(d.symbols or ()) - set(bars.symbol)
     if lost: raise DataError(f"the bars have no symbol {', '.join(sorted(lost))}; they have: {', '.join(map(str, bars.symbol.unique()[:20]))}")
-    report, changes = check_klines(bars, window), pd.DataFrame()
+    report, changes = check_klines(bars, window, features=d.features), pd.DataFrame()
     if not report.ok and d.repair == 'standard':
-        bars, changes = repair_klines(bars, min_bars=window)
-        report = check_klines(bars, window)
+        bars, changes = repair_klines(bars, min_bars=window, features=d.features)
+        report = check_klines(bars, window, features=d.features)
     if not report.ok: raise DataError(_what_is_wrong(report, d, window))
     with_scales(report, d.lookback_window, d.predict_window, d.clip)
     if len(changes): report.sections.append(Section('Repairs', f'{len(changes):,} changes, each in `repairs.csv`.', changes.groupby(['rule', 'action', 'symbol']).size().rename('changes').reset_index()))
@@ -100,7 +100,7 @@ def prepare(
 def _what_is_wrong(report, d, window):
     "The errors of a report in one message"
     bad = report.issues[report.issues.level == 'error']
-    lines = [f"{r['symbol']}: {r['count']} x {r['rule']} ({RULES[r['rule']][1]}){', first at '+', '.join(map(str, r['first'])) if len(r['first']) else ''}" for r in bad.head(8).to_dict('records')]
+    lines = [f"{r['symbol']}: {r['count']} x {r['rule']} ({RULES[r['rule']][1]}{': '+r['detail'] if r['rule'] in ('nan', 'inf', 'not_numbers') else ''}){', first at '+', '.join(map(str, r['first'])) if len(r['first']) else ''}" for r in bad.head(8).to_dict('records')]
     short = f" A window needs data.lookback_window + data.predict_window = {d.lookback_window} + {d.predict_window} = {window} bars." if (bad['rule'] == 'too_short').any() else ''
     return f"the bars have errors: {'; '.join(lines)}{f' and {len(bad)-8} more' if len(bad) > 8 else ''}.{short} Set data.repair=standard to repair what can be repaired and list every change, or repair them yourself (repair_klines)"
 
@@ -113,7 +113,7 @@ def _needs_validation(cfg):
             raise ConfigError(f"{s}.{name}={getattr(k, name)} waits for validations, and data.val is 0: hold a part back (data.val=0.1), or set {s}.{name}={'constant' if name == 'schedule' else 'none'}")
 
 def _windows(part, bars, d, normalizer, stride):
-    try: return WindowDataset(bars, d.lookback_window, d.predict_window, normalizer, stride, d.max_gap)
+    try: return WindowDataset(bars, d.lookback_window, d.predict_window, normalizer, stride, d.max_gap, features=d.features)
     except DataError as e: raise DataError(f"the {part} part (data.{part}={getattr(d, part):g}) has {len(bars)} bars of {bars.symbol.nunique()} symbols, and no window of "
         f"{d.lookback_window} + {d.predict_window} = {d.lookback_window+d.predict_window} bars fits into it: bring more bars, shorten the windows, or raise data.{part}") from e
 
@@ -138,7 +138,7 @@ class Stage:
         d = self.cfg.data
         seen = self.data.split.summary.query("part != 'test'").groupby('symbol').agg(first=('first', 'min'), last=('last', 'max'))
         said = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context, lookback_window=d.lookback_window, predict_window=d.predict_window,
-            trained_on={str(k): [str(o['first']), str(o['last'])] for k, o in seen.iterrows()})
+            trained_on={str(k): [str(o['first']), str(o['last'])] for k, o in seen.iterrows()}, **(dict(features=list(d.features)) if d.extra_features else {}))
         return said if self.tokenizer is None else said | dict(tokenizer_hash=self.tokenizer.weights_hash())
 
 def _sources(stage: Stage):
@@ -238,7 +238,7 @@ def run_stage(
     "Train one stage, or go on with it; leaves final_model and best_model in its folder"
     k, r = stage.knobs, stage.cfg.runtime
     seed_everything(r.seed)
-    model = build_model(stage.name, stage.init, k.size, k.model)
+    model = build_model(stage.name, stage.init, k.size, k.model, stage.data.train.features)
     if stage.tokenizer is not None: check_bits(stage.tokenizer, model)
     learn = make_learner(stage, model, deadline, callbacks)
     checkpoint = next(c for c in learn.callbacks if isinstance(c, Checkpoint))
@@ -461,8 +461,9 @@ def _tokenizer_for(cfg, out):
     else: raise RunError(f"the predictor needs a tokenizer: there is none at {str(here)!r} and predictor.tokenizer names none; train it first, or name a folder or a hub id")
     return build_model('tokenizer', str(where), None).eval()
 
-def _check_normalizer(tokenizer, data: Prepared, where: str):
-    "Raise if the tokenizer was trained with another normaliser than these windows have"
+def _check_tokenizer(tokenizer, data: Prepared, where: str):
+    "Raise if the tokenizer was trained on other columns, or with another normaliser, than these windows have"
+    check_features(tokenizer, data.train.features, where)
     got = data.train.normalizer.to_dict()
     expected = tokenizer.extra.get('normalizer', NORMALIZERS['zscore']().to_dict())   # released weights: z-score, clip 5
     if got != expected: raise ModelError(f"{where} was trained with the normaliser {expected}, and the config asks for {got}: set data.normalizer={expected['kind']} and data.clip={expected['clip']:g}, or train a tokenizer with yours")
@@ -515,7 +516,7 @@ def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
         stage = Stage(name, c, folder, prepared, Engine(cfg.runtime.device, precision_of(cfg)), result.tokenizer, inits[name])
         runs, seed = _runs(stage), dict(seed=c.runtime.seed) if cfg.runtime.seeds else {}
         if runs:
-            if name == 'predictor': _check_normalizer(result.tokenizer, prepared, f'the tokenizer of {str(out)!r}')
+            if name == 'predictor': _check_tokenizer(result.tokenizer, prepared, f'the tokenizer of {str(out)!r}')
             learn = run_stage(stage, deadline, callbacks, resume)
             rows += [dict(stage=name) | seed | r for r in learn.history.epochs]
             result.history = pd.DataFrame(rows)
