@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPANS', 'EVENTS', 'CANCELS', 'LATEST', 'LARGEST', 'POSITION', 'Batch', 'Source', 'TensorSource', 'Cancel',
            'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelBatch', 'CancelStep', 'CancelValidate', 'Callback', 'Mean',
-           'History', 'Engine', 'Learner', 'out_of_memory', 'smaller', 'free_cache', 'to_host', 'double']
+           'History', 'Engine', 'Learner', 'own_gradients', 'out_of_memory', 'smaller', 'free_cache', 'to_host',
+           'double']
 
 # %% ../nbs/api/08_learner.ipynb #cell-002
 import contextlib, math
@@ -181,10 +182,11 @@ class Learner:
         val_every: int | None = None, # Steps between validations inside an epoch; None: at its end alone
         val_first: bool = False,      # Validate before the first step too: what there was to begin with
         seed: int = 0,                # Dropout of step n on process r is seeded by (seed, n, r)
+        own_gradients: bool = False,  # Add gradients to buffers that stay, see `no_gradients`
     ):
         self.engine, self.model = engine or Engine('cpu'), task
         self.task, self.opt = self.engine.prepare(task, opt if opt is not None else torch.optim.AdamW(task.parameters()))
-        self.source, self.valid, self.micro_batch, self.log_every, self.val_every, self.val_first, self.seed = source, valid, micro_batch, log_every, val_every, val_first, seed
+        self.source, self.valid, self.micro_batch, self.log_every, self.val_every, self.val_first, self.seed, self.own_gradients = source, valid, micro_batch, log_every, val_every, val_first, seed, own_gradients
         self.callbacks = []
         for c in callbacks: self.add(c)
         self.epoch = self.epoch_step = self.step = self.epochs = 0
@@ -236,6 +238,7 @@ def fit(self: Learner,
     if epochs < 1 or (max_steps is not None and max_steps < 1): raise ConfigError(f"epochs and max_steps must be at least 1, got {epochs} and {max_steps}")
     if not len(self.source): raise ConfigError("the training source has no windows: there is nothing to fit")
     self.epochs, self.max_steps, self.interrupted = epochs, max_steps, False
+    self.no_gradients()
     with torch.random.fork_rng(devices=[self.engine.device] if self.engine.device.type == 'cuda' else []): self.span('fit', self._fit)
     return self
 
@@ -275,12 +278,17 @@ def _one_step(self: Learner, batch: Batch):
     at = self.step
     self.task.train()
     self.training = True
-    if self.engine.world > 1 and self._tried < 2: self._rehearse(batch)
-    while not self._fits(lambda size: self._micro_batches(list(batch.split(size))), batch): pass
+    self.gradients(batch)
     self.batch = batch
     self.span('step', self._update)
-    self.opt.zero_grad(set_to_none=True)
+    self.no_gradients()
     if self.step == at: self._next_step()   # the update was cancelled: no row, but the position moves on
+
+@patch
+def gradients(self: Learner, batch: Batch):
+    "Forward and backward of the windows of a step, in as many micro-batches as it takes"
+    if self.engine.world > 1 and self._tried < 2: self._rehearse(batch)
+    while not self._fits(lambda size: self._micro_batches(list(batch.split(size))), batch): pass
 
 @patch
 def _fits(self: Learner, f, batch: Batch) -> bool:
@@ -297,6 +305,17 @@ def _fits(self: Learner, f, batch: Batch) -> bool:
     else: return True
     self._halve(size)
     return False
+
+@patch
+def no_gradients(self: Learner):
+    "Forget the gradients; with `own_gradients` keep their buffers, since what a CUDA graph returns is overwritten by its next pass and must be added to something else"
+    self.opt.zero_grad(set_to_none=not self.own_gradients)
+    if self.own_gradients: own_gradients(self.model)
+
+def own_gradients(model: nn.Module):
+    "A buffer of zeros for the gradient of each parameter that has none"
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
 
 @patch
 def _micro_batches(self: Learner, parts: list):
@@ -345,7 +364,7 @@ def free_cache(device):
 
 @patch
 def _halve(self: Learner, size: int):
-    self.opt.zero_grad(set_to_none=True)
+    self.no_gradients()
     self.micro_batch = max(size//2, 1)
     free_cache(self.engine.device)
     self.note(f"out of memory at {size} windows per forward pass: going on with {self.micro_batch}, accumulated to the same step")
@@ -362,7 +381,7 @@ def _rehearse(self: Learner, batch: Batch):
         except (MemoryError, RuntimeError) as e:
             if not out_of_memory(e): raise
             error = MemoryError(str(e))   # without its frames, which hold what was computed
-        self.opt.zero_grad(set_to_none=True)
+        self.no_gradients()
         if short := self.engine.any(error is not None):
             smaller(size, error or MemoryError('on another process'))
             self._halve(size)

@@ -9,7 +9,7 @@ from kronos_nb.cli import config_of, main, parser
 from kronos_nb.config import PRESETS, SCHEDULES, VARIANTS, Config
 from kronos_nb.core import ConfigError, RunError
 from kronos_nb.data.kline import sample_klines
-from kronos_nb.learner import Callback, Learner
+from kronos_nb.learner import Callback, Engine, Learner
 from kronos_nb.machine import COMPILE_MODES
 from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.task import CLASSES, PredictorTask, TokenizerTask, WindowSource, build_model
@@ -296,6 +296,41 @@ def test_the_scaler_goes_into_a_checkpoint_and_back(tmp_path):
     c.resume(learn)
     assert learn.engine.accelerator.scaler.get_scale()==1234.
     learn.engine.accelerator.scaler = None
+
+class Half(Engine):
+    "fp16 with its loss scaler, on the CPU: what CUDA does, slower"
+    def __init__(self, scale=2.**40):
+        super().__init__('cpu')
+        a = self.accelerator
+        a.native_amp, a.state._mixed_precision, a.scaler = True, 'fp16', torch.amp.GradScaler('cpu', init_scale=scale)
+
+def test_fp16_finds_its_scale_clips_what_it_scaled_and_goes_on_with_the_same_bits(tmp_path):
+    "The scale is far too high at first: more than five updates are refused, and that is no reason to stop. Norms are those of the gradients, not of the scaled ones"
+    from accelerate.state import AcceleratorState
+    from kronos_nb.callback.train import Clip, FiniteCheck
+    d, ends = prepare(bars, cfg.replace(**quick)), {}
+    class Stop(Callback):
+        def after_step(self, learn):
+            if learn.step==self.at: learn.stop('enough', interrupted=True)
+    def learner(name, engine, at=99):
+        torch.manual_seed(0)
+        task, stop = TokenizerTask(build_model('tokenizer', 'scratch', 'tiny', cfg.tokenizer.model)), Stop()
+        stop.at = at
+        return Learner(task, WindowSource(d.train, 16, seed=0), None, adamw(task, 1e-3), engine=engine, callbacks=[Clip(2.), FiniteCheck(5), Checkpoint(tmp_path/name, 4), stop])
+    try:
+        whole = learner('a', Half()).fit(9, 40)
+        learner('b', Half(), at=30).fit(9, 40)
+        rest = learner('b', Half())
+        next(c for c in rest.callbacks if isinstance(c, Checkpoint)).resume(rest)
+        rest.fit(9, 40)
+    finally: AcceleratorState._reset_state()
+    full = learner('c', Engine('cpu')).fit(9, 40)
+    refused = [n for n in whole.history.notes if 'update skipped' in n['text']]
+    scale = whole.engine.accelerator.scaler.get_scale()
+    assert 5 < len(refused) < 35 and scale==2.**(40-len(refused)), (len(refused), scale)
+    assert equal(whole.model.state_dict(), rest.model.state_dict()) and rest.engine.accelerator.scaler.get_scale()==scale
+    late = lambda h: np.mean([r['gradient_norm'] for r in h.steps[-5:]])
+    assert .3 < late(whole.history)/late(full.history) < 3 and whole.history.steps[-1]['loss'] < whole.history.steps[0]['loss']
 
 def test_windows_that_give_no_numbers_are_named(tmp_path):
     "Infinite losses, five in a row: the weights never see them, the fit stops and says which windows"

@@ -100,12 +100,14 @@ class FiniteCheck(Callback):
         if norm is None: norm = learn.engine.clip(learn.task.parameters(), math.inf)
         loss = learn.shares['loss']
         if not learn.engine.any(not (torch.isfinite(norm) & torch.isfinite(loss))): self.bad = 0; return
-        self.bad += 1
+        scaler = learn.engine.accelerator.scaler
+        searching = scaler is not None and scaler.get_scale() > 1 and not learn.engine.any(not torch.isfinite(loss))
+        self.bad += not searching
         where = f"epoch {learn.epoch+1}, step {learn.step}, windows {learn.batch.where[:4].tolist() if learn.batch.where is not None else 'unknown'}..."
         if self.bad >= self.patience: raise RunError(f"{self.bad} updates in a row had a loss or gradient that is not finite (loss {float(loss):g}, gradient norm {float(norm):g}; {where}): "
             "look at these windows for prices of 0 or extreme jumps, lower the learning rate, or use precision fp32")
         learn.note(f"update skipped: loss {float(loss):g}, gradient norm {float(norm):g} ({where})")
-        if learn.engine.accelerator.scaler is None: raise CancelStep
+        if scaler is None: raise CancelStep
     def state_dict(self): return dict(bad=self.bad)
     def load_state_dict(self, state): self.bad = state['bad']
 
@@ -157,20 +159,25 @@ def lr_find(
     smooth=.9,        # Of the running mean of the loss
 ) -> tuple[float, pd.DataFrame]: # Suggested rate (where the smoothed loss falls fastest), and lr, loss, smoothed
     "Train with a growing learning rate and see where the loss falls and where it explodes"
-    before, rows, mean = copy.deepcopy(learn.state_dict()), [], 0.
+    before, callbacks, rows, mean = copy.deepcopy(learn.state_dict()), learn.callbacks, [], 0.
+    learn.callbacks = []   # nobody looks on
+    learn.no_gradients()
     try:
         for i in range(steps):
             batch = learn.source.load(learn.epoch + i//learn.steps_per_epoch, i % learn.steps_per_epoch)
             for g in learn.opt.param_groups: g['lr'] = low*(high/low)**(i/(steps-1))
             learn.task.train()
-            loss = learn.task(**learn.on_device(batch))['loss']
-            learn.engine.backward(loss)
+            learn.gradients(batch)
             learn.opt.step()
-            learn.opt.zero_grad(set_to_none=True)
-            mean = smooth*mean + (1-smooth)*loss.item()
-            rows.append(dict(lr=learn.opt.param_groups[0]['lr'], loss=loss.item(), smoothed=mean/(1-smooth**(i+1))))
-            if not math.isfinite(loss.item()) or (i > 10 and rows[-1]['smoothed'] > 4*min(r['smoothed'] for r in rows)): break
-    finally: learn.load_state_dict(before)
+            learn.no_gradients()
+            learn.step += 1
+            loss = learn.engine.sum(learn.shares['loss']).item()   # the same on all processes, so they stop together
+            mean = smooth*mean + (1-smooth)*loss
+            rows.append(dict(lr=learn.opt.param_groups[0]['lr'], loss=loss, smoothed=mean/(1-smooth**(i+1))))
+            if not math.isfinite(loss) or (i > 10 and rows[-1]['smoothed'] > 4*min(r['smoothed'] for r in rows)): break
+    finally:
+        learn.callbacks = callbacks
+        learn.load_state_dict(before)
     df = pd.DataFrame(rows)
     slope = df.smoothed.diff(5)/df.lr.map(math.log).diff(5)   # over five steps: single differences are noise
     slope[:max(len(df)//10, 5)] = math.inf                    # the running mean has just begun
