@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import PRESETS, SECTIONS, VARIANTS, Config, check_keys
-from .core import FEATURES, ConfigError, DataError, KronosError, RunError, check_choice, nearest
+from .core import FEATURES, ConfigError, DataError, KronosError, RunError, check_choice, nearest, write_atomic
 
 # %% ../nbs/api/19_cli.ipynb #cell-006
 class _Parser(argparse.ArgumentParser):
@@ -158,6 +158,7 @@ def _monitor_parser(sub):
 def _compare_parser(sub):
     p = sub.add_parser('compare', help='runs side by side: settings, losses, verdicts, and pair by pair')
     p.add_argument('runs', nargs='+', help='two or more run folders')
+    p.add_argument('--out', help='also write compare.md and compare.png into this folder')
     p.set_defaults(run=run_compare)
 
 # %% ../nbs/api/19_cli.ipynb #cell-018
@@ -422,7 +423,12 @@ def run_monitor(a):
 def run_compare(a):
     "`kronos-nb compare`"
     from kronos_nb.compare import compare
-    print(compare(a.runs).to_markdown())
+    c = compare(a.runs)
+    print(c.to_markdown())
+    if a.out:
+        from kronos_nb.train import save_figure
+        write_atomic(Path(a.out)/'compare.md', c.to_markdown() + '\n![losses and skills](compare.png)\n')
+        save_figure(c.plot(), Path(a.out)/'compare.png')
     return 0
 
 # %% ../nbs/api/19_cli.ipynb #cell-039

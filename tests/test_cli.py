@@ -51,6 +51,12 @@ def test_evaluate_judges_a_checkpoint_and_an_average(place, capsys):
     assert all(o.index.equals(run.index) and o.loc['LastValue'].equals(run.loc['LastValue']) for o in others)
     assert capsys.readouterr().out.count('## Evaluation') == 3 and len({Forecaster.from_pretrained(o).predictor.weights_hash() for o in (kept, place/'run'/'two')}) == 2
 
+def test_compare_writes_a_table_and_a_picture(place, capsys):
+    import shutil
+    shutil.copytree(place/'run', place/'again', dirs_exist_ok=True)
+    assert main(['compare', str(place/'run'), str(place/'again'), '--out', str(place/'cmp')])==0
+    assert capsys.readouterr().out.strip() in (place/'cmp'/'compare.md').read_text() and (place/'cmp'/'compare.png').stat().st_size>5000
+
 @pytest.mark.parametrize('argv, code, says', [
     (['monitor', 'RUN', '--once'], 0, 'finished'), (['report', 'RUN'], 0, 'report.md'), (['check', 'FILE'], 0, 'GOOG'), (['compare', 'RUN', 'RUN'], 2, ''),
     (['average', '--checkpoint-dir', 'RUN/predictor/checkpoints', '--num-checkpoints', '2', '--output', 'RUN/avg'], 0, 'written to'), (['report', 'nowhere'], 2, 'is no run'),
