@@ -5,13 +5,13 @@ import pytest
 from kronos_nb.bundle import build_wheel, bundle, repack
 from kronos_nb.core import RunError
 
-def tiny_wheel(folder, name='needed', version='1.0'):
+def tiny_wheel(folder, name='needed', version='1.0', needs=()):
     "A wheel of one module"
     folder.mkdir(parents=True, exist_ok=True)
     p, info = folder/f'{name}-{version}-py3-none-any.whl', f'{name}-{version}.dist-info'
     with zipfile.ZipFile(p, 'w') as z:
         z.writestr(f'{name}.py', 'answer = 42\n')
-        z.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n')
+        z.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n' + ''.join(f'Requires-Dist: {o}\n' for o in needs) + '\n')
         z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr(f'{info}/RECORD', f'{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
     return p
@@ -22,6 +22,20 @@ def shop(tmp_path_factory): return tiny_wheel(tmp_path_factory.mktemp('shop')).p
 def test_libraries_come_by_pip(shop, tmp_path):
     got = bundle(tmp_path/'b', extras=['needed'], download=False, pip=['--no-index', '--find-links', str(shop)])
     assert [p.name.split('-')[0] for p in got.wheels] == ['kronos_nb', 'needed'] and 'no-index' in (tmp_path/'b'/'README.md').read_text()
+
+def test_what_libraries_need_comes_too(tmp_path):
+    "In turn, for the machine that it is for, in a version that suits all; never torch, numpy or pandas"
+    shop = tmp_path/'shop'
+    tiny_wheel(shop, 'needed', needs=['deeper>=1', 'torch>=99', 'other', 'never; python_version < "3.9"', 'optional; extra == "more"', 'special; platform_machine == "aarch64"'])
+    tiny_wheel(shop, 'other', needs=['deeper<2', 'deepest[more]', 'needed'])   # a circle, too
+    tiny_wheel(shop, 'deepest', needs=['extra-one; extra == "more"', 'numpy'])
+    for name, version in (('deeper', '1.5'), ('deeper', '2.0'), ('extra_one', '1.0'), ('special', '1.0')): tiny_wheel(shop, name, version)
+    names = lambda b: sorted(p.name.rpartition('-py3')[0] for p in b.wheels if not p.name.startswith('kronos_nb'))
+    go = dict(extras=['needed'], download=False, pip=['--no-index', '--find-links', str(shop)])
+    assert names(bundle(tmp_path/'b', **go))==['deeper-1.5', 'deepest-1.0', 'extra_one-1.0', 'needed-1.0', 'other-1.0']
+    assert 'special-1.0' in names(bundle(tmp_path/'b', platform='manylinux2014_aarch64', **go))
+    tiny_wheel(shop, 'other', needs=['deeper<1'])
+    with pytest.raises(RunError, match='deeper'): bundle(tmp_path/'c', **go)
 
 def test_a_failure_leaves_nothing_and_the_old_bundle(shop, tmp_path):
     "Neither half a folder, nor a loss of what was there"
