@@ -81,3 +81,24 @@ def test_an_exchange_file(tmp_path):
         bars = read_klines(file, extra_features=names)
         np.testing.assert_allclose(bars[names], pd.DataFrame(rows)[[8, 9, 10]])
     assert extra_columns(bars) == names
+
+def test_a_search_tries_columns_in_and_out(tmp_path):
+    optuna = pytest.importorskip('optuna')
+    from kronos_nb.tune import default_space, open_study, optional_columns, suggest, tune
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    cfg, bars = Config.preset('quickstart', **little), bars_of()
+    assert optional_columns(bars, cfg) == list(EXTRA) and {'extra.trades', 'extra.taker_buy_volume', 'bits'} <= set(default_space(cfg, EXTRA))
+    space = {'extra.trades': [False, True], 'bits': (4, 5)}
+    sampler = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    assert {suggest(sampler.ask(), space)['extra.trades'] for _ in range(20)} == {False, True}
+    first = open_study(str(tmp_path/'study.db'), tmp_path, 0, 0)
+    for on in (True, False): first.enqueue_trial({'extra.trades': on})   # whatever the sampler would begin with
+    found = tune(bars, cfg, space, tmp_path, trials=2)
+    assert found.value.startswith('CRPS') and set(found.table.state) == {'complete'}
+    models = [json.loads((tmp_path.__class__(f)/'tokenizer'/'best_model'/'config.json').read_text()) for f in found.table.folder]
+    assert {m['d_in'] for m in models} == {6, 7}, 'the columns were not varied'
+    assert [m['d_in'] == 7 for m in models] == found.table['extra.trades'].tolist() == [m.get('features') == [*FEATURES, 'trades'] for m in models]
+    best = found.fit()
+    assert best.config.data.features == best.tokenizer.features == tuple(models[0].get('features', FEATURES)) and best.tokenizer.s1_bits == models[0]['s1_bits']
+    assert 'best of 2 that were tried' in best.evaluation.to_markdown()
+    assert found.plot() is not None
