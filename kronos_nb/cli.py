@@ -378,7 +378,7 @@ def _model_and_windows(a):
     cfg = Config.load(run/'config.yaml') if run else Config()
     f = (Calibrated if a.calibrated else Forecaster).from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
     symbols = a.symbols or (list(cfg.data.symbols) if not a.data and cfg.data.symbols else None)
-    bars = read_klines(a.data, symbols=symbols, extra_features=f.features[len(FEATURES):]) if a.data else sample_klines(symbols)
+    bars = read_klines(a.data, symbols=symbols, extra_features=f.features[len(FEATURES):], tz=cfg.data.tz) if a.data else sample_klines(symbols)
     return f, bars, a.lookback_window or cfg.data.lookback_window, a.predict_window or cfg.data.predict_window
 
 def run_forecast(a):

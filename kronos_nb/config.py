@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SECTIONS', 'PRESETS', 'VARIANTS', 'RENAMED', 'FOREIGN', 'LEFT', 'SWITCHES', 'SCRATCH', 'DEVICE', 'knob',
-           'coerce', 'Section', 'span_text', 'Data', 'Augment', 'Stage', 'Tokenizer', 'Predictor', 'Base', 'Evaluate',
-           'Runtime', 'seconds', 'check_keys', 'Config', 'translate']
+           'coerce', 'Section', 'span_text', 'known_zone', 'Data', 'Augment', 'Stage', 'Tokenizer', 'Predictor', 'Base',
+           'Evaluate', 'Runtime', 'seconds', 'check_keys', 'Config', 'translate']
 
 # %% ../nbs/api/01_config.ipynb #cell-002
 import dataclasses, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from zoneinfo import ZoneInfo, available_timezones
 
 import pandas as pd
 import yaml
@@ -80,6 +81,15 @@ def span_text(m) -> str:
     return f"at least {m['lo']}" if m['hi'] is None else f"at most {m['hi']}" if m['lo'] is None else f"in {m['lo']}..{m['hi']}"
 
 # %% ../nbs/api/01_config.ipynb #cell-014
+def known_zone(
+    tz: str, # Such as 'America/New_York'
+) -> str:
+    "`tz`, or an error if this machine knows no such zone"
+    try: ZoneInfo(tz)
+    except (KeyError, ValueError, OSError) as e: raise ConfigError(f"data.tz must be the name of a zone, such as America/New_York or Asia/Shanghai, or none for UTC; got {tz!r}{nearest(tz, available_timezones())}") from e
+    return tz
+
+# %% ../nbs/api/01_config.ipynb #cell-016
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
     "Which bars, and how they become windows"
@@ -88,6 +98,7 @@ class Data(Section):
     start: str | None = knob(None, "bars from this moment on, YYYY-MM-DD")
     end: str | None = knob(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = knob(None, "read at most this many rows", lo=1, unit='rows')
+    tz: str | None = knob(None, "zone of stamps without one, such as America/New_York; none: UTC")
     repair: str = knob('off', "'off' stops at errors in the bars; 'standard' repairs them and lists every change", choices=('off', 'standard'))
     extra_features: tuple[str, ...] | None = knob(None, "numeric columns read beside the six features, such as trades; for a tokenizer trained from scratch")
     lookback_window: int = knob(90, "history that the model sees", lo=2, hi=8192, unit='bars')
@@ -110,9 +121,10 @@ class Data(Section):
         if self.extra_features == (): object.__setattr__(self, 'extra_features', None)
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps', ''} & set(self.features):
             raise ConfigError(f"data.extra_features must be different columns beside {', '.join(FEATURES)}, such as trades,taker_buy_volume; got {','.join(self.extra_features)}")
+        if self.tz is not None: known_zone(self.tz)
         if abs((total := self.train+self.val+self.test)-1) > 1e-6: raise ConfigError(f"data.train + data.val + data.test must be 1, got {self.train} + {self.val} + {self.test} = {total:g}")
 
-# %% ../nbs/api/01_config.ipynb #cell-016
+# %% ../nbs/api/01_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class Augment(Section):
     "Random changes to training windows, after normalisation"
@@ -124,7 +136,7 @@ class Augment(Section):
     @property
     def on(self) -> bool: return self != type(self)()
 
-# %% ../nbs/api/01_config.ipynb #cell-018
+# %% ../nbs/api/01_config.ipynb #cell-020
 SCHEDULES = ('constant', 'linear', 'cosine', 'onecycle', 'plateau')
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +179,7 @@ class Stage(Section):
             raise ConfigError(f"{self.title()}.trainable must be all, heads, lora or last_N (such as last_2), got {t!r}")
         if self.schedule == 'plateau' and self.mode == 'max': raise ConfigError(f"{self.title()}.schedule=plateau waits for a number that falls, and {self.title()}.mode is max: use mode=min, or another schedule")
 
-# %% ../nbs/api/01_config.ipynb #cell-020
+# %% ../nbs/api/01_config.ipynb #cell-022
 _watch = "the number of a validation that chooses weights and stops training"
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +194,7 @@ class Predictor(Stage):
     monitor: str = knob('val_loss', _watch, choices=('val_loss', 'val_ce_s1', 'val_ce_s2'))
     tokenizer: str | None = knob(None, "tokenizer to use where stage 1 does not run: a hub id or a folder")
 
-# %% ../nbs/api/01_config.ipynb #cell-022
+# %% ../nbs/api/01_config.ipynb #cell-024
 @dataclass(frozen=True, kw_only=True)
 class Base(Section):
     "A model trained from scratch on other symbols, for fine-tuning where no released weights are at hand"
@@ -193,7 +205,7 @@ class Base(Section):
     tokenizer_lr: float = knob(1e-3, "learning rate of the base's tokenizer", lo=0., hi=10., log=True)
     predictor_lr: float = knob(1e-3, "learning rate of the base's predictor", lo=0., hi=10., log=True)
 
-# %% ../nbs/api/01_config.ipynb #cell-024
+# %% ../nbs/api/01_config.ipynb #cell-026
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Section):
     "The comparison on the untouched end of each symbol"
@@ -204,7 +216,7 @@ class Evaluate(Section):
     top_p: float = knob(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
     calibrate: str = knob('auto', "learn on the validation part how much wider the bands must be, and keep that beside the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
 
-# %% ../nbs/api/01_config.ipynb #cell-026
+# %% ../nbs/api/01_config.ipynb #cell-028
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Section):
     "Device, speed, checkpoints and records"
@@ -252,7 +264,7 @@ def seconds(
     if not text or not m: raise ConfigError(f"runtime.max_time must look like 11h30m, 45m or 90s, got {text!r}")
     return float(sum(int(n or 0)*k for n, k in zip(m.groups(), (86400, 3600, 60, 1))))
 
-# %% ../nbs/api/01_config.ipynb #cell-029
+# %% ../nbs/api/01_config.ipynb #cell-031
 SECTIONS = dict(data=Data, augment=Augment, tokenizer=Tokenizer, predictor=Predictor, base=Base, evaluate=Evaluate, runtime=Runtime)
 
 def check_keys(got, allowed, where: str):
@@ -284,7 +296,7 @@ class Config:
         "From nested dicts, or dotted names, or a mixture; unknown names are errors"
         return cls().replace(**d)
 
-# %% ../nbs/api/01_config.ipynb #cell-031
+# %% ../nbs/api/01_config.ipynb #cell-033
 def _replace(self: Config,
     **changes, # `**{'predictor.lr': 1e-5}` or `predictor=dict(lr=1e-5)`
 ) -> Config: # A new one, checked
@@ -317,7 +329,7 @@ def _table(self: Config) -> pd.DataFrame:
 
 Config.replace, Config.diff, Config.table = _replace, _diff, _table
 
-# %% ../nbs/api/01_config.ipynb #cell-037
+# %% ../nbs/api/01_config.ipynb #cell-039
 _both = lambda **kw: {f'{s}.{k}': v for s in ('tokenizer', 'predictor') for k, v in kw.items()}
 _small = {'tokenizer.init': 'NeoQuasar/Kronos-Tokenizer-base', 'predictor.init': 'NeoQuasar/Kronos-small'}
 
@@ -347,7 +359,7 @@ VARIANTS = dict(
     aggressive_schedule={'tokenizer.lr': 2e-4, **_both(warmup=.05, div_factor=10)},
 )
 
-# %% ../nbs/api/01_config.ipynb #cell-038
+# %% ../nbs/api/01_config.ipynb #cell-040
 def _preset(cls,
     name: str,      # A key of `PRESETS`
     *variants: str, # Keys of `VARIANTS`, applied in order
@@ -360,7 +372,7 @@ def _preset(cls,
 
 Config.preset = classmethod(_preset)
 
-# %% ../nbs/api/01_config.ipynb #cell-042
+# %% ../nbs/api/01_config.ipynb #cell-044
 RENAMED = {   # the reference's key -> ours; two where one knob became two
     'data.data_path': ('data.source',), 'data.train_ratio': ('data.train',), 'data.val_ratio': ('data.val',), 'data.test_ratio': ('data.test',),
     'training.epochs': ('tokenizer.epochs', 'predictor.epochs'), 'training.tokenizer_epochs': ('tokenizer.epochs',), 'training.basemodel_epochs': ('predictor.epochs',),
@@ -384,7 +396,7 @@ SWITCHES = {'experiment.train_tokenizer': 'predictor', 'experiment.train_basemod
 SCRATCH = {'experiment.pre_trained_tokenizer': 'tokenizer.init', 'experiment.pre_trained_predictor': 'predictor.init'}   # off -> the setting that becomes 'scratch'
 DEVICE = ('device.use_cuda', 'device.device_id')
 
-# %% ../nbs/api/01_config.ipynb #cell-044
+# %% ../nbs/api/01_config.ipynb #cell-046
 def _flatten(d: dict) -> dict:
     "Dotted names to values, each checked to be a setting of the reference or of ours"
     flat = {k: v for g, part in d.items() for k, v in ({f'{g}.{o}': v for o, v in part.items()} if isinstance(part, dict) else {} if part is None else {g: part}).items()}
@@ -397,7 +409,7 @@ def _flatten(d: dict) -> dict:
         if name not in names: raise ConfigError(f"{group} has no setting {name!r}, in the reference's words or in ours{nearest(name, names)}; correct it, or take it out; there are: {', '.join(names)}")
     return flat
 
-# %% ../nbs/api/01_config.ipynb #cell-046
+# %% ../nbs/api/01_config.ipynb #cell-048
 def _rules(flat: dict, out: dict):
     "What takes more than a new name: adds to `out`, and yields (their key, our keys, note)"
     on = {k: coerce(v, bool, k) for k, v in flat.items() if k in (*SWITCHES, *SCRATCH, 'experiment.pre_trained', DEVICE[0])}
@@ -416,7 +428,7 @@ def _rules(flat: dict, out: dict):
         out['runtime.device'] = 'cpu' if not on.get(DEVICE[0], True) else f'cuda:{at}' if at else 'auto'
         yield ', '.join(told), 'runtime.device', out['runtime.device']
 
-# %% ../nbs/api/01_config.ipynb #cell-047
+# %% ../nbs/api/01_config.ipynb #cell-049
 def translate(
     d: dict, # What a YAML file written for the reference holds
 ) -> tuple[dict, list]: # Changes for `Config.replace`, and (their key, our keys, note) for each that was renamed or left out
@@ -432,7 +444,7 @@ def translate(
             report.append((key, ', '.join(new), '' if new else 'the epochs of each stage are given'))
     return out, report + list(dict.fromkeys(_rules(flat, out)))
 
-# %% ../nbs/api/01_config.ipynb #cell-048
+# %% ../nbs/api/01_config.ipynb #cell-050
 def _load(cls,
     source,        # Path of a YAML file, or a dict
     report=print,  # Called with one line per key that was renamed or has no counterpart

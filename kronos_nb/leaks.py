@@ -178,7 +178,7 @@ def _of_run(folder, bars):
     if not (folder/'config.yaml').is_file():
         raise RunError(f"{str(folder)!r} is no run: it has no config.yaml; give the folder that was given as out_dir, or a forecaster")
     d = Config.load(folder/'config.yaml').data
-    if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features)
+    if bars is None and d.source: bars = read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features, tz=d.tz)
     if bars is None: bars = sample_klines(list(d.symbols) if d.symbols else None)
     if d.repair == 'standard' and not check_klines(bars, features=d.features).ok: bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, features=d.features)
     target = Forecaster.from_pretrained(folder)

@@ -260,6 +260,7 @@ def _convert(raw, tz, dayfirst, columns, adjust, extra=()):
     if missing: raise DataError(f"no column for {', '.join(missing)}; found {', '.join(map(repr, raw.columns))}; rename them or pass columns={{'theirs': 'ours'}}")
     stamps, mixed = to_utc(_stamp_column(raw, found), tz, dayfirst)
     x, notes, bad = _features(raw, found, adjust, extra)
+    if tz is not None: notes = [*notes, f'stamps without a zone read as {tz}']
     odd = [('bad_timestamp', 'unreadable timestamps', np.isnat(stamps)), ('mixed_zones', 'stamps of the rarer kind, with or without a UTC offset', mixed),
            *(('not_numbers', f'cells of {c!r} are not numbers', m) for c, m in bad.items())]
     return raw[found['symbol']] if 'symbol' in found else None, stamps, x, dict(columns={v: k for k, v in found.items()}, ignored=ignored, notes=notes, odd=[o for o in odd if o[2].any()])
