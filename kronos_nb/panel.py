@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CSS', 'SLIDERS', 'KINDS', 'widget_tree', 'widgets_here', 'Panel', 'error_html', 'guarded', 'button', 'picture',
            'show_figure', 'folded', 'now', 'code_html', 'as_text', 'from_text', 'changes_from', 'as_yaml',
-           'settings_text', 'preset_of', 'source_text', 'as_code', 'read_section', 'make_slider', 'KnobView',
-           'ConfigPanel', 'light', 'FitJob', 'plot_run', 'TrainPanel', 'ForecastPanel', 'find_files_of_bars',
-           'plot_window', 'DataPanel', 'RunsPanel', 'Studio']
+           'settings_text', 'preset_of', 'extra_text', 'source_text', 'as_code', 'read_section', 'make_slider',
+           'KnobView', 'ConfigPanel', 'light', 'FitJob', 'plot_run', 'TrainPanel', 'ForecastPanel',
+           'find_files_of_bars', 'plot_window', 'DataPanel', 'RunsPanel', 'Studio']
 
 # %% ../nbs/api/18_panel.ipynb #cell-002
 import dataclasses, html, math, os, threading, time, traceback, typing
@@ -235,6 +235,8 @@ def settings_text(
 
 # %% ../nbs/api/18_panel.ipynb #cell-043
 def preset_of(config) -> str | None: return config if isinstance(config, str) and config in PRESETS else None
+
+def extra_text(extra) -> str: return f', extra_features={tuple(extra)!r}' if extra else ''
 
 def source_text(data) -> str:
     "Where bars come from, as code"
@@ -482,7 +484,7 @@ def build_top(self: ConfigPanel, W):
 # %% ../nbs/api/18_panel.ipynb #cell-082
 def light(cfg: Config) -> bool:
     "Whether a window of both models is measured within about a second"
-    archs = [(s, architecture(s, getattr(cfg, s))) for s in ('tokenizer', 'predictor')]
+    archs = [(s, architecture(s, getattr(cfg, s), cfg.data.features)) for s in ('tokenizer', 'predictor')]
     return all(a is not None and n_params(s, a)*(cfg.data.lookback_window + cfg.data.predict_window) < 5e7 for s, a in archs)
 
 # %% ../nbs/api/18_panel.ipynb #cell-090
@@ -757,7 +759,7 @@ def origin(self: ForecastPanel, bars) -> int:
 def code(self: ForecastPanel) -> str:
     self.load()
     a, data = self.asked, now(self.data)
-    bars = 'bars' if isinstance(data, pd.DataFrame) else f"sample_klines({a['symbol']!r})" if isinstance(data, str) and data == 'sample' else f"read_klines({source_text(data)}, symbols={a['symbol']!r})"
+    bars = 'bars' if isinstance(data, pd.DataFrame) else f"sample_klines({a['symbol']!r})" if isinstance(data, str) and data == 'sample' else f"read_klines({source_text(data)}, symbols={a['symbol']!r}{extra_text(self.forecaster.features[6:])})"
     model = 'forecaster' if self.folder is None else f"Forecaster.from_pretrained({str(self.folder)!r})"
     at, H = self.origin(self.bars[a['symbol']]), a['horizon']
     known = f"actual = bars[{at}:{at+H}]\n" if len(self.bars[a['symbol']]) >= at+H else ''
@@ -893,19 +895,24 @@ def settings(self: DataPanel) -> dict:
     return own | {f'data.{k}': v for k, v in self.asked.items()}
 
 @patch(as_prop=True)
+def extra(self: DataPanel): # Columns beside the six that the settings ask for, or None
+    return None if self.config is None else now(self.config).data.extra_features
+
+@patch(as_prop=True)
 def code(self: DataPanel):
-    a = self.asked
-    args = ''.join(f', {k}={v!r}' for k, v in a.items() if k != 'repair' and v)
+    a, more = self.asked, f', features=(*FEATURES, *{self.extra!r})' if self.extra else ''
+    args = ''.join(f', {k}={v!r}' for k, v in a.items() if k != 'repair' and v) + extra_text(self.extra)
     read = f"sample_klines({list(a['symbols'])!r})" if isinstance(self.source, str) and self.source == 'sample' and a['symbols'] else 'sample_klines()' if isinstance(self.source, str) and self.source == 'sample' else f'read_klines({source_text(self.source)}{args})'
-    return f"from kronos_nb.data.kline import check_klines, read_klines, repair_klines, sample_klines\n\nbars = {read}\n" + 'bars, changes = repair_klines(bars)\n'*(a['repair'] == 'standard') + 'check_klines(bars)'
+    return f"from kronos_nb.data.kline import {'FEATURES, '*bool(more)}check_klines, read_klines, repair_klines, sample_klines\n\nbars = {read}\n" + f'bars, changes = repair_klines(bars{more})\n'*(a['repair'] == 'standard') + f'check_klines(bars{more})'
 
 # %% ../nbs/api/18_panel.ipynb #cell-152
 @patch
 def read(self: DataPanel):
     "Bars as chosen, what repair changed, and the report"
-    bars, changes = load_bars(self.source, Config().replace(**{k: v for k, v in self.settings.items() if k.startswith('data.')})), None
-    if self.asked['repair'] == 'standard': bars, changes = repair_klines(bars)
-    return bars, changes, check_klines(bars)
+    cfg = Config().replace(**{k: v for k, v in self.settings.items() if k.startswith('data.')}, **{'data.extra_features': self.extra})
+    bars, changes = load_bars(self.source, cfg), None
+    if self.asked['repair'] == 'standard': bars, changes = repair_klines(bars, features=cfg.data.features)
+    return bars, changes, check_klines(bars, features=cfg.data.features)
 
 # %% ../nbs/api/18_panel.ipynb #cell-154
 @patch

@@ -102,3 +102,12 @@ def test_a_search_tries_columns_in_and_out(tmp_path):
     assert best.config.data.features == best.tokenizer.features == tuple(models[0].get('features', FEATURES)) and best.tokenizer.s1_bits == models[0]['s1_bits']
     assert 'best of 2 that were tried' in best.evaluation.to_markdown()
     assert found.plot() is not None
+
+def test_panels_show_and_say_the_columns(run):
+    from kronos_nb.panel import DataPanel, ForecastPanel
+    choose = DataPanel(bars_of(), run.config, folders=())
+    bars, _, report = choose.read()
+    assert report.features == (*FEATURES, *EXTRA) and set(EXTRA) <= set(bars)
+    exec(choose.code, dict(bars=bars_of()))
+    asked = ForecastPanel(run.out_dir, bars_of(), paths=2)
+    assert asked.predict().paths.shape[2] == 6 and "extra_features" not in asked.code   # the frame is there already
