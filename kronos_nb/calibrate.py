@@ -47,7 +47,7 @@ def _from_hub(name, revision):
     "calibration.json of a repository; None where it has none, or where `name` is no hub id"
     if Path(name).is_dir() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(name)): return None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     try: return hf_hub_download(str(name), 'calibration.json', revision=revision)
     except LocalEntryNotFoundError as e: raise RunError(f"calibration.json of {str(name)!r} is not on this machine, and the hub cannot be reached ({str(e).splitlines()[0]})") from e
     except EntryNotFoundError: return None

@@ -404,8 +404,7 @@ def tune(
     return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation', why)
 
 # %% ../nbs/api/17_tune.ipynb #cell-070
-@patch
-def fit(self: TuneResult,
+def _fit(self: TuneResult,
     out_dir=None, # Default: OUT/best
 ) -> FitResult:
     "Train with the best settings, judge, and write the number of trials into the card"
@@ -415,6 +414,8 @@ def fit(self: TuneResult,
         result.evaluation.save(result.out_dir/'evaluation')
         write_report(result.out_dir)
     return result
+
+TuneResult.fit = _fit   # not by @patch: older versions of fastcore would forget the function of that name
 
 # %% ../nbs/api/17_tune.ipynb #cell-072
 @patch
