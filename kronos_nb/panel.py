@@ -993,8 +993,7 @@ class RunsPanel(Panel):
 def text(self: RunsPanel): return '\n'.join([*(f"[{'x' if str(o) in self.ticked else ' '}] {o}" for o in find_runs(self.folder)), '', self.code])
 
 # %% ../nbs/api/18_panel.ipynb #cell-168
-@patch
-def compare(self: RunsPanel):
+def _compare(self: RunsPanel):
     "What differs between the ticked runs"
     self.done, c = None, compare(self.ticked)
     if self.widget is None: return c
@@ -1002,6 +1001,8 @@ def compare(self: RunsPanel):
     html_of = lambda t: (t.reset_index() if t.index.name else t).to_html(index=False, border=0, float_format=lambda v: f'{v:.4g}', na_rep='')
     self.told.value = "<div class='knb'><div style='display: flex; flex-wrap: wrap; gap: 0 30px'>" + ''.join(f'<div><b>{k}</b>{html_of(t)}</div>' for k, t in tables.items() if len(t)) + '</div></div>'
     show_figure(self.chart, c.plot())
+
+RunsPanel.compare = _compare   # not by @patch: older versions of fastcore would forget the function of that name
 
 # %% ../nbs/api/18_panel.ipynb #cell-170
 @patch
