@@ -8,7 +8,7 @@ __all__ = ['MAY_DIFFER', 'Prepared', 'load_bars', 'prepare', 'Stage', 'compile_t
            'precision_of', 'resolve', 'fit', 'save_figure']
 
 # %% ../nbs/api/16_train.ipynb #cell-002
-import dataclasses, hashlib, importlib.metadata, json, platform, time, warnings
+import contextlib, dataclasses, hashlib, importlib.metadata, json, math, platform, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from .data.kline import RULES, KlineReport, Section, check_klines, read_klines, 
 from .data.normalize import NORMALIZERS, normalizer_from_dict, with_scales
 from .data.window import Split, WindowDataset, split_by_time
 from .data.augment import Augment
-from .learner import Engine, Learner
+from .learner import Engine, Learner, out_of_memory, own_gradients
 from .callback.train import Best, Clip, EarlyStopping, FiniteCheck, Schedule, adamw, lr_find
-from .callback.monitor import Codebook, GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio, check_tracker
+from .callback.monitor import Codebook, GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio, check_tracker, norm_of
 from .callback.react import NormSchedule, NormStopping, ResourceGuard
 from .callback.advise import Advise
 from .callback.checkpoint import Checkpoint, Interrupts
@@ -171,16 +171,33 @@ def _where_tokens(stage: Stage, augment) -> str:
 def compile_task(
     task: nn.Module,
     batch: dict,      # One micro-batch on the task's device
+    autocast=contextlib.nullcontext, # The run's number format
 ) -> str | None: # Why it cannot be compiled, or None
     "Compile `task` in place if that works on this machine"
+    device, why, smaller = next(task.parameters()).device, None, None
     try:
-        task.compile(mode=COMPILE_MODES[next(task.parameters()).device.type])
-        task(**batch)['loss'].backward()
-        return None
-    except Exception as e:
-        task._compiled_call_impl = None
-        return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+        task.train().compile(mode=COMPILE_MODES[device.type])
+        one, _, three = _grown(task, batch, autocast, device)
+        if not math.isclose(three, 3*one, rel_tol=.05): why = f'the gradients of three passes over a batch add up to {three/one:.3g} times those of one'
+    except Exception as e:   # whatever the compiler raises: the reason is returned and written to the history
+        if out_of_memory(e) and (n := len(batch['stamp'])) > 1: smaller = {k: v[:n//2] for k, v in batch.items()}   # as the learner will take it
+        else: why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
     finally: task.zero_grad(set_to_none=True)
+    if smaller: return compile_task(task, smaller, autocast)
+    if why: task._compiled_call_impl = None
+    return why
+
+def _grown(task, batch, autocast, device, passes=3) -> list:
+    "The norm of the gradients after each of several passes over one batch, with the same dropout"
+    own_gradients(task)
+    params, norms = [p for p in task.parameters() if p.requires_grad], []
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        for _ in range(passes):
+            torch.manual_seed(0)
+            with autocast(): loss = task(**batch)['loss']
+            loss.backward()
+            norms.append(float(norm_of([p.grad for p in params])))
+    return norms
 
 # %% ../nbs/api/16_train.ipynb #cell-018
 def _callbacks(stage: Stage, deadline, more):
@@ -222,9 +239,10 @@ def make_learner(
     why = None
     if stage.machine.compile:
         first = next(source.load(0, 0).split(r.micro_batch or k.batch_size)).tensors
-        why = compile_task(task, {n: v.to(e.device) for n, v in first.items()})
+        why = compile_task(task, {n: v.to(e.device) for n, v in first.items()}, e.accelerator.autocast)
     learn = Learner(task, source, valid, adamw(task, k.lr, (k.beta1, k.beta2), k.weight_decay), callbacks=list(_callbacks(stage, deadline, callbacks)), engine=e,
-        micro_batch=min(r.micro_batch or k.batch_size, k.batch_size), log_every=r.log_every, val_every=k.val_every, val_first=stage.init != 'scratch', seed=r.seed)
+        micro_batch=min(r.micro_batch or k.batch_size, k.batch_size), log_every=r.log_every, val_every=k.val_every, val_first=stage.init != 'scratch', seed=r.seed,
+        own_gradients=bool(stage.machine.compile and not why))
     if why: learn.note(f"torch.compile does not work here ({why}): going on without it")
     return learn
 

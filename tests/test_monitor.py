@@ -170,3 +170,16 @@ def test_skipped_updates_are_diagnosed():
     found = not_finite(History(notes=[dict(epoch=1, step=2, text='machine (cpu): 2 threads'), note]))
     assert found.name=='losses that are not finite' and '1 updates' in found.text and 'step 7' in found.text and 'lr' in found.remedy
     assert not_finite(History(notes=[dict(epoch=1, step=2, text='stopped early')])) is None
+
+def test_a_gpu_that_tells_nothing_about_itself_is_no_reason_to_stop(monkeypatch):
+    "pynvml without its library, and then no nvidia-smi either"
+    import subprocess
+    from kronos_nb.callback.monitor import gpu_use
+    def fails(e):
+        def f(*a, **k): raise e
+        return f
+    monkeypatch.setattr(torch.cuda, 'utilization', fails(RuntimeError('NVML shared library not found')))
+    monkeypatch.setattr(subprocess, 'run', lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout='37\n12\n'))
+    assert (gpu_use(torch.device('cuda:1')), gpu_use(torch.device('cuda')), gpu_use(torch.device('cpu')))==(12., 37., None)
+    monkeypatch.setattr(subprocess, 'run', fails(FileNotFoundError('nvidia-smi')))
+    assert gpu_use(torch.device('cuda')) is None

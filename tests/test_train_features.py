@@ -239,6 +239,27 @@ def test_compile_falls_back_and_says_so(tmp_path, monkeypatch):
     assert any('torch.compile does not work here (RuntimeError: no compiler): going on without it' in n for n in notes(tmp_path/'a')) and equal(final(tmp_path/'a'), final(tmp_path/'b'))
     assert modes==[dict(mode='default')] and (COMPILE_MODES['cuda'], COMPILE_MODES['mps'])==('max-autotune', 'reduce-overhead')
 
+def test_a_compiler_whose_gradients_do_not_add_up_is_not_used(tmp_path, monkeypatch):
+    "As CUDA graphs without buffers for the gradients: each pass overwrites the one before it"
+    def forgetful(self, **kw):
+        def call(*a, **k):
+            for p in self.parameters(): p.grad = None
+            return self.forward(*a, **k)
+        self._compiled_call_impl = call
+    monkeypatch.setattr(torch.nn.Module, 'compile', forgetful)
+    run(tmp_path/'a', **{'runtime.compile': True}); run(tmp_path/'b')
+    assert any('torch.compile does not work here (the gradients of three passes over a batch add up to 1 times those of one): going on without it' in n for n in notes(tmp_path/'a')) and equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
+def test_what_is_compiled_trains_the_same_in_micro_batches_too(tmp_path, monkeypatch):
+    "With a compiler that does nothing: gradients in buffers of their own; memory that runs out while it is tried is no failure of it"
+    tried, said = [], {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'tokenizer.batch_size': 16, 'runtime.micro_batch': 8}
+    def eager(self, **kw): self._compiled_call_impl = lambda *a, **k: tried.append(len(k['x'])) or short(self, k) or self.forward(*a, **k)
+    def short(self, k):
+        if len(tried)==1: raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 MiB')
+    monkeypatch.setattr(torch.nn.Module, 'compile', eager)
+    run(tmp_path/'a', **said, **{'runtime.compile': True}); run(tmp_path/'b', **said)
+    assert tried[:4]==[8, 4, 4, 4] and not any('does not work here' in n for n in notes(tmp_path/'a')) and equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
 def test_optimizations_off_is_said_and_trains_the_same(tmp_path):
     run(tmp_path/'a'); run(tmp_path/'b', **{'runtime.optimizations': False, 'runtime.workers': 3, 'runtime.compile': True})
     assert any('optimizations are off' in n and 'not used: runtime.workers=3, runtime.compile=True' in n for n in notes(tmp_path/'b')) and any(n.startswith('machine (cpu)') for n in notes(tmp_path/'a'))

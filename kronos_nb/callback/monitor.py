@@ -310,9 +310,9 @@ def gpu_use(device) -> float | None: # Percent of the last moment, or None where
     "How busy a CUDA device is"
     if device.type != 'cuda': return None
     try: return float(torch.cuda.utilization(device))
-    except ImportError: pass   # needs pynvml; the driver's own tool knows as well
+    except Exception: pass   # torch asks pynvml, which may be missing or find no library of its own; the driver's tool knows as well
     try: out = subprocess.run(['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits'], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired): return None
+    except (OSError, subprocess.TimeoutExpired): return None   # no tool, or a hanging driver: a number less in the log, and no reason to stop a training
     values = out.stdout.split()
     return float(values[(device.index or 0) % len(values)]) if values and out.returncode == 0 else None
 
