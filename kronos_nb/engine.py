@@ -177,14 +177,16 @@ class Stack:
     def read(self,
         x,      # (rows, t, D) float32, what enters the first block
         stores, # One `Store` per block; they take the `t` bars
-    ):  # (rows, t, D) float32
+        out=True, # Whether to go on to what leaves the last block, or stop when it has its keys and values
+    ):  # (rows, t, D) float32, or None
         "What leaves the last block"
         if not self.layers: return x
         cis = self.angles(stores[0].n, x.shape[1], x.device)
-        for (qkv, out, w13, w2), store in zip(self.layers, stores):
+        for (qkv, proj, w13, w2), store in zip(self.layers, stores):
             o = rotate(qkv(self.unit(x).to(self.dtype)), cis, self.heads)
             store.add(o[1:])
-            x = x + out(store.attend(o[0]))
+            if not out and store is stores[-1]: return
+            x = x + proj(store.attend(o[0]))
             x = x + w2(self.gate(w13(self.unit(x).to(self.dtype))))
         return x
 
@@ -265,8 +267,10 @@ class Painter:
     def read(self,
         ids,    # (s1, s2), (rows, t) each
         stores, # From `stack.stores`
-    ):  # (rows, t, F) normalised bars
+        paint=True, # Or only remember them: the history's bars are known, so its last block need not be finished
+    ):  # (rows, t, F) normalised bars, or None
         "Bars of the next tokens"
         t = self.tok
         bits = torch.cat([ids_to_bits(o, b) for o, b in zip(ids, (t.s1_bits, t.s2_bits))], -1)
-        return t.head(self.stack.read(t.post_quant_embed(bits / t.bits**.5), stores))
+        x = self.stack.read(t.post_quant_embed(bits / t.bits**.5), stores, paint)
+        return t.head(x) if paint else None

@@ -116,6 +116,6 @@ def decode_tail(
         b = min(a + piece, H)
         start, tail = max(0, L + b - max_context), [o[:, max(0, b-max_context):b] for o in made]
         stores = painter.stack.stores(tail[0].shape[1])
-        if start < L: painter.read([o[:, start:] for o in hist], stores)
+        if start < L: painter.read([o[:, start:] for o in hist], stores, paint=False)
         out.append(painter.read(tail, stores)[:, a-b:])
     return torch.cat(out, 1)
