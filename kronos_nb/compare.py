@@ -30,7 +30,7 @@ class Run:
     folder: Path
     config: Config          # None where the folder has no config.yaml
     curves: pd.DataFrame    # stage, epoch, and a column per metric of training_metrics.json
-    seconds: dict           # Stage -> seconds of its last session; with several seeds also 'seed_2 predictor' ...
+    seconds: dict           # Stage -> seconds in its updates, of all its sessions, without validations; with several seeds also 'seed_2 predictor' ...
     evaluation: Evaluation  # None where the run was not judged
 
 # %% ../nbs/api/14d_compare.ipynb #cell-008
@@ -40,10 +40,9 @@ def _curves(path, stage):
     m = pd.DataFrame(json.loads(path.read_text(encoding='utf-8'))).astype(float)
     return m.assign(stage=stage, epoch=np.arange(1, len(m) + 1))
 
-def _seconds(path):
-    "Seconds of a stage's last session, nan where it left none"
-    o = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    return o['updated'] - o['began'] if {'began', 'updated'} <= set(o) else np.nan
+def _seconds(m):
+    "Seconds that a stage spent in its updates, nan where it did not count them"
+    return float((m['step'].diff().fillna(m['step']) * m['step_seconds']).sum()) if {'step', 'step_seconds'} <= set(m) else np.nan
 
 def read_run(
     folder, # OUT
@@ -53,12 +52,12 @@ def read_run(
     folder = Path(folder)
     config = Config.load(folder/'config.yaml') if (folder/'config.yaml').is_file() else None
     parts = {s: folder/s for s in STAGES} | (stages(folder) if any((folder/s).is_dir() for s in STAGES) else {})   # also the predictors of other seeds
-    curves = pd.concat([_curves(o/'training_metrics.json', s) for s, o in parts.items()], ignore_index=True)
+    each = {s: _curves(o/'training_metrics.json', s) for s, o in parts.items()}
+    curves = pd.concat(each.values(), ignore_index=True)
     judged = any((folder/o/'evaluation.json').is_file() for o in ('', 'evaluation'))
     if config is None and not len(curves) and not judged:
         raise RunError(f"{str(folder)!r} is no run: it holds no config.yaml, no training_metrics.json and no evaluation; give the folder that was given as out_dir")
-    e, seconds = Evaluation.load(folder) if judged else None, {s: _seconds(o/'status.json') for s, o in parts.items()}
-    return Run(name or folder.resolve().name, folder, config, curves, seconds, e)
+    return Run(name or folder.resolve().name, folder, config, curves, {s: _seconds(m) for s, m in each.items()}, Evaluation.load(folder) if judged else None)
 
 # %% ../nbs/api/14d_compare.ipynb #cell-010
 @dataclass
