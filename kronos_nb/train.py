@@ -69,7 +69,8 @@ def load_bars(
     d = cfg.data
     if data is None: data = list(d.source) if d.source else 'sample'
     if isinstance(data, str) and data == 'sample': data = sample_klines(list(d.symbols) if d.symbols else None)
-    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features)
+    utc = isinstance(data, pd.DataFrame) and 'read' in data.attrs   # bars that were read before
+    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, extra_features=d.extra_features, tz=None if utc else d.tz)
 
 # %% ../nbs/api/16_train.ipynb #cell-008
 def prepare(

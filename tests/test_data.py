@@ -78,6 +78,21 @@ def test_interleaved_symbols_and_index_frames():
     assert read_klines(one, 'X').equals(frame())
     assert read_klines(one.tz_localize('UTC'), 'X').equals(frame())
 
+def test_the_zone_is_a_setting(tmp_path, capsys):
+    from kronos_nb.cli import main
+    from kronos_nb.config import Config
+    from kronos_nb.train import load_bars
+    b, cfg = frame(), Config()
+    b.to_csv(tmp_path/'a.csv', index=False)
+    read = lambda data, tz: load_bars(data, cfg.replace(**{'data.tz': tz}))
+    plain, there = read(tmp_path, None), read(tmp_path, 'Asia/Shanghai')
+    assert ((plain.timestamps - there.timestamps) == pd.Timedelta('8h')).all() and plain.close.equals(there.close)
+    assert (read(b, 'America/New_York').timestamps - read(b, 'Asia/Shanghai').timestamps == pd.Timedelta('13h')).all()
+    assert 'read as Asia/Shanghai' in check_klines(there).to_markdown() and 'read as' not in check_klines(plain).to_markdown()
+    for done in (there, sample_klines('GOOG')): assert read(done, 'Asia/Shanghai').timestamps.equals(done.timestamps)   # UTC already
+    with pytest.raises(ConfigError, match="did you mean 'Asia/Shanghai'"): cfg.replace(**{'data.tz': 'Asia/Shanghia'})
+    assert main(['check', str(tmp_path/'a.csv'), '--tz', 'Asia/Shanghai']) == 0 and 'read as Asia/Shanghai' in capsys.readouterr().out
+
 @pytest.mark.parametrize('text,message', [
     ('', 'is empty'), ('a,b\n1,2\n', 'no column for timestamps, open'), ('date,open\n', 'no column'), ('a,b,c,d,e\n1,2,3,4,5,6\n', '5 columns and a row below it 6'),
     ('date,open,high,low,close\n01/02/2024,1,1,1,1\n', 'dayfirst'), ('PK\0\0', 'zero bytes'), ('1,2,3\n', 'no header')])
