@@ -167,7 +167,7 @@ def _tune_parser(sub):
     p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample')
     p.add_argument('--preset', default='quickstart', help=f"start from: {', '.join(PRESETS)}")
     p.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='any setting, such as predictor.epochs=2; repeat for more')
-    p.add_argument('--space', action='append', default=[], metavar='KEY=LOW:HIGH', help='a range, or values with commas; none: the ranges of the settings themselves')
+    p.add_argument('--space', action='append', default=[], metavar='KEY=LOW:HIGH', help='a range, or values with commas (extra.trades=false,true: a column of the bars in or out); none: the ranges of the settings themselves')
     p.add_argument('--trials', type=int, default=20)
     p.add_argument('--timeout', help='seconds, or 1h30m; the trial at work is stopped then, and goes on with the next call')
     p.add_argument('--storage', help='file or URL of the study; several processes may share one')
@@ -435,7 +435,7 @@ def run_compare(a):
 def run_tune(a):
     "`kronos-nb tune`"
     from kronos_nb.tune import tune
-    space = {k: tuple(float(o) for o in v.split(':')) if ':' in v else [yaml_value(o) for o in v.split(',')] for k, _, v in (o.partition('=') for o in a.space)}
+    space = {k: tuple(int(o) if o.lstrip('-').isdigit() else float(o) for o in v.split(':')) if ':' in v else [yaml_value(o) for o in v.split(',')] for k, _, v in (o.partition('=') for o in a.space)}
     got = tune(a.data or None, Config.preset(a.preset, **settings(a.set)), space or None, a.out, trials=a.trials, timeout=None if a.timeout is None else float(a.timeout) if a.timeout.replace('.', '', 1).isdigit() else a.timeout, storage=a.storage, worker=a.worker)
     print(got.table.to_string(index=False))
     if got.reason: print(f'\nEnded early: {got.reason}. The same command goes on.')

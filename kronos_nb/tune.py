@@ -95,7 +95,7 @@ def suggest(
         if isinstance(spec, list): out[name] = trial.suggest_categorical(name, spec); continue
         lo, hi = spec
         if not lo < hi: raise ConfigError(f"the space of {name} must be (low, high) with low < high, or a list of choices; got {spec!r}")
-        whole = all(isinstance(o, int) for o in spec) if f is None else 'int' in str(f.type)
+        whole = name in SHORT or all(isinstance(o, int) for o in spec) if f is None else 'int' in str(f.type)
         log = bool(f is not None and f.metadata['log'])
         out[name] = trial.suggest_int(name, int(lo), int(hi), log=log) if whole else trial.suggest_float(name, float(lo), float(hi), log=log)
     return out
