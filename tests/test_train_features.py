@@ -117,6 +117,47 @@ def test_rates_are_tried_and_nothing_changes(tmp_path, plain):
     assert any('the loss falls fastest near' in n for n in notes(with_)) and equal(final(with_), final(without))
     assert config_of(parser().parse_args(['fit', '--find-lr'])).runtime.find_lr
 
+KNOBS = {'tokenizer.lr': 3e-3, 'tokenizer.beta1': .5, 'tokenizer.beta2': .5, 'tokenizer.weight_decay': .9, 'tokenizer.clip_norm': .01, 'tokenizer.batch_size': 8, 'tokenizer.accumulation_steps': 2, 'tokenizer.max_steps': 3, 'tokenizer.warmup': .9,
+    'tokenizer.div_factor': 2., 'tokenizer.final_div_factor': 2., 'tokenizer.schedule': 'constant', 'tokenizer.trainable': 'last_1', 'tokenizer.model': cfg.tokenizer.model | dict(ffn_dropout_p=.5), 'data.stride': 3, 'data.clip': 1., 'data.windows_per_epoch': 40,
+    'data.normalizer': 'median_mad', 'augment.noise_std': .05, 'augment.feature_dropout': .3, 'augment.time_shift_max': 2, 'augment.scale_high': 1.3, 'runtime.seed': 5, 'runtime.precision': 'bf16'}
+
+@pytest.fixture(scope='module')
+def four_steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp('four')/'run'
+    run(out, **{'tokenizer.batch_size': 16})
+    return final(out)
+
+@pytest.mark.parametrize('knob', KNOBS)
+def test_each_knob_reaches_the_weights(four_steps, tmp_path, knob):
+    "The same four steps but for one setting end elsewhere"
+    run(tmp_path/'run', **{'tokenizer.batch_size': 16} | {knob: KNOBS[knob]})
+    assert not equal(final(tmp_path/'run'), four_steps)
+
+def test_what_is_written_how_often_and_how_much_is_kept(four_steps, tmp_path):
+    "Rows, validations, checkpoints and windows of a validation; the weights stay"
+    out = tmp_path/'run'
+    run(out, **{'tokenizer.batch_size': 16, 'runtime.log_every': 2, 'runtime.save_steps': 1, 'runtime.keep_last': 2, 'tokenizer.val_every': 1, 'data.val_windows': 20})
+    lines = lambda name: [json.loads(l) for l in (out/'tokenizer'/f'{name}.jsonl').read_text().splitlines()]
+    assert [o['step'] for o in lines('steps')]==[2, 4] and [o['step'] for o in lines('validations')]==[1, 2, 3, 4]
+    assert sorted(o.name for o in (out/'tokenizer'/'checkpoints').glob('step_*'))==['step_000003', 'step_000004']
+    assert json.loads((out/'run.json').read_text())['windows']['val']<=20 and equal(final(out), four_steps)
+
+def test_no_update_is_longer_than_the_clip(tmp_path):
+    "The norm that is logged is the one before; the one that the optimizer sees is cut"
+    seen = []
+    class Look(Callback):
+        order = 25   # behind the clipping
+        def before_step(self, learn): seen.append(float(torch.stack([p.grad.norm() for p in learn.model.parameters() if p.grad is not None]).norm()))
+    run(tmp_path/'run', [Look()], **{'tokenizer.clip_norm': .05})
+    rows = [json.loads(l) for l in (tmp_path/'run'/'tokenizer'/'steps.jsonl').read_text().splitlines()]
+    assert all(o['clipped']==1 and o['gradient_norm']>.05 for o in rows)
+    np.testing.assert_allclose(seen, .05, rtol=1e-3)
+
+def test_the_rate_falls_when_validation_does_not(tmp_path):
+    run(tmp_path/'run', **{'tokenizer.schedule': 'plateau', 'tokenizer.warmup': 0., 'tokenizer.plateau_patience': 0, 'tokenizer.plateau_factor': .1, 'tokenizer.val_every': 1, 'tokenizer.lr': 1e-12, 'tokenizer.max_steps': 6})
+    rates = [json.loads(l)['learning_rate'] for l in (tmp_path/'run'/'tokenizer'/'steps.jsonl').read_text().splitlines()]
+    assert rates[0]==1e-12 and rates[-1]<=1e-13 and any('learning rate times 0.1' in n for n in notes(tmp_path/'run'))
+
 # stopping and keeping
 def test_what_is_monitored_and_whether_more_is_better_is_said(tmp_path):
     out = tmp_path/'run'
@@ -189,6 +230,17 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     run(tmp_path/'a'); run(tmp_path/'b', **{'runtime.gradient_checkpointing': True})
     a, b = final(tmp_path/'a'), final(tmp_path/'b')
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-7)
+
+def test_gradient_checkpointing_computes_blocks_again(tmp_path, monkeypatch):
+    "That is its price, and the sign that it is on"
+    from kronos_nb.model import layers
+    block, calls = next(o for o in vars(layers).values() if isinstance(o, type) and o.__name__=='Block'), []
+    forward = block.forward
+    monkeypatch.setattr(block, 'forward', lambda self, *a, **k: (calls.append(torch.is_grad_enabled() and self.training), forward(self, *a, **k))[1])
+    count = {}
+    for on in (False, True):
+        calls.clear(); run(tmp_path/f'{on}', **{'runtime.gradient_checkpointing': on}); count[on] = sum(calls)
+    assert count[True]==2*count[False]>0, count
 
 def test_memory_that_runs_out_halves_the_micro_batch(tmp_path, monkeypatch, capsys):
     zero = {'tokenizer.model': cfg.tokenizer.model | dict(zeta=0.), 'tokenizer.batch_size': 16}
@@ -270,6 +322,41 @@ def test_optimizations_off_is_said_and_trains_the_same(tmp_path):
 def test_loader_processes_change_nothing(tmp_path, loader):
     run(tmp_path/'a', **{'tokenizer.epochs': 2}); run(tmp_path/'b', **loader, **{'tokenizer.epochs': 2})
     assert equal(final(tmp_path/'a'), final(tmp_path/'b'))
+
+def test_threads_and_loaders_are_those_asked_for(tmp_path, monkeypatch):
+    "By what torch is told; with optimizations off it is told nothing"
+    loaders, seen = [], []
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *a, **k): loaders.append({o: k[o] for o in ('num_workers', 'prefetch_factor', 'persistent_workers')}); super().__init__(*a, **k)
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', Loader)
+    class Look(Callback):
+        def before_fit(self, learn): seen.append(torch.get_num_threads())
+    before = torch.get_num_threads()
+    asked = {'runtime.threads': 2, 'runtime.workers': 1, 'runtime.prefetch': 3, 'runtime.persistent_workers': False}
+    run(tmp_path/'a', [Look()], **asked)
+    assert seen==[2] and loaders and all(o==dict(num_workers=1, prefetch_factor=3, persistent_workers=False) for o in loaders) and torch.get_num_threads()==before
+    loaders.clear()
+    off = config_of(parser().parse_args(['fit', '--disable-optimizations'])).runtime
+    assert not off.optimizations
+    run(tmp_path/'b', [Look()], **asked, **{'runtime.optimizations': off.optimizations})
+    assert seen==[2, before] and not loaders
+
+def test_tokens_are_kept_where_asked_and_within_a_bound(plain, tmp_path, monkeypatch):
+    import kronos_nb.train as train
+    d, asked, real = prepare(bars, cfg.replace(**quick)), [], train.encode_windows
+    monkeypatch.setattr(train, 'encode_windows', lambda tok, ds, device, folder, *a: asked.append(folder and Path(folder).name) or real(tok, ds, device, folder, *a))
+    for where, said in dict(memory=[None, None], disk=['tokens', 'tokens'], off=[]).items():
+        asked.clear()
+        fit(bars, cfg.replace(**quick, **{'predictor.max_steps': 1, 'runtime.only': 'predictor', 'runtime.cache_tokens': where, 'predictor.tokenizer': str(plain/'tokenizer'/'best_model')}), tmp_path/where)
+        assert asked==said and not list((tmp_path/where).rglob('tokens/*'))   # gone with the source
+    class Many:   # a billion windows would be eighty gigabytes
+        window = 20
+        def __len__(self): return 10**9
+    stage = train.Stage('predictor', cfg.replace(**quick), tmp_path, d, Engine('cpu'))
+    assert train._where_tokens(stage, train.Augment())=='memory'
+    stage.data = type('Prepared', (), dict(train=Many()))
+    assert train._where_tokens(stage, train.Augment())=='off'
+    with pytest.raises(ConfigError, match='augment is on'): fit(bars, cfg.replace(**quick, **{'runtime.cache_tokens': 'disk', 'augment.noise_std': .1}), tmp_path/'no')
 
 @pytest.mark.parametrize('where', ['memory', 'disk', 'off'])
 def test_where_tokens_are_kept_changes_little(plain, tmp_path, where):
