@@ -96,12 +96,12 @@ def monitor_run(
     return read_status(list(folders.values())[-1]).get('state', 'unknown')
 
 def between_stages(out, quiet, wait) -> bool:
-    "Whether the predictor, or that of another seed, is to begin soon"
+    "Whether a stage has a folder and no status yet, or the predictor, or that of another seed, is to begin soon"
     found = run_stages(out)
     state, settings = read_status(list(found.values())[-1]).get('state'), Path(out)/'config.yaml'
     seeds = Config.load(settings).runtime.seeds if settings.is_file() else None
     last = f'seed_{seeds[-1]} predictor' if seeds else 'predictor'
-    return state == 'finished' and last not in found and time.monotonic() - quiet < wait
+    return (state is None or state == 'finished' and last not in found) and time.monotonic() - quiet < wait
 
 # %% ../nbs/api/09d_follow.ipynb #cell-013
 def show_run(

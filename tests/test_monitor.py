@@ -183,3 +183,18 @@ def test_a_gpu_that_tells_nothing_about_itself_is_no_reason_to_stop(monkeypatch)
     assert (gpu_use(torch.device('cuda:1')), gpu_use(torch.device('cuda')), gpu_use(torch.device('cpu')))==(12., 37., None)
     monkeypatch.setattr(subprocess, 'run', fails(FileNotFoundError('nvidia-smi')))
     assert gpu_use(torch.device('cuda')) is None
+
+def test_a_stage_that_has_not_said_anything_yet_is_waited_for(tmp_path, monkeypatch):
+    "Its folder is there before its first status"
+    (tmp_path/'predictor').mkdir()
+    (tmp_path/'predictor'/'steps.jsonl').write_text(json.dumps(dict(epoch=1, epoch_step=1, step=1, loss=2.)) + '\n')
+    status = dict(stage='predictor', state='finished', why=None, epoch=1, epochs=1, step=1, total_steps=1, steps_per_epoch=1, first_step=0, began=0., updated=0., every=5, pid=1, host='elsewhere')
+    clock, naps = [0.], []
+    def nap(s):
+        naps.append(s); clock[0] += s
+        if len(naps)==2 and wanted: (tmp_path/'predictor'/'status.json').write_text(json.dumps(status))
+    monkeypatch.setattr('kronos_nb.follow.time', type('Clock', (), dict(monotonic=staticmethod(lambda: clock[0]), sleep=staticmethod(nap))))
+    wanted = False
+    assert monitor_run(tmp_path, every=10., wait=30., stream=io.StringIO())=='unknown' and sum(naps)>=30
+    clock[0], naps, wanted = 0., [], True
+    assert monitor_run(tmp_path, every=1., wait=30., stream=io.StringIO())=='finished' and len(naps)==2
