@@ -226,8 +226,7 @@ def _compiled_gather():
             m, s = loc[b], scale[b]
             for j in range(0, n, k):
                 w, o = x[at[b] + j:at[b] + min(j + k, n)], out[b, j:j + k]
-                for i in range(len(o)): o[i] = (w[i] - m[i]) / s[i]
-            for i in range(n): out[b, i] = max(min(out[b, i], clip), -clip)
+                for i in range(len(o)): o[i] = max(min((w[i] - m[i]) / s[i], clip), -clip)
     return run
 
 @patch
