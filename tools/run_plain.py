@@ -1,10 +1,11 @@
 """Run notebooks as a stranger's machine does: from the wheel, without nbdev, without network (this needs neither, only nbclient)
 
-    python tools/run_plain.py --python /path/of/venv/bin/python [--kernel-path DIR] [NOTEBOOK ...]
+    python tools/run_plain.py --python /path/of/venv/bin/python [NOTEBOOK ...]
 
 The wheel is built here and unpacked for the other Python, whose own libraries are used; notebooks run in a copy of `nbs`, far from the checkout.
+A notebook that imports the library of an extra which the other Python does not have is left out, and named.
 """
-import argparse, os, re, shutil, subprocess, sys, tempfile, time
+import argparse, configparser, json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -42,6 +43,18 @@ fn = sys.argv[1]
 Client(nbformat.read(fn, 4), timeout=900, kernel_name='python3', resources={'metadata': {'path': fn.rpartition('/')[0]}}, store_widget_state=False).execute()
 '''
 
+def extras():
+    "Library -> the extra that installs it"
+    cfg = configparser.ConfigParser(interpolation=None)
+    cfg.read(root/'settings.ini')
+    return {re.match(r'[\w.-]+', o)[0]: k.removesuffix('_requirements') for k, v in cfg['DEFAULT'].items() if k.endswith('_requirements') and not k.startswith('dev') for o in v.split()}
+
+def missing(nb, python, env):
+    "Libraries of extras that a notebook imports and the other Python has not"
+    text = '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+    wants = [o for o in extras() if re.search(rf'^(import|from) {o}\b', text, re.M)]
+    return [o for o in wants if subprocess.run([python, '-c', f'import {o}'], env=env, capture_output=True).returncode]
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('notebooks', nargs='*', help='paths below nbs; none: all')
@@ -65,6 +78,9 @@ def main():
     bad = 0
     for nb in a.notebooks or sorted(str(p.relative_to(home/'nbs')) for p in (home/'nbs').rglob('*.ipynb')):
         began = time.time()
+        if absent := missing(home/'nbs'/nb, a.python, env):
+            print(f"left {nb} needs {', '.join(f'{o} (the extra {extras()[o]})' for o in absent)}", flush=True)
+            continue
         r = subprocess.run([a.python, '-c', INSIDE, str(home/'nbs'/nb), SKIPPED.pattern], env=env, cwd=home, capture_output=True, text=True)
         bad += bool(r.returncode)
         print(f"{'FAIL' if r.returncode else 'ok  '} {nb} {time.time()-began:.0f}s", *([r.stderr[-3000:]] if r.returncode else []), flush=True)
