@@ -50,7 +50,7 @@ def coerce(
     if kind is bool and str(value).lower() in ('true', 'yes', 'on', '1', 'false', 'no', 'off', '0'): return str(value).lower() in ('true', 'yes', 'on', '1')
     if kind in (int, float) and not isinstance(value, bool):
         try: number = float(value)
-        except (TypeError, ValueError): pass
+        except (TypeError, ValueError): pass   # no number: said below, with everything else that is no such type
         else:
             if kind is float or number == int(number): return kind(number)
     raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
