@@ -1,7 +1,7 @@
 """Fine-tune Kronos itself on random walks, where nothing can be learnt, and on walks with a planted signal, where something can.
 
     OMP_NUM_THREADS=1 python benchmarks/random_walk_control.py --out runs/control --walks 20
-    OMP_NUM_THREADS=1 python benchmarks/random_walk_control.py --out runs/control --walks 5 --signal 0.5
+    OMP_NUM_THREADS=1 python benchmarks/random_walk_control.py --out runs/control --walks 8 --signal 0.8 --lookback 20 --horizon 1 --bars 6000 --base-bars 6000 --epochs 6 --base-epochs 6 --origins 300
 
 A small base is trained on other walks; each walk fine-tunes both stages from it on its first half and is judged on its second. What is finished is kept: the same command goes on.
 """
