@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear', 'soft', 'product', 'Store', 'ahead', 'unit', 'gate', 'compiled', 'rotate', 'Angles', 'Stack', 'Reading',
-           'Engine', 'Painter']
+           'Reader', 'Painter']
 
 # %% ../nbs/api/12c_engine.ipynb #cell-002
 import torch
@@ -192,7 +192,7 @@ class Stack:
 
 # %% ../nbs/api/12c_engine.ipynb #cell-027
 class Reading:
-    "The bars that an engine has read: a `Store` per block and one for the cross-attention"
+    "The bars that a `Reader` has read: a `Store` per block and one for the cross-attention"
     def __init__(self, blocks, cross): self.blocks, self.cross = blocks, cross
     def fork(self):
         "The same history, without any path's own bars"
@@ -200,7 +200,7 @@ class Reading:
     @property
     def n(self): return self.cross.n
 
-class Engine:
+class Reader:
     "A predictor, arranged for generation; holds copies, so make a new one when the weights change"
     def __init__(self,
         model: Kronos,
@@ -232,7 +232,7 @@ class Engine:
 
 # %% ../nbs/api/12c_engine.ipynb #cell-028
 @patch
-def read(self: Engine,
+def read(self: Reader,
     s1, s2, # (rows, t) tokens of the next bars: of the histories first, of the paths later
     te,     # (rows or 1, t, D) embedded stamps, from `stamps`
     r: Reading,
@@ -243,12 +243,12 @@ def read(self: Engine,
     return x[:, -1]
 
 @patch
-def first(self: Engine, context): # (rows, D) -> (rows, V1)
+def first(self: Reader, context): # (rows, D) -> (rows, V1)
     "Logits of the next s1"
     return self.head1(context.to(self.dtype)).float()
 
 @patch
-def second(self: Engine,
+def second(self: Reader,
     context, # (N, D)
     s1,      # (N,) the s1 just drawn
     r: Reading,

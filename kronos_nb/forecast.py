@@ -21,7 +21,7 @@ from .calendar import future_stamps
 from .core import FEATURES, PRICES, ConfigError, DataError, ModelError, check_choice, nearest, pick_device, write_json
 from .data.kline import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
-from .engine import Engine, Painter
+from .engine import Reader, Painter
 from .generate import Prompt, check_sampling, decode_tail, generate, uniforms
 from .model.layers import PUBLISHED, evaluating
 from .model.predictor import CROSS_ROPE, Kronos
@@ -319,14 +319,14 @@ def _tokens(self: Forecaster, hists, scales, stamps):
     return s1, s2, torch.from_numpy(np.stack(stamps)).to(self.device)
 
 @patch
-def _sample(self: Forecaster, engines, painter, prompts, tokens, keys, horizon, paths, seed, tick, **how):
+def _sample(self: Forecaster, readers, painter, prompts, tokens, keys, horizon, paths, seed, tick, **how):
     "Normalised futures (B, S, H, F) of one batch, for the paths in the range `paths`"
     (s1, s2, stamp), out, M = tokens, None, len(self.predictors)
     for m in range(M):
         mine = [k for k in paths if k % M == m]
         if not mine: continue
         u = torch.from_numpy(np.stack([uniforms(seed, key, mine, horizon) for key in keys])).to(self.device)
-        if m not in prompts: prompts[m] = Prompt(engines[m], s1, s2, stamp, self.max_context)
+        if m not in prompts: prompts[m] = Prompt(readers[m], s1, s2, stamp, self.max_context)
         made = generate(prompts[m], u, tick=tick, **how)
         z = decode_tail(painter, (s1, s2), made, self.max_context).unflatten(0, (len(keys), -1)).double().cpu().numpy()
         if out is None: out = np.empty((len(keys), len(paths), *z.shape[2:]))
@@ -381,10 +381,10 @@ def predict_many(self: Forecaster,
     z = np.empty((len(hists), n, predict_window, len(self.features)))
     batches = list(self._batches([len(h.x) for h in hists], predict_window, n, memory))
     with evaluating(self.tokenizer, *self.predictors), _progress(progress, predict_window*sum(min(M, len(ks)) for _, ks in batches)) as tick:
-        engines, painter = [Engine(m, self.cross_rope, self.dtype, compile=self.compile) for m in self.predictors], Painter(self.tokenizer)
+        readers, painter = [Reader(m, self.cross_rope, self.dtype, compile=self.compile) for m in self.predictors], Painter(self.tokenizer)
         for rows, ks in batches:
             if not ks.start: tokens, prompts = self._tokens([hists[i] for i in rows], [scales[i] for i in rows], [stamps[i] for i in rows]), {}
-            z[rows, ks[0]:ks[-1]+1] = self._sample(engines, painter, prompts, tokens, [keys[i] for i in rows], predict_window, ks, seed, tick, temperature=temperature, top_k=top_k, top_p=top_p, refresh=refresh)
+            z[rows, ks[0]:ks[-1]+1] = self._sample(readers, painter, prompts, tokens, [keys[i] for i in rows], predict_window, ks, seed, tick, temperature=temperature, top_k=top_k, top_p=top_p, refresh=refresh)
     how = dict(paths=paths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, refresh=refresh, max_context=self.max_context, cross_rope=self.cross_rope or self.predictor.cross_rope, precision=self.precision)
     return [self._finish(z[i, np.arange(paths) % n], hists[i], scales[i], *ahead[i], coherent_candles, how | dict(lookback_window=len(hists[i].x))) for i in range(len(hists))]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .core import ConfigError, np_rng
-from .engine import Engine, Painter
+from .engine import Reader, Painter
 
 # %% ../nbs/api/12d_generate.ipynb #cell-007
 def check_sampling(temperature, top_k, top_p):
@@ -60,22 +60,22 @@ def uniforms(
 
 # %% ../nbs/api/12d_generate.ipynb #cell-015
 class Prompt:
-    "Histories that an engine has read, for any number of paths"
+    "Histories that a `Reader` has read, for any number of paths"
     def __init__(self,
-        engine: Engine,
+        reader: Reader,
         s1, s2, # (B, L) tokens
         stamp,  # (B, L+H, 5) stamps of history and future
         max_context: int, # Most bars that one draw reads
     ):
-        self.engine, self.s1, self.s2, self.C, (self.B, self.L) = engine, s1, s2, max_context, s1.shape
-        self.te, self.start, self.H = engine.stamps(stamp), max(0, self.L - max_context), stamp.shape[1] - self.L
+        self.reader, self.s1, self.s2, self.C, (self.B, self.L) = reader, s1, s2, max_context, s1.shape
+        self.te, self.start, self.H = reader.stamps(stamp), max(0, self.L - max_context), stamp.shape[1] - self.L
         self.reading, self.context = self.read(self.start, self.L)
 
     def read(self, a, b, made=None, room=None):
         "Read bars `a`..`b` afresh: those of the history once, those of the paths behind it"
-        r, L, S = self.engine.reading(self.H if room is None else room), self.L, 1 if made is None else len(made[0]) // self.B
-        if a < L: c = self.engine.read(self.s1[:, a:min(b, L)], self.s2[:, a:min(b, L)], self.te[:, a:min(b, L)], r)
-        if b > L: c = self.engine.read(*(o[:, max(a-L, 0):b-L] for o in made), self.te[:, max(a, L):b].repeat_interleave(S, 0), r)
+        r, L, S = self.reader.reading(self.H if room is None else room), self.L, 1 if made is None else len(made[0]) // self.B
+        if a < L: c = self.reader.read(self.s1[:, a:min(b, L)], self.s2[:, a:min(b, L)], self.te[:, a:min(b, L)], r)
+        if b > L: c = self.reader.read(*(o[:, max(a-L, 0):b-L] for o in made), self.te[:, max(a, L):b].repeat_interleave(S, 0), r)
         return r, c
 
 # %% ../nbs/api/12d_generate.ipynb #cell-017
@@ -96,9 +96,9 @@ def generate(
         if end - start > p.C and i:
             start = end - (p.C - refresh + 1)
             r, c = p.read(start, end, made, i + refresh)
-        elif i: c = p.engine.read(*(o[:, i-1:i] for o in made), p.te[rows, end-1:end], r)
-        made[0][:, i] = draw(p.engine.first(c), u[:, i, 0], temperature, top_k, top_p)
-        made[1][:, i] = draw(p.engine.second(c, made[0][:, i], r), u[:, i, 1], temperature, top_k, top_p)
+        elif i: c = p.reader.read(*(o[:, i-1:i] for o in made), p.te[rows, end-1:end], r)
+        made[0][:, i] = draw(p.reader.first(c), u[:, i, 0], temperature, top_k, top_p)
+        made[1][:, i] = draw(p.reader.second(c, made[0][:, i], r), u[:, i, 1], temperature, top_k, top_p)
         tick()
     return made
 

@@ -14,7 +14,7 @@ from kronos_nb.core import ConfigError, DataError, KronosError, ModelError
 from kronos_nb.data.kline import sample_klines
 from kronos_nb.data.normalize import MedianMAD, ZScore
 from kronos_nb.forecast import Forecaster, coherent, impossible
-from kronos_nb.engine import Engine, Painter
+from kronos_nb.engine import Reader, Painter
 from kronos_nb.generate import Prompt, decode_tail, generate
 from kronos_nb.model.layers import evaluating
 from kronos_nb.model.predictor import Kronos
@@ -45,7 +45,7 @@ def test_greedy_generation(size, name, max_context):
     e, f = load_file(golden/size/'expected.safetensors'), load(size)
     s1, s2, stamp = e['s1'][:, :28], e['s2'][:, :28], e['stamp']
     with evaluating(f.tokenizer, f.predictor):
-        made = generate(Prompt(Engine(f.predictor), s1, s2, stamp, max_context), torch.zeros(3, 1, 12, 2), temperature=0)
+        made = generate(Prompt(Reader(f.predictor), s1, s2, stamp, max_context), torch.zeros(3, 1, 12, 2), temperature=0)
         z = decode_tail(Painter(f.tokenizer), (s1, s2), made, max_context)
     torch.testing.assert_close(z, e[name][:, -12:], rtol=1e-4, atol=1e-5)
     with torch.no_grad(): whole = f.tokenizer.decode([torch.cat(o, 1)[:, -max_context:] for o in zip((s1, s2), made)], half=True)
@@ -173,11 +173,11 @@ def test_plotly_absent_names_the_remedy(fc, monkeypatch):
 
 # Options
 
-def logits_of(engine, e):
+def logits_of(reader, e):
     with torch.inference_mode():
-        r = engine.reading(1)
-        c = engine.read(e['s1'], e['s2'], engine.stamps(e['stamp']), r)
-        return engine.first(c), engine.second(c, e['s1'][:, 0], r)
+        r = reader.reading(1)
+        c = reader.read(e['s1'], e['s2'], reader.stamps(e['stamp']), r)
+        return reader.first(c), reader.second(c, e['s1'][:, 0], r)
 
 @pytest.mark.parametrize('kw, atol', [(dict(packed=False), 1e-5), (dict(compile='eager'), 1e-5), (dict(dtype=torch.bfloat16), .05), (dict(dtype=torch.bfloat16, packed=False), .05)])
 def test_engine_options_compute_the_same_function(kw, atol):
@@ -185,7 +185,7 @@ def test_engine_options_compute_the_same_function(kw, atol):
     with torch.no_grad():
         want, context = f.predictor.decode_s1(e['s1'], e['s2'], e['stamp'])
         want = want[:, -1], f.predictor.decode_s2(context, e['s1'][:, :1])[:, -1]
-    for a, b in zip(logits_of(Engine(f.predictor, **kw), e), want): torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    for a, b in zip(logits_of(Reader(f.predictor, **kw), e), want): torch.testing.assert_close(a, b, rtol=0, atol=atol)
     torch._dynamo.reset()
 
 def test_bfloat16_forecasts_and_is_not_silent(fc):
