@@ -4,7 +4,7 @@
 
 AAPL, GOOG, IBM and MSFT, split by time 70/15/15. A small tokenizer is trained once on plain windows; a small predictor is then trained on its tokens for 300 steps of 32 windows, per arm and seed. Every 50 steps it looks at the
 validation bars, and the look with the lowest loss is what is kept (early stopping). The score is the cross-entropy of the next bar on the test bars at that look. Twice: *scarce*, every eighth window (each seen about nine
-times), and *plenty*, every window (each seen about once). Writes augment.csv beside this file, a row per trial; rows that are there already are not run again.
+times), and *plenty*, every window (each seen about once; three arms and at most four seeds of it). Writes augment.csv beside this file, a row per trial; rows that are there already are not run again.
 """
 import argparse, time
 from pathlib import Path
@@ -17,7 +17,7 @@ from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 
 p = argparse.ArgumentParser()
-p.add_argument('--seeds', type=int, default=5)
+p.add_argument('--seeds', type=int, default=6)
 p.add_argument('--data', nargs='+', default=['scarce', 'plenty'])
 p.add_argument('--out', default=str(Path(__file__).with_name('augment.csv')))
 a = p.parse_args()
@@ -63,7 +63,7 @@ print(f'{time.time()-began:.0f} s; windows:', {k: len(o) for k, o in {**train, *
 rows = pd.read_csv(out).to_dict('records') if out.exists() else []
 done = {(o['data'], o['arm'], o['seed']) for o in rows}
 for d in a.data:
-    for seed in range(a.seeds):
+    for seed in range(a.seeds if d == 'scarce' else min(a.seeds, 4)):
         for arm in ARMS if d == 'scarce' else ('none', 'scale', 'all'):
             if (d, arm, seed) in done: continue
             rows.append(dict(data=d, arm=arm, seed=seed) | trial(train[d], ARMS[arm], seed))
