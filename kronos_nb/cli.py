@@ -82,7 +82,7 @@ def _other_spellings(p):
     p.add_argument('--use-full-data', action='store_true', help='every window of every row, in each epoch')
     p.add_argument('--retrain-tokenizer', action='store_true', help='tokenizer.init=scratch, in its size')
     p.add_argument('--tokenizer-vocab-size', type=int, help='tokens of the codebook, a power of two: s1_bits + s2_bits of both models, which must be trained from scratch')
-    p.add_argument('--disable-monitoring', action='store_true', help='no limits on processor and memory: runtime.max_cpu=none, runtime.max_memory=none')
+    p.add_argument('--disable-monitoring', action='store_true', help='no limits on processor, GPU and memory: runtime.max_cpu=none and the like')
     for name, text in ELSEWHERE.items(): p.add_argument(f"--{name.replace('_', '-')}", action=_NotHere, nargs='?', help=text)
 
 # %% ../nbs/api/19_cli.ipynb #cell-012
@@ -246,7 +246,7 @@ def respelt(a: argparse.Namespace, cfg: Config) -> dict:
         out |= both(warmup=a.warmup_steps/a.max_steps)
     if a.max_data_size is not None: out['data.max_rows'] = a.max_data_size or None
     if a.use_full_data: out |= {'data.max_rows': None, 'data.windows_per_epoch': None, 'data.val_windows': None, 'data.stride': 1}
-    if a.disable_monitoring: out |= {'runtime.max_cpu': None, 'runtime.max_memory': None}
+    if a.disable_monitoring: out |= {f'runtime.max_{o}': None for o in ('cpu', 'memory', 'gpu', 'gpu_memory')}
     return out | (_new_tokenizer(a, cfg) if a.retrain_tokenizer or a.tokenizer_vocab_size else {})
 
 def _new_tokenizer(a, cfg):

@@ -245,6 +245,8 @@ class Runtime(Section):
     plots: bool = knob(True, "save loss curves at checkpoints")
     max_cpu: float | None = knob(None, "wait while the processor is busier than this; none: never", lo=1., hi=100., unit='percent')
     max_memory: float | None = knob(None, "wait while the memory is fuller than this; none: never", lo=1., hi=100., unit='percent')
+    max_gpu: float | None = knob(None, "wait while the GPU is busier than this; none: never", lo=1., hi=100., unit='percent')
+    max_gpu_memory: float | None = knob(None, "wait while the GPU's memory is fuller than this; none: never", lo=1., hi=100., unit='percent')
     monitor_blocks: bool = knob(False, "record gradient norm and update-to-weight ratio of every block")
     trackers: tuple[str, ...] | None = knob(None, "also send the numbers to: tensorboard, wandb, trackio, mlflow, ...")
     live_plot: bool = knob(False, "in a notebook, draw the loss curves while training; elsewhere, a line of text per validation")

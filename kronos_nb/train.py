@@ -213,7 +213,8 @@ def _callbacks(stage: Stage, deadline, more):
     if k.lawa is not None: yield LAWA(k.lawa)
     if stage.name == 'tokenizer' and stage.data.val is not None: yield Codebook()
     yield Throughput()
-    if r.max_cpu or r.max_memory: yield ResourceGuard(r.max_cpu, r.max_memory)
+    limits = {o: getattr(r, o) for o in ('max_cpu', 'max_memory', 'max_gpu', 'max_gpu_memory')}
+    if any(limits.values()): yield ResourceGuard(**limits)
     if r.monitor_blocks: yield from (GradNorm(every=r.log_every), UpdateRatio(every=r.log_every, by_block=True))
     for t in r.trackers or (): yield Tracker(t, stage.out.parent, stage.name, stage.cfg.flat())
     files = RunFiles(stage.out.parent, stage.name)
@@ -387,7 +388,7 @@ def run_facts(
         versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
 
 # %% ../nbs/api/16_train.ipynb #cell-032
-MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory progress plots live_plot save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr'.split()) + ('data.source',)
+MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr'.split()) + ('data.source',)
 
 def claim_folder(
     out: Path,

@@ -31,15 +31,26 @@ import torch
 torch.set_num_threads(1)
 from tests.test_train import *
 from kronos_nb.learner import Callback
-class Slow(Callback):
-    def after_step(self, learn): time.sleep({sleep})
-r = fit(bars, cfg.replace(**{changes!r}), {out!r}, callbacks=[Slow()])
+class Hold(Callback):
+    "Waits after a step of a stage until the process is killed or told to stop: the test decides when, not the machine"
+    def after_step(self, learn):
+        if {hold!r}!=(type(learn.task).__name__, learn.step): return
+        Path({out!r} + '.held').touch()
+        while not learn.interrupted: time.sleep(.01)
+r = fit(bars, cfg.replace(**{changes!r}), {out!r}, callbacks=[Hold()])
 '''
-def start(out, sleep=0., processes=1, **changes):
+def start(out, hold=None, processes=1, **changes):
     code = out.parent/f'{out.name}.py'
-    code.write_text(RUN.format(root=str(root), out=str(out), sleep=sleep, changes=no_test | changes))
+    code.write_text(RUN.format(root=str(root), out=str(out), hold=hold, changes=no_test | changes))
     launcher = [] if processes==1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     return subprocess.Popen([sys.executable, *launcher, str(code)], cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def held(out, **kw):
+    "A process that has come to where it holds"
+    p, mark = start(out, **kw), out.with_name(out.name+'.held')
+    while not mark.exists(): assert p.poll() is None, p.communicate()[0]; time.sleep(.02)
+    mark.unlink()
+    return p
 
 def finish(p):
     try: said = p.communicate(timeout=300)[0]
@@ -70,11 +81,9 @@ def test_kill_and_go_on_is_not_having_stopped(whole, tmp_path):
     "SIGKILL in the middle of each stage; a second and a third process end with the same bits"
     out = tmp_path/'run'
     for stage in ('tokenizer', 'predictor'):
-        p, end = start(out, sleep=.1), time.time()+120
-        while not list((out/stage/'checkpoints').glob('step_*')): assert time.time()<end and p.poll() is None; time.sleep(.02)
-        time.sleep(.15)   # somewhere between two checkpoints
+        p = held(out, hold=(f'{stage.title()}Task', 6))   # between the checkpoints of steps 4 and 8
         p.kill(); p.communicate()
-        assert not (out/stage/'final_model').exists()
+        assert [o.name for o in (out/stage/'checkpoints').glob('step_*')]==['step_000004'] and not (out/stage/'final_model').exists()
     finish(start(out))
     for stage in ('tokenizer', 'predictor'):
         a, b = weights(whole, stage), weights(out, stage)
@@ -95,12 +104,11 @@ def test_weights_are_chosen_by_validation(whole):
 
 def test_sigterm_keeps_a_checkpoint_and_says_so(tmp_path):
     out = tmp_path/'run'
-    p = start(out, sleep=.1)
-    while not list((out/'tokenizer'/'checkpoints').glob('step_*')): assert p.poll() is None; time.sleep(.02)
+    p = held(out, hold=('TokenizerTask', 6))
     p.send_signal(signal.SIGTERM)
     assert 'SIGTERM: finishing the step and saving' in finish(p)
     last = max((out/'tokenizer'/'checkpoints').glob('step_*'))
-    assert (last/'manifest.json').is_file() and not (out/'tokenizer'/'final_model').exists()
+    assert last.name=='step_000006' and (last/'manifest.json').is_file() and not (out/'tokenizer'/'final_model').exists()
 
 def launched(out, launcher, env=None, **changes):
     "Run tests/scaling_run.py under a launcher, to its end"

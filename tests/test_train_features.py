@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from kronos_nb.callback.checkpoint import Checkpoint, read_checkpoint, split_tensors
+from kronos_nb.callback.react import ResourceGuard
 from kronos_nb.callback.train import adamw, lr_factor
 from kronos_nb.cli import config_of, main, parser
 from kronos_nb.config import PRESETS, SCHEDULES, VARIANTS, Config
@@ -367,6 +368,16 @@ def test_where_tokens_are_kept_changes_little(plain, tmp_path, where):
     np.testing.assert_allclose(got[1], got[0], rtol=1e-3)
 
 # stopping and going on
+class Seen(Callback):
+    def before_fit(self, learn): self.limits = next((c.limits for c in learn.callbacks if isinstance(c, ResourceGuard)), None)
+
+def test_the_guard_takes_its_four_limits_from_the_settings(tmp_path):
+    seen, limits = Seen(), dict(cpu=100., memory=99.9, gpu=98., gpu_memory=97.)
+    run(tmp_path/'a', [seen], **{f'runtime.max_{k}': v for k, v in limits.items()})
+    assert seen.limits==limits
+    run(tmp_path/'b', [seen])
+    assert seen.limits is None
+
 class Slow(Callback):
     "Every step takes a quarter of an hour, on a clock of its own: how fast a machine is must not decide a test"
     def __init__(self, monkeypatch):
