@@ -88,7 +88,7 @@ if a.only != 'doge':
     print('processor seconds', {o.parent.name: round(json.loads(o.read_text())) for o in sorted(out.glob('*/cpu_seconds.json'))})
     for seed in range(a.seeds): print(compare([out/f'{k}_{seed}' for k in PRESETS]).to_markdown(), flush=True)
 if a.only != 'btc':
-    start = base('doge', doge, btc, 320, 4)
-    run(doge, Config.preset('doge').replace(**small(100, 48), **{'evaluate.origins': 32, 'runtime.init_from': str(start)}), out/'doge')
+    start = base('doge', doge, btc, 3200, 5)
+    run(doge, Config.preset('doge').replace(**small(a.windows, 160), **{'evaluate.origins': 32, 'runtime.init_from': str(start)}), out/'doge')
     from kronos_nb.evaluate import Evaluation
     print(Evaluation.load(out/'doge').to_markdown())

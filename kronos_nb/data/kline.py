@@ -824,7 +824,7 @@ def _plot_coverage(ax, report):
     ax.set_title('Coverage' + (f' (first 40 of {len(report.summary)})' if len(report.summary) > 40 else ''), loc='left')
     ax.set(yticks=range(len(top)), ylim=(len(top) - .5, -.5))
     ax.set_yticklabels(top.symbol, fontsize=7 if len(top) > 8 else 9)
-    dates = AutoDateLocator(maxticks=6)
+    dates = AutoDateLocator(minticks=3, maxticks=6)
     days = dict(formats=['%Y', '%b', '%d %b', '%H:%M', '%H:%M', '%S.%f'], zero_formats=['', '%Y', '%d %b', '%d %b', '%H:%M', '%H:%M'], offset_formats=['', '%Y', '%Y', '%d %b %Y', '%d %b %Y', '%d %b %Y %H:%M'])
     ax.xaxis.set_major_locator(dates); ax.xaxis.set_major_formatter(ConciseDateFormatter(dates, **days))
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
