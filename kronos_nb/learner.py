@@ -250,6 +250,7 @@ def _fit(self: Learner):
         self.span('epoch', self._one_epoch)
         if self.epoch == at: self._next_epoch()   # the epoch was cancelled
 
+# %% ../nbs/api/08_learner.ipynb #cell-035
 @patch
 def _one_epoch(self: Learner):
     self.span('train', self._train)
@@ -272,7 +273,7 @@ def _train(self: Learner):
         self._check_interrupted()
         self._validate_if_due()
 
-# %% ../nbs/api/08_learner.ipynb #cell-035
+# %% ../nbs/api/08_learner.ipynb #cell-037
 @patch
 def _one_step(self: Learner, batch: Batch):
     at = self.step
@@ -306,6 +307,7 @@ def _fits(self: Learner, f, batch: Batch) -> bool:
     self._halve(size)
     return False
 
+# %% ../nbs/api/08_learner.ipynb #cell-039
 @patch
 def no_gradients(self: Learner):
     "Forget the gradients; with `own_gradients` keep their buffers, since what a CUDA graph returns is overwritten by its next pass and must be added to something else"
@@ -317,6 +319,7 @@ def own_gradients(model: nn.Module):
     for p in model.parameters():
         if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
 
+# %% ../nbs/api/08_learner.ipynb #cell-041
 @patch
 def _micro_batches(self: Learner, parts: list):
     for i, self.batch in enumerate(parts):
@@ -336,6 +339,7 @@ def on_device(self: Learner, batch: Batch) -> dict:
     "The tensors of `batch` on the engine's device"
     return {k: v.to(self.engine.device, non_blocking=True) for k, v in batch.tensors.items()}
 
+# %% ../nbs/api/08_learner.ipynb #cell-043
 @patch
 def _update(self: Learner):
     self.log(learning_rate=self.opt.param_groups[0]['lr'])
@@ -348,7 +352,7 @@ def _next_step(self: Learner):
     self.step, self.epoch_step = self.step+1, self.epoch_step+1
     if self.step % self.log_every == 0: self._flush(write=True)
 
-# %% ../nbs/api/08_learner.ipynb #cell-036
+# %% ../nbs/api/08_learner.ipynb #cell-044
 def out_of_memory(e: BaseException) -> bool:
     "Whether `e` says that a device or the host has no memory left"
     return isinstance(e, MemoryError) or any(o in str(e).lower() for o in ('out of memory', "can't allocate memory"))
@@ -369,7 +373,7 @@ def _halve(self: Learner, size: int):
     free_cache(self.engine.device)
     self.note(f"out of memory at {size} windows per forward pass: going on with {self.micro_batch}, accumulated to the same step")
 
-# %% ../nbs/api/08_learner.ipynb #cell-038
+# %% ../nbs/api/08_learner.ipynb #cell-046
 @patch
 def _rehearse(self: Learner, batch: Batch):
     "Halve the micro-batch until it fits on every process"
@@ -387,7 +391,7 @@ def _rehearse(self: Learner, batch: Batch):
             self._halve(size)
     self._tried += 1
 
-# %% ../nbs/api/08_learner.ipynb #cell-040
+# %% ../nbs/api/08_learner.ipynb #cell-048
 @patch
 def log(self: Learner, **numbers):
     "Add scalars (floats, or tensors on the device, equal on all processes) to the row of this step"
@@ -418,7 +422,7 @@ def _flush(self: Learner, write=False):
         self.history.steps.append(dict(epoch=self.epoch+1, epoch_step=self.epoch_step, step=self.step) | self._interval.row())
         self._interval = Mean()
 
-# %% ../nbs/api/08_learner.ipynb #cell-042
+# %% ../nbs/api/08_learner.ipynb #cell-050
 @patch
 def in_pieces(self: Learner,
     batch: Batch,
@@ -438,6 +442,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     "`x` in float64, on the CPU where the device has none"
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
+# %% ../nbs/api/08_learner.ipynb #cell-052
 @patch
 def validate(self: Learner) -> dict: # 'val_loss' and the task's other scalars with `val_` before their names
     "Evaluate the task on the validation source"
@@ -471,7 +476,7 @@ def _validation(self: Learner):
 def _validate_if_due(self: Learner):
     if self.val_every and self.step and self.step % self.val_every == 0: self._validate_once()
 
-# %% ../nbs/api/08_learner.ipynb #cell-044
+# %% ../nbs/api/08_learner.ipynb #cell-054
 @patch
 def stop(self: Learner, reason: str, interrupted=False):
     "End the fit after this step, or after this epoch's validation; `interrupted` if it is to be continued later"
@@ -483,7 +488,7 @@ def _check_interrupted(self: Learner):
     self.stop('another process was interrupted', interrupted=True)
     raise CancelFit
 
-# %% ../nbs/api/08_learner.ipynb #cell-046
+# %% ../nbs/api/08_learner.ipynb #cell-056
 POSITION = ('epoch', 'epoch_step', 'step', 'validated_at', 'micro_batch', 'valid_batch', 'metrics')
 
 @patch
@@ -508,7 +513,7 @@ def load_state_dict(self: Learner, state: dict):
     for c in self.callbacks:
         if c.name in state['callbacks']: c.load_state_dict(state['callbacks'][c.name])
 
-# %% ../nbs/api/08_learner.ipynb #cell-047
+# %% ../nbs/api/08_learner.ipynb #cell-057
 @patch
 def show_loop(self: Learner):
     "Print the spans of a fit and which callback runs where"

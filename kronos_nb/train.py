@@ -142,6 +142,7 @@ class Stage:
             trained_on={str(k): [str(o['first']), str(o['last'])] for k, o in seen.iterrows()}, **(dict(features=list(d.features)) if d.extra_features else {}))
         return said if self.tokenizer is None else said | dict(tokenizer_hash=self.tokenizer.weights_hash())
 
+# %% ../nbs/api/16_train.ipynb #cell-016
 def _sources(stage: Stage):
     "Training and validation sources of a stage"
     d, r, k, e = stage.cfg.data, stage.cfg.runtime, stage.knobs, stage.engine
@@ -168,7 +169,7 @@ def _where_tokens(stage: Stage, augment) -> str:
     seen = (d.windows_per_epoch or len(ds))*stage.knobs.epochs
     return 'memory' if len(ds)*ds.window*4 <= 2e9 and seen >= len(ds) else 'off'
 
-# %% ../nbs/api/16_train.ipynb #cell-016
+# %% ../nbs/api/16_train.ipynb #cell-018
 def compile_task(
     task: nn.Module,
     batch: dict,      # One micro-batch on the task's device
@@ -200,7 +201,7 @@ def _grown(task, batch, autocast, device, passes=3) -> list:
             norms.append(float(norm_of([p.grad for p in params])))
     return norms
 
-# %% ../nbs/api/16_train.ipynb #cell-018
+# %% ../nbs/api/16_train.ipynb #cell-020
 def _callbacks(stage: Stage, deadline, more):
     k, r = stage.knobs, stage.cfg.runtime
     keep = lambda folder: lambda learn: save_model(learn.model.model, stage.out/folder, **stage.extra)
@@ -225,7 +226,7 @@ def _callbacks(stage: Stage, deadline, more):
     if r.live_plot: yield LivePlot()
     yield from more
 
-# %% ../nbs/api/16_train.ipynb #cell-020
+# %% ../nbs/api/16_train.ipynb #cell-022
 def make_learner(
     stage: Stage,
     model: nn.Module,
@@ -248,7 +249,7 @@ def make_learner(
     if why: learn.note(f"torch.compile does not work here ({why}): going on without it")
     return learn
 
-# %% ../nbs/api/16_train.ipynb #cell-021
+# %% ../nbs/api/16_train.ipynb #cell-023
 def run_stage(
     stage: Stage,
     deadline: float | None = None,
@@ -271,6 +272,7 @@ def run_stage(
     if not learn.interrupted and not finished(stage.out): _keep(stage, learn)
     return learn
 
+# %% ../nbs/api/16_train.ipynb #cell-025
 def try_rates(stage: Stage, learn: Learner):
     "Run the learning rate finder before a stage; keeps its table and picture, and says what it suggests"
     import matplotlib.pyplot as plt
@@ -290,7 +292,7 @@ def finished(
     "Whether a stage has ended: final_model is the last thing that it writes"
     return (out/'final_model'/'model.safetensors').is_file()
 
-# %% ../nbs/api/16_train.ipynb #cell-023
+# %% ../nbs/api/16_train.ipynb #cell-027
 def _keep(stage: Stage, learn: Learner):
     "Choose the weights of a finished stage and write best_model, averaged and final_model"
     best, out, e = next((c for c in learn.callbacks if type(c) is Best), None), stage.out, learn.engine
@@ -321,7 +323,7 @@ def _choose(stage: Stage, learn: Learner, best: Best):
         raise RunError(f"{str(stage.out/'best_model')!r} was saved with {k.monitor} {best.value:.6g} and gives {kept:.6g} when read back: the files are damaged, or two runs share the folder")
     return choice
 
-# %% ../nbs/api/16_train.ipynb #cell-025
+# %% ../nbs/api/16_train.ipynb #cell-029
 def check_reload(
     stage: Stage,
     learn: Learner,
@@ -343,7 +345,7 @@ def _outputs(model, t, tokenizer):
     s1, s2 = (t['s1'], t['s2']) if 's1' in t else tokenizer.to(model.device).encode(t['x'], half=True)
     return model(s1.long(), s2.long(), t['stamp'], s1_targets=s1.long().roll(-1, 1))
 
-# %% ../nbs/api/16_train.ipynb #cell-027
+# %% ../nbs/api/16_train.ipynb #cell-031
 def _rotation(stage: Stage, learn: Learner) -> dict:
     "Measure how generation should rotate, write it into best_model, and say it"
     if stage.tokenizer is None or learn.valid is None: return {}
@@ -375,7 +377,7 @@ def _write(stage: Stage, folder, weights, origin):
     model.load_state_dict(dict(weights))
     save_model(model, folder, **stage.extra, weights_origin=origin)
 
-# %% ../nbs/api/16_train.ipynb #cell-030
+# %% ../nbs/api/16_train.ipynb #cell-034
 def run_facts(
     cfg: Config,
     data: Prepared,
@@ -387,7 +389,7 @@ def run_facts(
         parts=parts.to_dict('records'), windows=dict(train=len(data.train), val=len(data.val or ())), device=str(pick_device(cfg.runtime.device)),
         versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
 
-# %% ../nbs/api/16_train.ipynb #cell-032
+# %% ../nbs/api/16_train.ipynb #cell-036
 MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr'.split()) + ('data.source',)
 
 def claim_folder(
@@ -413,7 +415,7 @@ def claim_folder(
     else: write_atomic(out/'data_report.md', data.report.to_markdown())
     if not data.changes.empty: write_atomic(out/'repairs.csv', data.changes.to_csv(index=False))
 
-# %% ../nbs/api/16_train.ipynb #cell-035
+# %% ../nbs/api/16_train.ipynb #cell-039
 def base_config(
     cfg: Config,
     data: Prepared, # Of the run that the base is for
@@ -440,7 +442,7 @@ def inits_of(
         if not (p/'model.safetensors').is_file(): raise RunError(f"there is no {s} at {str(p)!r}: runtime.init_from needs the folder of a finished run")
     return {s: str(p) for s, p in inits.items()}
 
-# %% ../nbs/api/16_train.ipynb #cell-037
+# %% ../nbs/api/16_train.ipynb #cell-041
 @dataclass
 class FitResult:
     "What a run left behind"
@@ -472,7 +474,7 @@ class FitResult:
         if table and self.not_calibrated: table += f'\nNo calibration was learnt: {self.not_calibrated}.\n'
         return f"{table or '**Not judged**: no test part was held back.'}\n\nRun folder: `{self.out_dir}`, report: `{self.out_dir/'report.md'}`"
 
-# %% ../nbs/api/16_train.ipynb #cell-038
+# %% ../nbs/api/16_train.ipynb #cell-042
 def _tokenizer_for(cfg, out):
     "The tokenizer of a run whose first stage does not train"
     here = out/'tokenizer'/'best_model'
@@ -499,7 +501,7 @@ def resolve(config, overrides) -> Config:
     if isinstance(config, str) and not config.endswith(('.yaml', '.yml')): return Config.preset(config, **overrides)
     return (config if isinstance(config, Config) else Config.load(config)).replace(**overrides)
 
-# %% ../nbs/api/16_train.ipynb #cell-039
+# %% ../nbs/api/16_train.ipynb #cell-043
 def fit(
     data=None,             # Bars, anything `read_klines` takes, 'sample', or None for what the config names
     config='quickstart',   # A preset's name, a YAML file, a dict, or a `Config`
@@ -519,6 +521,7 @@ def fit(
     with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
         return _fit_run(data, cfg, out, None if limit is None else time.monotonic() + limit, list(callbacks), resume, judge)
 
+# %% ../nbs/api/16_train.ipynb #cell-045
 def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     engine = Engine(cfg.runtime.device, precision_of(cfg))
     for t in cfg.runtime.trackers or (): check_tracker(t)
@@ -550,6 +553,7 @@ def _fit_run(data, cfg, out, deadline, callbacks, resume, judge=True):
     if not judge: engine.wait()   # the next run begins with these files; a verdict takes longer than other processes can wait for
     return result
 
+# %% ../nbs/api/16_train.ipynb #cell-047
 def _plan(cfg: Config, out: Path):
     "Name, folder and configuration of each stage in order; one predictor for each seed, the first where it always is"
     yield 'tokenizer', out/'tokenizer', cfg
@@ -561,7 +565,7 @@ def _runs(stage: Stage) -> bool:
     r = stage.cfg.runtime
     return r.only in (None, stage.name) and not (r.skip_existing and finished(stage.out))
 
-# %% ../nbs/api/16_train.ipynb #cell-041
+# %% ../nbs/api/16_train.ipynb #cell-049
 def _origins(data: Prepared, cfg: Config) -> dict:
     "From when on each symbol may be forecast; raises where the test part has too few bars"
     start = dict(data.split.summary.query("part == 'test'").set_index('symbol')['first'])
@@ -585,6 +589,7 @@ def _judge(result: FitResult, data: Prepared, inits: dict):
     if result.predictor is not None: _last_forecasts(result, data)
     result.report()
 
+# %% ../nbs/api/16_train.ipynb #cell-051
 def _room(data: Prepared, cfg: Config) -> dict:
     "What `calibrate` is to be given: validation bars, and the range that training used; raises where they are too few"
     d, e, parts = cfg.data, cfg.evaluate, data.split.summary
@@ -615,6 +620,7 @@ def _calibrate(result: FitResult, data: Prepared):
 
 def _model_rows(result): return result.evaluation.rows[result.evaluation.rows['model'] == 'model']
 
+# %% ../nbs/api/16_train.ipynb #cell-053
 def _last_forecasts(result: FitResult, data: Prepared, most=3):
     "Pictures of the last forecasts whose outcome is known, for the report"
     d, e, f = result.config.data, result.config.evaluate, result.forecaster()
