@@ -146,6 +146,13 @@ def test_two_processes_are_one_with_the_global_batch(alone, tmp_path, launcher):
         for name in ('val_loss', 'train_loss', 'gradient_norm'): np.testing.assert_allclose(hist[1][name], hist[0][name], rtol=1e-5, err_msg=name)
     assert len(list((two/'logs').glob('*.log')))==2 and not list(two.rglob('*.tmp')) and (two/'predictor'/'final_model').is_dir()   # rank 0 wrote, once
 
+def test_a_process_without_a_window_to_validate_keeps_in_step(tmp_path):
+    "One window for two processes: the numbers are those of one process"
+    few = {'data.val_windows': 1, 'tokenizer.epochs': 1, 'runtime.only': 'tokenizer', 'tokenizer.average_last': 0}
+    for n, launcher in ((1, []), (2, torchrun)): launched(tmp_path/f'{n}', launcher, **few, **{'tokenizer.batch_size': 32//n})
+    one, two = [read_lines(tmp_path/f'{n}'/'tokenizer'/'validations.jsonl')[0] for n in (1, 2)]
+    for k, v in one.items(): assert two[k]==pytest.approx(v, rel=1e-4), k
+
 def test_ranks_stop_together_and_another_number_of_them_is_refused(tmp_path):
     "Early stopping is decided once; the checkpoints of two processes are not for one"
     out, stop = tmp_path/'two', {'runtime.only': 'tokenizer', 'tokenizer.epochs': 6, 'tokenizer.patience': 1, 'tokenizer.min_delta': 1e3}

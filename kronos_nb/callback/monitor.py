@@ -368,8 +368,8 @@ class Codebook(Callback):
         for i in range(len(learn.valid)):
             if seen >= self.windows: break
             batch = learn.valid.load(0, i)
-            if not batch.n: continue
-            for part in learn.in_pieces(batch, lambda o: self.count(learn.on_device(o)['x'], learn)): sums = part if sums is None else [a+b for a, b in zip(sums, part)]
+            weighed = lambda o: [v*bool(o.n) for v in self.count(learn.on_device(o)['x'], learn)]   # 0: a window that only keeps this process in step
+            for part in learn.in_pieces(batch, weighed): sums = part if sums is None else [a+b for a, b in zip(sums, part)]
             seen += batch.n
         *counts, errors, windows = map(learn.engine.sum, sums)
         return dict(zip((f'val_mse_{k}' for k in (self.tokenizer or learn.model.model).features), (errors/windows).tolist())) | codebook_numbers(*counts)
