@@ -1,9 +1,9 @@
 "What the notebooks on judging do not teach: odd panels, resuming, agreement with independent code"
 import numpy as np, pandas as pd, pytest
-from kronos_nb.baselines import Baseline, Garch, LastValue, fit_garch
+from kronos_nb.baselines import Baseline, EWMA, Garch, LastValue
 from kronos_nb.core import ConfigError, DataError, np_rng
 from kronos_nb.evaluate import Evaluation, evaluate, forecast_rows, overlap_of, pick_origins
-from kronos_nb.evidence import diebold_mariano, t_cdf, t_ppf
+from kronos_nb.evidence import block_indices, diebold_mariano, expanded
 from kronos_nb.metrics import crps
 
 def walks(n=600, symbols=('A', 'B'), seed=0, start='2024-01-01'):
@@ -30,23 +30,21 @@ def test_crps_equals_the_sum_over_pairs():
     pairs = abs(x[:, :, None] - x[:, None]).sum((1, 2)) / (7 * 6)
     np.testing.assert_allclose(crps(x, y), abs(x - y[:, None]).mean(1) - pairs / 2, rtol=1e-12)
 
-def test_t_agrees_with_scipy():
-    stats = pytest.importorskip('scipy.stats')
-    for df in (1, 2, 5, 31, 400):
-        np.testing.assert_allclose([t_cdf(x, df) for x in (-8, -1, 0, .3, 4)], stats.t.cdf([-8, -1, 0, .3, 4], df), atol=1e-7)
-        np.testing.assert_allclose(t_ppf(.975, df), stats.t.ppf(.975, df), rtol=1e-5)
+def test_a_large_sample_reads_the_usual_percentiles():
+    np.testing.assert_allclose(expanded(10**6), (.025, .975), atol=1e-5)
+    assert expanded(4)[0] < .001 and expanded(1) == (0., 1.)
 
-def test_garch_grid_is_as_likely_as_an_optimiser():
-    opt = pytest.importorskip('scipy.optimize')
-    from kronos_nb.baselines import garch_loss
-    rng, v = np_rng(3), 1e-4
-    r = np.empty(1500)
-    for t in range(1500): r[t] = v**.5 * rng.normal(); v = 4e-6 + .15 * r[t]**2 + .8 * v
-    r -= r.mean(); var = (r * r).mean()
-    def nll(o): return garch_loss(r[None], np.array([[var]]), np.array([[o[0]]]), np.array([[o[1]]]))[0, 0] if 0 <= o[0] <= o[1] < 1 else 1e9
-    (omega,), (a,), (b,) = fit_garch(r[None])
-    best = opt.minimize(nll, [.1, .9], method='Nelder-Mead', options=dict(xatol=1e-6, fatol=1e-6))
-    assert nll([a, a + b]) < best.fun + .05
+def test_resamples_are_ours_to_repeat():
+    a = block_indices(20, 4, 50, seed=3)
+    np.random.default_rng(0).random(5)                                  # nobody else's draws move them
+    np.testing.assert_array_equal(a, block_indices(20, 4, 50, seed=3))
+    assert a.shape == (50, 20) and (a != block_indices(20, 4, 50, seed=4)).any()
+
+def test_garch_that_does_not_converge_is_riskmetrics():
+    jump = np.r_[np.zeros(200), 1., np.zeros(199)] / .05
+    a, b = (o.returns(jump[None], (50, 12), [np_rng(0)], None) for o in (Garch(), EWMA()))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match='decay'): EWMA(1.)
 
 def test_diebold_mariano_keeps_its_size_under_overlap():
     rng, wrong = np_rng(0, 'dm'), 0
@@ -64,6 +62,13 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     pd.testing.assert_frame_equal(e.rows, whole.rows)
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).tests, e.tests)
     assert not (tmp_path/'parts').exists()
+
+def test_parts_of_other_baselines_are_not_reused(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt): evaluate(Counting(fail_after=20), walks(), **quick, out_dir=tmp_path)
+    monkeypatch.setattr('kronos_nb.evaluate.ROWS', 1)
+    f = Counting()
+    evaluate(f, walks(), **quick, out_dir=tmp_path)
+    assert f.seen == 32
 
 def test_parts_of_other_settings_are_not_reused(tmp_path):
     with pytest.raises(KeyboardInterrupt): evaluate(Counting(fail_after=20), walks(), **quick, out_dir=tmp_path)
