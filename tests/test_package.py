@@ -5,7 +5,7 @@ import pytest
 import kronos_nb
 from kronos_nb.bundle import build_wheel
 root = Path(__file__).resolve().parents[1]
-HEAVY = ('matplotlib', 'ipywidgets', 'IPython', 'accelerate', 'huggingface_hub', 'optuna', 'plotly', 'scipy', 'peft', 'transformers', 'tensorboard', 'exchange_calendars', 'ray')
+HEAVY = ('matplotlib', 'ipywidgets', 'IPython', 'accelerate', 'huggingface_hub', 'optuna', 'plotly', 'scipy', 'scoringrules', 'arch', 'statsmodels', 'peft', 'transformers', 'tensorboard', 'exchange_calendars', 'ray')
 
 def python(code, cwd, *paths, **env):
     env = {k: v for k, v in os.environ.items() if k!='PYTHONPATH'} | dict(PYTHONPATH=os.pathsep.join(map(str, paths)), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1') | env
