@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from kronos_nb.core import ConfigError, KronosError, ModelError
+from kronos_nb.model import kernels
 from kronos_nb.model.layers import PUBLISHED, KVCache, Rotary
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
@@ -106,6 +107,31 @@ def test_predictor_in_two_steps(gold):
         close(logits, e['decode_s1_logits'])
         close(context, e['decode_s1_context'])
         close(model.decode_s2(context, e['s1'][:, -1:]), e['decode_s2_logits_len1'])
+
+@pytest.mark.parametrize('kind', ['tokenizer', 'predictor'])
+def test_workers_change_no_gradient(kind, monkeypatch):
+    "Seven windows in one piece, in pieces, and in pieces by two workers; also in bfloat16, with frozen parts, and bit by bit the same again with dropout"
+    def grown(piece, n, p=0., bf16=False, frozen=False):
+        monkeypatch.setattr(kernels, 'PIECE', piece); monkeypatch.setattr(kernels, 'LEAST', 1)
+        model = fresh(kind, ffn_dropout_p=p, attn_dropout_p=p, resid_dropout_p=p)
+        for k, q in model.named_parameters(): q.requires_grad_(not (frozen and ('.0.' in k or 'emb' in k)))
+        torch.manual_seed(1)
+        args = [torch.randn(7, 20, 6)] if kind == 'tokenizer' else [torch.randint(8, (7, 20)), torch.randint(32, (7, 20)), torch.randint(1, 7, (7, 20, 5))]
+        try:
+            torch.set_num_threads(n)
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = model.loss(*args)['loss']
+            loss.backward()
+            assert torch.get_num_threads() == n
+        finally: torch.set_num_threads(1)
+        return [loss.detach(), *(torch.zeros(()) if q.grad is None else q.grad for q in model.parameters())]
+    for how in (dict(), dict(frozen=True)):
+        whole = grown(1 << 20, 1, **how)
+        for n in (1, 2): assert_close(grown(2*20*32, n, **how), whole, rtol=1e-5, atol=1e-6)
+    assert_close(grown(2*20*32, 2, bf16=True), whole := grown(1 << 20, 1, bf16=True), rtol=.1, atol=2e-3)
+    assert sum(q.abs().sum() for q in whole) > 1
+    a, b = (grown(2*20*32, 2, p=.3) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+    assert_close(a, grown(2*20*32, 1, p=.3), rtol=1e-5, atol=1e-6)
 
 # Causality, padding, bits and heads beyond the golden ones
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import ConfigError, ModelError, check_choice, nearest, write_atomic
-from .kernels import Dropout, causal_attention, gate, pieces, rms_norm
+from .kernels import Dropout, causal_attention, gate, in_pieces, rms_norm
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-007
 class RMSNorm(nn.Module):
@@ -195,12 +195,12 @@ def run_blocks(
     checkpointing=False, # Recompute activations in the backward pass
 ):  # (B, T, D)
     "Pass `x` through `blocks`, a few windows at a time where that is faster"
-    if caches is None and len(parts := pieces(x, mask)) > 1: return torch.cat([run_blocks(blocks, *o, checkpointing=checkpointing) for o in parts])
-    if checkpointing and torch.is_grad_enabled() and caches is None:
-        for b in blocks: x = checkpoint(b, x, mask, use_reentrant=False)
+    again = checkpointing and torch.is_grad_enabled() and caches is None
+    def through(x, mask):
+        for b, c in zip(blocks, caches or [None]*len(blocks)): x = checkpoint(b, x, mask, use_reentrant=False) if again else b(x, mask=mask, cache=c)
         return x
-    for b, c in zip(blocks, caches or [None]*len(blocks)): x = b(x, mask=mask, cache=c)
-    return x
+    if caches is not None: return through(x, mask)
+    return in_pieces(through, (x, mask), [p for b in blocks for p in b.parameters()], x[0].numel(), alone=again or mask is not None)
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-038
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import STAMPS, ModelError, check_choice
-from .kernels import Dropout
+from .kernels import Dropout, in_pieces
 from .layers import Attention, Block, KVCache, Pretrained, RMSNorm, causal_mask, evaluating, run_blocks
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-007
@@ -153,6 +153,14 @@ def forward(self: Kronos,
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-021
 @patch
+def window_losses(self: Kronos, s1, s2, stamp=None, padding_mask=None, sample_s1=False) -> tuple:
+    "As `loss`, but the sums over bars and windows of each level's cross-entropy"
+    pad = None if padding_mask is None else padding_mask[:, :-1]
+    logits = self(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1], pad, None if sample_s1 else s1[:, 1:], sample_s1)
+    keep = slice(None) if pad is None else ~pad.flatten()
+    return tuple(F.cross_entropy(o.flatten(0, 1)[keep].float(), t[:, 1:].flatten()[keep], reduction='sum') for o, t in zip(logits, (s1, s2)))
+
+@patch
 def loss(self: Kronos,
     s1, s2,            # (B, T) tokens of whole windows, lookback and future
     stamp=None,        # (B, T, 5)
@@ -160,10 +168,10 @@ def loss(self: Kronos,
     sample_s1=False,   # See `forward`
 ) -> dict: # loss, and detached: ce_s1, ce_s2
     "Next-bar cross-entropy"
-    pad = None if padding_mask is None else padding_mask[:, :-1]
-    logits = self(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1], pad, None if sample_s1 else s1[:, 1:], sample_s1)
-    keep = slice(None) if pad is None else ~pad.flatten()
-    ce_s1, ce_s2 = (F.cross_entropy(o.flatten(0, 1)[keep].float(), t[:, 1:].flatten()[keep]) for o, t in zip(logits, (s1, s2)))
+    n = s1[:, 1:].numel() if padding_mask is None else (~padding_mask[:, :-1]).sum()
+    part = lambda *o: torch.stack(self.window_losses(*o, sample_s1))[None] / n
+    alone = sample_s1 or padding_mask is not None or self.gradient_checkpointing
+    ce_s1, ce_s2 = in_pieces(part, (s1, s2, stamp, padding_mask), self.parameters(), s1[0].numel()*self.config['d_model'], alone).sum(0)
     return dict(loss=(ce_s1 + ce_s2)/2, ce_s1=ce_s1.detach(), ce_s2=ce_s2.detach())
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-030
