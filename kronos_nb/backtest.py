@@ -9,7 +9,6 @@ __all__ = ['RULES', 'SIGNALS', 'decisions', 'weigh', 'traded', 'luckiest_sharpe'
 # %% ../nbs/api/14c_backtest.ipynb #cell-002
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -77,8 +76,9 @@ def luckiest_sharpe(
     "Expected Sharpe ratio of the best of `trials` worthless rules; doi:10.3905/jpm.2014.40.5.094"
     if trials < 1: raise ConfigError(f"trials must be at least 1, this very backtest; got {trials}")
     if trials == 1: return 0.0
-    z, g = NormalDist().inv_cdf, 0.5772156649015329
-    return spread * ((1 - g) * z(1 - 1 / trials) + g * z(1 - 1 / (trials * math.e)))
+    from scipy.stats import norm
+    z, g = norm.ppf, np.euler_gamma
+    return float(spread * ((1 - g) * z(1 - 1 / trials) + g * z(1 - 1 / (trials * math.e))))
 
 # %% ../nbs/api/14c_backtest.ipynb #cell-020
 def deflated_sharpe(
@@ -90,10 +90,11 @@ def deflated_sharpe(
     spread: float | None = None, # Standard deviation of the Sharpe ratios of the trials; None: what chance alone gives, `1 / sqrt(n - 1)`
 ) -> float: # In 0..1; nan for fewer than three periods
     "Probability that the true Sharpe ratio is above zero after `trials` trials"
+    from scipy.stats import norm
     if n < 3: return math.nan
     best = luckiest_sharpe(trials, 1 / math.sqrt(n - 1) if spread is None else spread)
     var = 1 - skew * sharpe + (kurtosis - 1) / 4 * sharpe**2
-    return NormalDist().cdf((sharpe - best) * math.sqrt(n - 1) / math.sqrt(max(var, 1e-12)))
+    return float(norm.cdf((sharpe - best) * math.sqrt(n - 1) / math.sqrt(max(var, 1e-12))))
 
 # %% ../nbs/api/14c_backtest.ipynb #cell-024
 @dataclass
@@ -117,11 +118,11 @@ def drawdown(
 @patch(as_prop=True)
 def summary(self: Backtest) -> pd.Series:
     "Numbers of the backtest, per period of the horizon unless said"
+    from scipy.stats import kurtosis, skew
     p, e, n, block = self.periods, self.equity, len(self.periods), block_length(len(self.periods))
     r, sd = p['net'], p['net'].std(ddof=1)
-    z = (r - r.mean()) / (r.std(ddof=0) or 1)
     sharpe = r.mean() / sd if sd > 0 else 0.
-    luck = deflated_sharpe(sharpe, n, float((z**3).mean()), float((z**4).mean()), self.settings['trials']) if sd > 0 else np.nan
+    luck = deflated_sharpe(sharpe, n, skew(r), kurtosis(r, fisher=False), self.settings['trials']) if sd > 0 else np.nan
     lo, hi = interval(r.to_numpy()[block_indices(n, block)].mean(1), n // block)
     return pd.Series(dict(
         periods=n, total=e['net'].iloc[-1] - 1, total_hold=e['hold'].iloc[-1] - 1, mean=r.mean(), mean_low=lo, mean_high=hi, sharpe=sharpe, deflated_sharpe=luck,

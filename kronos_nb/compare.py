@@ -18,7 +18,7 @@ from .core import RunError
 from .config import Config
 from .data.kline import md_table
 from .watch import figure, stages
-from .evaluate import COLUMNS, Evaluation, skill
+from .evaluate import COLUMNS, Evaluation, p_value, skill
 
 # %% ../nbs/api/14d_compare.ipynb #cell-006
 STAGES = ('tokenizer', 'predictor')
@@ -95,7 +95,7 @@ def _verdict_row(run):
     e = run.evaluation
     row = dict(run=run.name, verdict=e.verdict, origins=e.n, crps=e.losses['model']['crps'].mean(), best_naive=e.best_naive)
     for who, m in (('base', 'base'), ('naive', e.best_naive)):
-        if m in e.tests.index: row |= {f'skill_{who}': e.tests.loc[m, 'skill'], f'{who}_low': e.tests.loc[m, 'low'], f'{who}_high': e.tests.loc[m, 'high']}
+        if m in e.tests.index: row |= {f'skill_{who}': e.tests.loc[m, 'skill'], f'{who}_low': e.tests.loc[m, 'low'], f'{who}_high': e.tests.loc[m, 'high'], f'{who}_p': e.tests.loc[m, 'p']}
     return row
 
 @patch(as_prop=True)
@@ -154,12 +154,14 @@ def _percent(value, low, high): return '' if not np.isfinite(value) else f'{100 
 def _verdict_table(v):
     out = pd.DataFrame({'run': v.index, 'verdict': v['verdict'].to_numpy()})
     for who, title in (('base', 'skill against its base'), ('naive', 'skill against the best naive forecast')):
-        if f'skill_{who}' in v: out[title] = [_percent(*o) for o in v[[f'skill_{who}', f'{who}_low', f'{who}_high']].to_numpy(float)]
+        if f'skill_{who}' not in v: continue
+        out[title] = [_percent(*o) for o in v[[f'skill_{who}', f'{who}_low', f'{who}_high']].to_numpy(float)]
+        out[f'Diebold-Mariano p, {who}'] = [p_value(o, '') for o in v[f'{who}_p'].astype(float)]
     return out
 
 def _pair_table(p):
     cell = [_percent(*o) if n > 1 else 'no forecasts in common' for o, n in zip(p[['skill', 'low', 'high']].to_numpy(float), p['shared'])]
-    tested = [f'{o:.3f}' if np.isfinite(o) else '' for o in p['p'].astype(float)]
+    tested = [p_value(o, '') for o in p['p'].astype(float)]
     return pd.DataFrame({'run': p.index, 'over': p['over'].to_numpy(), 'CRPS skill': cell, 'Diebold-Mariano p': tested, 'origins shared': p['shared'].to_numpy()})
 
 # %% ../nbs/api/14d_compare.ipynb #cell-022
@@ -193,15 +195,17 @@ def _losses_of(ax, runs, stage):
 
 @patch
 def plot(self: Comparison):
-    "Validation loss of each stage, and the skills with their intervals; gives the figure"
+    "Validation loss of each stage, and the skills with their intervals and tests; gives the figure"
     fig, (a, b, c) = figure(12, 3, 1, 3)
     for ax, s in zip((a, b), STAGES): _losses_of(ax, self.runs, s)
     v = self.verdicts
     for k, (who, mark, name, colour) in enumerate((('base', 'o', 'its base', '#4c72b0'), ('naive', 's', 'best naive', '#c44e52'))):
         if f'skill_{who}' not in v: continue
         y, lo, hi = (100 * v[o].to_numpy(float) for o in (f'skill_{who}', f'{who}_low', f'{who}_high'))
-        c.errorbar(np.arange(len(v)) + .15 * (2 * k - 1), y, [y - lo, hi - y], fmt=mark, ms=4, lw=1, label=f'against {name}', color=colour)
+        at = np.arange(len(v)) + .15 * (2 * k - 1)
+        c.errorbar(at, y, [y - lo, hi - y], fmt=mark, ms=4, lw=1, label=f'against {name}', color=colour)
+        for i, j, p in zip(at, hi, v[f'{who}_p'].astype(float)): c.annotate(p_value(p), (i, j), (0, 2), textcoords='offset points', ha='center', fontsize=6, color=colour)
     c.margins(y=.3); c.axhline(0, color='k', lw=.6, ls='--'); c.set_xticks(range(len(v)), v.index, fontsize=8)
-    c.set(title='CRPS skill, %', xlim=(-.6, len(v) - .4))
+    c.set(title='CRPS skill, %, and Diebold-Mariano p', xlim=(-.6, len(v) - .4))
     if self.judged: c.legend(fontsize=7, frameon=False)
     return fig

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'LOSSES', 'COLOURS', 'ROWS', 'window_losses', 'date_losses', 'resample_weights', 'weighted',
-           'with_intervals', 'skill', 'judge', 'verdict_sentence', 'Evaluation', 'write_parquet', 'fingerprint',
-           'overlap_of', 'evaluate', 'control']
+           'with_intervals', 'skill', 'judge', 'verdict_sentence', 'Evaluation', 'write_parquet', 'p_value',
+           'fingerprint', 'overlap_of', 'evaluate', 'control']
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-002
 import functools, hashlib, io, json, time
@@ -315,7 +315,7 @@ def rivals(self: Evaluation) -> pd.DataFrame:
     "Who the model was compared with, in words"
     t, level = self.tests, f"{100 * self.settings['level']:g} % interval"
     return pd.DataFrame({'CRPS skill': t['skill'].map(_pct), level: [f'{_pct(a)} to {_pct(b)}' for a, b in zip(t['low'], t['high'])],
-                         'Diebold-Mariano p': t['p'].map('{:.3f}'.format), 'smallest skill these origins can find': t['detectable'].map(_pct),
+                         'Diebold-Mariano p': [p_value(o, '') for o in t['p'].astype(float)], 'smallest skill these origins can find': t['detectable'].map(_pct),
                          'origins that a skill of this size needs': [f'{o:,.0f}' if np.isfinite(o) else 'no number is enough' for o in t['needed']]}, index=t.index)
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-053
@@ -366,14 +366,24 @@ def skill_by(self: Evaluation,
     by: str, # 'h', 'period' or 'symbol'
     model: str = 'model',
     against: str = 'LastValue',
-) -> pd.Series:
-    "CRPS skill of `model` against another, for each value of a column of the rows"
+) -> pd.DataFrame: # Index: values of the column; skill, dm, p
+    "CRPS skill of `model` against another with its Diebold-Mariano test, for each value of a column of the rows"
     for m in (model, against): check_choice('model', m, self.models)
-    a, b = (self.rows[self.rows['model'] == m].groupby(by)['crps'].mean() for m in (model, against))
-    return 1 - a / b
+    of = {m: self.rows[self.rows['model'] == m].groupby([by, 'date'])['crps'].mean() for m in (model, against)}
+    both = pd.DataFrame({'a': of[model], 'b': of[against]}).groupby(by)
+    one = lambda g: (1 - g['a'].mean() / g['b'].mean(), *diebold_mariano(g['a'], g['b'], self.settings['overlap']))
+    return pd.DataFrame({k: one(g) for k, g in both}, index=['skill', 'dm', 'p']).T.rename_axis(by)
 
 # %% ../nbs/api/14_evaluate.ipynb #cell-060
 COLOURS = dict(model='#c44e52', base='#4c72b0')
+
+def p_value(
+    p: float,
+    name: str = 'p', # Written before it
+) -> str: # Nothing for nan
+    "A p-value for a picture or a table"
+    if not np.isfinite(p): return ''
+    return f'{name} < 0.001'.strip() if p < .001 else f'{name} = {p:.2g}' if name else f'{p:.2g}'
 
 def _fan(ax, rows, history):
     "Quantile bands of one origin, the bars before it and the bars that came"
@@ -397,15 +407,19 @@ def _calibration(ax, hist, e, shown):
 # %% ../nbs/api/14_evaluate.ipynb #cell-062
 def _skills(by_h, by_period, e, shown):
     "Skill by horizon and by period"
-    against = e.naive[0]
+    against, how = e.naive[0], e.settings['overlap']
     for i, m in enumerate(shown):
-        by_h.plot(100 * e.skill_by('h', m, against), 'o-', ms=3, lw=1, color=COLOURS[m], label=m)
-        d = 100 * e.skill_by('period', m, against)
-        by_period.bar(d.index + 1 + .4 * (i - (len(shown) - 1) / 2), d, .4, color=COLOURS[m], label=m)
-    for ax, name in ((by_h, 'horizon (bars)'), (by_period, 'period')):
-        ax.axhline(0, color='k', lw=.6, ls='--')
-        ax.set(title=f'skill by {name.split()[0]}', xlabel=name, ylabel=f'% better than {against}')
+        p = diebold_mariano(e.losses[m]['crps'], e.losses[against]['crps'], how)[1]
+        h, d = (e.skill_by(by, m, against) for by in ('h', 'period'))
+        by_h.plot(100 * h['skill'], '-', lw=1, color=COLOURS[m], label=f'{m}, {p_value(p)}')
+        by_h.scatter(h.index, 100 * h['skill'], 400 / max(len(h), 40), np.where(h['p'] < .05, COLOURS[m], 'white'), edgecolors=COLOURS[m], zorder=3)
+        drawn = by_period.bar(d.index + 1 + .4 * (i - (len(shown) - 1) / 2), 100 * d['skill'], .4, color=COLOURS[m], label=m)
+        by_period.bar_label(drawn, [p_value(o, '') for o in d['p']], fontsize=7, padding=1, color=COLOURS[m])
+    for ax, name, note, room in ((by_h, 'horizon', 'bars; filled: p < 0.05', .35), (by_period, 'period', 'with p', .12)):
+        ax.axhline(0, color='k', lw=.6, ls='--'); ax.margins(y=room)
+        ax.set(title=f'skill by {name}', xlabel=f'{name} ({note})', ylabel=f'% better than {against}')
         ax.xaxis.get_major_locator().set_params(integer=True)
+    by_h.legend(fontsize=7, frameon=False, title='Diebold-Mariano, all dates', title_fontsize=7)
 
 @patch
 def plot(self: Evaluation):
