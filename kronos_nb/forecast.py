@@ -276,7 +276,7 @@ class Forecaster:
         device=None,                # 'auto', 'cpu', 'cuda' ...; None leaves the models where they are
         lookback_window: int | None = None, # Bars of history used; None: what the model was trained on, or `max_context`
         cross_rope: str | None = None, # 'reference' or 'trained'; None: what the config says
-        compile=False,              # Compile what lies between the matrix products: for GPUs and large batches; it takes a while to start
+        compile=False,              # Compile what lies between the matrix products, on a GPU and on a CPU without numba; it takes a while to start
         precision: str = 'float32', # Of the predictor while it draws: 'float32' or 'bfloat16'. Tokens are made and read in float32
     ):
         self.source = self.revision = None   # where the (first) predictor was loaded from

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .core import ConfigError, np_rng
-from .engine import Reader, Painter
+from .engine import Reader, Painter, machine_code
 
 # %% ../nbs/api/12d_generate.ipynb #cell-007
 def check_sampling(temperature, top_k, top_p):
@@ -46,6 +46,10 @@ def draw(
 ):  # (N,) int64
     "One token a row"
     if temperature == 0: return logits.argmax(-1)
+    if logits.device.type == 'cpu' and (code := machine_code()):
+        out, (N, V) = torch.empty(len(logits), dtype=torch.int64), logits.shape
+        code.draw(logits.float().contiguous().numpy(), u.numpy(), float(temperature), min(int(top_k or V), V), 1. if top_p is None else float(top_p), out.numpy())
+        return out
     c = keep_top(logits.float() / temperature, top_k, top_p).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = c[:, -1:]
     return torch.searchsorted(c, torch.minimum(u[:, None]*total, torch.nextafter(total, torch.zeros_like(total))), right=True)[:, 0]
