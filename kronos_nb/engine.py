@@ -107,9 +107,9 @@ class Store:
 # %% ../nbs/api/12c_engine.ipynb #cell-015
 @cache
 def machine_code():
-    "`kronos_nb.cpu`; None where numba is absent or does not fit the installed NumPy"
+    "`kronos_nb.cpu`; None where numba is absent, does not fit the installed NumPy, or finds no place to keep what it compiles"
     try: from kronos_nb import cpu
-    except ImportError: return None
+    except (ImportError, RuntimeError): return None
     return cpu
 
 @cache
