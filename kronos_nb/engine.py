@@ -161,7 +161,7 @@ class CompiledStore(Store):
         self.prefix, self.n = (T.numpy(), V), t
         return K[:, :, :0], V[:, :, :0]
 
-# %% ../nbs/api/12c_engine.ipynb #cell-020
+# %% ../nbs/api/12c_engine.ipynb #cell-022
 def _pairs(w, n_heads):
     "Rows of a query or key layer with the coordinates j and j + head_dim/2 side by side"
     return w.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -196,7 +196,7 @@ class Angles:
             self.table = torch.where(self.parts.to(device), torch.complex(cos, sin), 1.)
         return self.table[n:n+t]
 
-# %% ../nbs/api/12c_engine.ipynb #cell-021
+# %% ../nbs/api/12c_engine.ipynb #cell-023
 class Kernels:
     "What lies between the matrix products: in machine code on a CPU with numba, else tensor operations, compiled where asked"
     def __init__(self,
@@ -250,7 +250,7 @@ class Stack:
             x = x + w2(gate(w13(unit(x).to(self.dtype))).to(self.dtype))
         return x
 
-# %% ../nbs/api/12c_engine.ipynb #cell-024
+# %% ../nbs/api/12c_engine.ipynb #cell-026
 class Reading:
     "The bars that a `Reader` has read: a `Store` per block and one for the cross-attention"
     def __init__(self, blocks, cross): self.blocks, self.cross = blocks, cross
@@ -292,7 +292,7 @@ class Reader:
         "Embedded stamps, for `read`"
         return self.time_emb(stamp).float()
 
-# %% ../nbs/api/12c_engine.ipynb #cell-025
+# %% ../nbs/api/12c_engine.ipynb #cell-027
 @patch
 def read(self: Reader,
     s1, s2, # (rows, t) tokens of the next bars: of the histories first, of the paths later
@@ -320,7 +320,7 @@ def second(self: Reader,
     y = context + self.cross_out(seen.to(self.dtype))[:, 0]
     return self.head2(self.kernels.unit(y).to(self.dtype)).float()
 
-# %% ../nbs/api/12c_engine.ipynb #cell-030
+# %% ../nbs/api/12c_engine.ipynb #cell-032
 class Painter:
     "A tokenizer's decoder, arranged to draw the bars of many paths behind a shared history"
     def __init__(self, tokenizer: KronosTokenizer, packed=None, numba=None):
