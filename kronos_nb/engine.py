@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import ConfigError
 from .model.predictor import Kronos
-from .model.tokenizer import KronosTokenizer, ids_to_bits
+from .model.tokenizer import KronosTokenizer, bits_to_ids, ids_to_bits, quantise
 
 # %% ../nbs/api/12c_engine.ipynb #cell-007
 def _onednn(): return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_reorder_linear_weight') and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -322,9 +322,18 @@ def second(self: Reader,
 
 # %% ../nbs/api/12c_engine.ipynb #cell-032
 class Painter:
-    "A tokenizer's decoder, arranged to draw the bars of many paths behind a shared history"
+    "A tokenizer, arranged to read the bars of histories and to draw those of many paths behind them"
     def __init__(self, tokenizer: KronosTokenizer, packed=None, numba=None):
-        self.tok, self.stack = tokenizer, Stack(tokenizer.decoder, Kernels(tokenizer.device, numba=numba), packed=packed)
+        kernels = Kernels(tokenizer.device, numba=numba)
+        self.tok, self.encoder, self.stack = tokenizer, Stack(tokenizer.encoder, kernels, packed=packed), Stack(tokenizer.decoder, kernels, packed=packed)
+
+    def tokens(self,
+        x, # (B, L, F) normalised bars
+    ): # (s1, s2), (B, L) each
+        "As the tokenizer's `encode` with `half`, but what a history gives does not depend on those beside it, to the last bit"
+        t = self.tok
+        q = quantise(t.quant_embed(self.encoder.read(t.embed(x), self.encoder.stores(0))))[1]
+        return bits_to_ids(q[..., :t.s1_bits]), bits_to_ids(q[..., t.s1_bits:])
 
     def read(self,
         ids,    # (s1, s2), (rows, t) each

@@ -312,11 +312,10 @@ class Forecaster:
 
 # %% ../nbs/api/13_forecast.ipynb #cell-029
 @patch
-def _tokens(self: Forecaster, hists, scales, stamps):
+def _tokens(self: Forecaster, painter, hists, scales, stamps):
     "Tokens of equally long histories, and stamps of history and future, as tensors"
     z = np.stack([s.encode(h.x) for h, s in zip(hists, scales)])
-    s1, s2 = self.tokenizer.encode(torch.from_numpy(z).to(self.device), half=True)
-    return s1, s2, torch.from_numpy(np.stack(stamps)).to(self.device)
+    return *painter.tokens(torch.from_numpy(z).to(self.device)), torch.from_numpy(np.stack(stamps)).to(self.device)
 
 @patch
 def _sample(self: Forecaster, readers, painter, prompts, tokens, keys, horizon, paths, seed, tick, **how):
@@ -383,7 +382,7 @@ def predict_many(self: Forecaster,
     with evaluating(self.tokenizer, *self.predictors), _progress(progress, predict_window*sum(min(M, len(ks)) for _, ks in batches)) as tick:
         readers, painter = [Reader(m, self.cross_rope, self.dtype, compile=self.compile) for m in self.predictors], Painter(self.tokenizer)
         for rows, ks in batches:
-            if not ks.start: tokens, prompts = self._tokens([hists[i] for i in rows], [scales[i] for i in rows], [stamps[i] for i in rows]), {}
+            if not ks.start: tokens, prompts = self._tokens(painter, [hists[i] for i in rows], [scales[i] for i in rows], [stamps[i] for i in rows]), {}
             z[rows, ks[0]:ks[-1]+1] = self._sample(readers, painter, prompts, tokens, [keys[i] for i in rows], predict_window, ks, seed, tick, temperature=temperature, top_k=top_k, top_p=top_p, refresh=refresh)
     how = dict(paths=paths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, refresh=refresh, max_context=self.max_context, cross_rope=self.cross_rope or self.predictor.cross_rope, precision=self.precision)
     return [self._finish(z[i, np.arange(paths) % n], hists[i], scales[i], *ahead[i], coherent_candles, how | dict(lookback_window=len(hists[i].x))) for i in range(len(hists))]
