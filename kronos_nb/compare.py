@@ -162,7 +162,8 @@ def _verdict_table(v):
 def _pair_table(p):
     cell = [_percent(*o) if n > 1 else 'no forecasts in common' for o, n in zip(p[['skill', 'low', 'high']].to_numpy(float), p['shared'])]
     tested = [p_value(o, '') for o in p['p'].astype(float)]
-    return pd.DataFrame({'run': p.index, 'over': p['over'].to_numpy(), 'CRPS skill': cell, 'Diebold-Mariano p': tested, 'origins shared': p['shared'].to_numpy()})
+    return pd.DataFrame({'run': p.index, 'over': p['over'].to_numpy(), 'CRPS skill': cell, 'Diebold-Mariano p': tested, 'origins shared': p['shared'].to_numpy(),
+        'origins that a skill of this size needs': ['' if np.isnan(o) else f'{o:,.0f}' if np.isfinite(o) else 'no number is enough' for o in p['needed'].astype(float)]})
 
 # %% ../nbs/api/14d_compare.ipynb #cell-022
 def _metric_table(m, names, shown=('crps', 'mase', 'rmse_pct', 'cover_80', 'direction', 'qlike')):
