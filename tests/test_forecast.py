@@ -188,6 +188,31 @@ def test_engine_options_compute_the_same_function(kw, atol):
     for a, b in zip(logits_of(Reader(f.predictor, **kw), e), want): torch.testing.assert_close(a, b, rtol=0, atol=atol)
     torch._dynamo.reset()
 
+def test_threads_share_all_units_once():
+    from kronos_nb.core import threads
+    from kronos_nb.engine import shared
+    for n, work, want in ((7, 10**9, 3), (2, 10**9, 2), (7, 10, 1), (1, 10**9, 1)):
+        done = []
+        with threads(3): shared(lambda a, e: done.append(range(a, e)), n, work)
+        assert len(done) == want and sorted(i for o in done for i in o) == list(range(n))
+
+def test_an_error_in_a_thread_is_raised():
+    from kronos_nb.core import threads
+    from kronos_nb.engine import shared
+    def f(a, e):
+        if a: raise ValueError('second half')
+    with threads(2), pytest.raises(ValueError, match='second half'): shared(f, 2, 10**9)
+
+def test_machine_code_and_tensor_operations_draw_the_same_tokens(monkeypatch):
+    pytest.importorskip('numba')
+    from kronos_nb import engine, generate
+    f = load('tiny', max_context=32, lookback_window=24)
+    paths = {}
+    for how in ('machine code', 'tensors'):
+        if how == 'tensors': [monkeypatch.setattr(m, 'machine_code', lambda: None) for m in (engine, generate)]
+        paths[how] = [f.predict(walk(), H, paths=7, refresh=r, top_k=k, top_p=p).paths for H, r, k, p in ((8, 1, 0, .9), (20, 1, 5, .8), (20, 4, 0, 1.))]
+    for a, b in zip(*paths.values()): np.testing.assert_allclose(a, b, rtol=1e-4)
+
 def test_bfloat16_forecasts_and_is_not_silent(fc):
     f = load('tiny', max_context=32, lookback_window=24, precision='bfloat16').predict(walk(), 12, paths=3)
     assert np.isfinite(f.paths).all() and f.settings['precision'] == 'bfloat16'
