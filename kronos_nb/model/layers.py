@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import ConfigError, ModelError, check_choice, nearest, write_atomic
-from .kernels import Dropout, causal_attention, gate, in_pieces, rms_norm
+from .kernels import Dropout, by_hand, causal_attention, gate, in_pieces, rms_norm, split_heads
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-007
 class RMSNorm(nn.Module):
@@ -146,6 +146,12 @@ class Attention(nn.Module):
         q = self.heads(self.q_proj(x))
         return self.rotary(q, offset) if rotate else q
 
+    def qkv(self, x, kv=None):
+        "Queries of `x`, keys and values of `kv` or of `x` too, each (B, H, T, D/H)"
+        kv = x if kv is None else kv
+        if not by_hand(x): return self.query(x), *self.keys(kv)
+        return split_heads(self.q_proj(x), self.k_proj(kv), self.v_proj(kv), self.n_heads, *(o[:x.shape[1]] for o in self.rotary.table(x.shape[1], x.device)))
+
     def merge(self, o):
         "Heads back to (B, T, D)"
         return self.resid_dropout(self.out_proj(o.transpose(1, 2).flatten(2)))
@@ -160,9 +166,8 @@ class Attention(nn.Module):
             n = cache.n
             cache.append(*self.keys(x, n))
             return self.merge(cache.attend(self.query(x, n)))
-        k, v = self.keys(x if kv is None else kv)
         p = self.attn_dropout_p if self.training else 0.
-        return self.merge(causal_attention(self.query(x), k, v, mask, p))
+        return self.merge(causal_attention(*self.qkv(x, kv), mask, p))
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-033
 class FeedForward(nn.Module):
