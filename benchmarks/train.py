@@ -127,6 +127,7 @@ def side(name, a, pipe):
         opt = torch.optim.AdamW(refs[1].parameters(), lr=1e-4, betas=(.9, .95), weight_decay=.1)
         step = lambda: reference_step(refs, x, stamp, opt, 3.)
     del ours
+    pipe.send('ready')
     while pipe.recv() == 'step':
         t = time.perf_counter()
         step()
@@ -144,6 +145,7 @@ def main():
         here, there = spawn.Pipe()
         spawn.Process(target=side, args=(name, a, there), daemon=True).start()
         sides[name] = here
+        here.recv()   # one after the other: the matrix rate is measured alone
     times = {k: [] for k in sides}
     for _ in range(a.steps + 1):
         for k, pipe in sides.items():
