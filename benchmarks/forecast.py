@@ -98,11 +98,11 @@ now = time.perf_counter # or the processor's time, by --clock cpu
 def clock(f):
     t = now(); f(); return now() - t
 
-def case(path, size, symbols, paths, horizon, context, limit, repeats, precision='float32', known={}):
+def case(path, size, symbols, paths, horizon, context, limit, repeats, precision='float32', unequal=False, known={}):
     "Seconds of both sides, interleaved medians; the reference's is None where it would take too long"
     tok, model = models(size)
     ours, ref = Ours(tok, model, context, precision), Reference(path, tok, model, context) if path else None
-    frames, future = [bars(i, 400) for i in range(symbols)], pd.date_range('2024-01-01', periods=400+horizon, freq='h')[400:]
+    frames, future = [bars(i, 400 - i*unequal) for i in range(symbols)], pd.date_range('2024-01-01', periods=400+horizon, freq='h')[400:]
     ours(frames, future, paths)
     rate = known.get((size, horizon, context))
     expected = None if rate is None else rate*symbols*paths
@@ -151,6 +151,7 @@ def main():
     p.add_argument('--precisions', nargs='+', default=['float32'])
     p.add_argument('--memory', action='store_true', help='peak memory instead of time')
     p.add_argument('--growth', action='store_true', help='how our time grows with horizon and paths')
+    p.add_argument('--unequal', action='store_true', help='histories of 400, 399, 398 ... bars instead of 400 each; ours alone')
     p.add_argument('--no-check', action='store_true')
     p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -170,6 +171,6 @@ def main():
             return show(rows)
         if a.reference and not a.no_check:
             for s in a.sizes: check(a.reference, s)
-        show([case(a.reference if q == 'float32' else None, s, *map(int, c.split('x')), h, a.context, a.limit, a.repeats, q) for s in a.sizes for h in a.horizons for c in a.cases for q in a.precisions])
+        show([case(a.reference if q == 'float32' and not a.unequal else None, s, *map(int, c.split('x')), h, a.context, a.limit, a.repeats, q, a.unequal) for s in a.sizes for h in a.horizons for c in a.cases for q in a.precisions])
 
 if __name__ == '__main__': main()

@@ -106,7 +106,7 @@ class Advise(Callback):
         self.timed = self.timed or self.slow(learn)
         self.look(learn, ('problem',))
     def after_fit(self, learn): self.look(learn, ('problem', 'hint'))
-    def state_dict(self): return dict(said=self.said)
+    def state_dict(self): return dict(said=[o for o in self.said if o not in CLOCK])
     def load_state_dict(self, state): self.said = list(state['said'])
 
 # %% ../../nbs/api/10c_callback.advise.ipynb #cell-016
