@@ -129,14 +129,14 @@ def alone(tmp_path_factory):
     launched(out, [], **exact, **{'tokenizer.batch_size': 32, 'predictor.batch_size': 32})
     return out
 
-@pytest.mark.parametrize('launcher', [torchrun, accelerate], ids=['torchrun', 'accelerate'])
-def test_two_processes_are_one_with_the_global_batch(alone, tmp_path, launcher):
+@pytest.mark.parametrize('launcher, workers', [(torchrun, 2), (accelerate, 1)], ids=['torchrun, two workers each', 'accelerate'])
+def test_two_processes_are_one_with_the_global_batch(alone, tmp_path, launcher, workers):
     """Ranks share the windows of a step and end bit-identical, and with one process's weights to 1e-6; validation is the same number. The codebook entropy is a function of the
     batch mean, so it is off here (zeta=0). The predictor gets the tokenizer of the one process, since a bit of a weight may turn a token"""
     two, predictor = tmp_path/'two', tmp_path/'predictor'
-    half = {'tokenizer.batch_size': 16, 'predictor.batch_size': 16}
-    launched(two, launcher, **exact, **half)
-    launched(predictor, launcher, **exact, **half, **{'runtime.only': 'predictor', 'predictor.tokenizer': str(alone/'tokenizer'/'best_model')})
+    half, env = {'tokenizer.batch_size': 16, 'predictor.batch_size': 16, 'runtime.threads': workers}, dict(WORKERS=str(workers))
+    launched(two, launcher, env, **exact, **half)
+    launched(predictor, launcher, env, **exact, **half, **{'runtime.only': 'predictor', 'predictor.tokenizer': str(alone/'tokenizer'/'best_model')})
     for stage, out in dict(tokenizer=two, predictor=predictor).items():
         (one, _), = ranks(alone, stage)
         (a, _), (b, _) = ranks(out, stage)

@@ -194,10 +194,11 @@ def cuts(
     n: int,      # Windows
     values: int, # Of one activation of a window
 ) -> tuple:      # Slices of windows, and how many workers take them
-    "Cut a batch into pieces that suit the cache of a CPU and its cores"
-    workers = min(torch.get_num_threads(), WORKERS, n, max(1, n*values//LEAST))
-    size = max(1, min(PIECE//values, -(-n//workers)))
-    return [slice(i, i+size) for i in range(0, n, size)], workers
+    "Cut a batch into pieces that suit the cache of a CPU and its cores; the pieces, and so the random numbers, do not depend on the threads"
+    most = min(WORKERS, n, max(1, n*values//LEAST))
+    size = max(1, min(PIECE//values, -(-n//most)))
+    parts = [slice(i, i+size) for i in range(0, n, size)]
+    return parts, min(torch.get_num_threads(), len(parts))
 
 # %% ../../nbs/api/05a_model.kernels.ipynb #cell-044
 def _piece(f, part, seed):
