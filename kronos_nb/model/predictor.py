@@ -171,7 +171,7 @@ def loss(self: Kronos,
     n = s1[:, 1:].numel() if padding_mask is None else (~padding_mask[:, :-1]).sum()
     part = lambda *o: torch.stack(self.window_losses(*o, sample_s1))[None] / n
     alone = sample_s1 or padding_mask is not None or self.gradient_checkpointing
-    ce_s1, ce_s2 = in_pieces(part, (s1, s2, stamp, padding_mask), self.parameters(), s1[0].numel()*self.config['d_model'], alone).sum(0)
+    ce_s1, ce_s2 = in_pieces(part, (s1, s2, stamp, padding_mask), list(self.parameters()), s1[0].numel()*self.config['d_model'], alone).sum(0)
     return dict(loss=(ce_s1 + ce_s2)/2, ce_s1=ce_s1.detach(), ce_s2=ce_s2.detach())
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-030
