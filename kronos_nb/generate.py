@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from .core import ConfigError, np_rng
-from .engine import Reader, Painter, machine_code
+from .engine import Reader, Painter
+from .model.kernels import machine_code
 
 # %% ../nbs/api/12d_generate.ipynb #cell-007
 def check_sampling(temperature, top_k, top_p):
@@ -46,7 +47,7 @@ def draw(
 ):  # (N,) int64
     "One token a row"
     if temperature == 0: return logits.argmax(-1)
-    if logits.device.type == 'cpu' and (code := machine_code()):
+    if logits.device.type == 'cpu' and (code := machine_code('cpu')):
         out, (N, V) = torch.empty(len(logits), dtype=torch.int64), logits.shape
         code.draw(logits.float().contiguous().numpy(), u.numpy(), float(temperature), min(int(top_k or V), V), 1. if top_p is None else float(top_p), out.numpy())
         return out

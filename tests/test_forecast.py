@@ -209,7 +209,7 @@ def test_machine_code_and_tensor_operations_draw_the_same_tokens(monkeypatch):
     f = load('tiny', max_context=32, lookback_window=24)
     paths = {}
     for how in ('machine code', 'tensors'):
-        if how == 'tensors': [monkeypatch.setattr(m, 'machine_code', lambda: None) for m in (engine, generate)]
+        if how == 'tensors': [monkeypatch.setattr(m, 'machine_code', lambda name: None) for m in (engine, generate)]
         paths[how] = [f.predict(walk(), H, paths=7, refresh=r, top_k=k, top_p=p).paths for H, r, k, p in ((8, 1, 0, .9), (20, 1, 5, .8), (20, 4, 0, 1.))]
     for a, b in zip(*paths.values()): np.testing.assert_allclose(a, b, rtol=1e-4)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import ConfigError, ModelError, check_choice, nearest, write_atomic
-from .kernels import Dropout, by_hand, causal_attention, gate, in_pieces, rms_norm, split_heads
+from .kernels import Dropout, causal_attention, gate, in_pieces, rms_norm, rotate, split_heads
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-007
 class RMSNorm(nn.Module):
@@ -52,8 +52,8 @@ class Rotary(nn.Module):
         return self
 
     def angles(self, n, device):
-        "Cosine and sine of positions 0..n-1, (n, head_dim) float32"
-        f = torch.outer(torch.arange(n, device=device).float(), self.freqs(device)).repeat(1, 2)
+        "Cosine and sine of positions 0..n-1, (n, head_dim/2) float32"
+        f = torch.outer(torch.arange(n, device=device).float(), self.freqs(device))
         return f.cos(), f.sin()
 
     def table(self, n, device):
@@ -68,9 +68,7 @@ class Rotary(nn.Module):
         offset: int = 0, # Position of the first of them
     ):
         n = offset + x.shape[-2]
-        cos, sin = (o[offset:n] for o in self.table(n, x.device))
-        a, b = x.float().chunk(2, -1)
-        return (x.float() * cos + torch.cat((-b, a), -1) * sin).type_as(x)
+        return rotate(x, *(o[offset:n] for o in self.table(n, x.device)))
 
 # %% ../../nbs/api/05b_model.layers.ipynb #cell-019
 def causal_mask(
@@ -149,7 +147,6 @@ class Attention(nn.Module):
     def qkv(self, x, kv=None):
         "Queries of `x`, keys and values of `kv` or of `x` too, each (B, H, T, D/H)"
         kv = x if kv is None else kv
-        if not by_hand(x): return self.query(x), *self.keys(kv)
         return split_heads(self.q_proj(x), self.k_proj(kv), self.v_proj(kv), self.n_heads, *(o[:x.shape[1]] for o in self.rotary.table(x.shape[1], x.device)))
 
     def merge(self, o):

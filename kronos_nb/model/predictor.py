@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import STAMPS, ModelError, check_choice
-from .kernels import Dropout, in_pieces
+from .kernels import Dropout, cross_entropy, in_pieces
 from .layers import Attention, Block, KVCache, Pretrained, RMSNorm, causal_mask, evaluating, run_blocks
 
 # %% ../../nbs/api/07_model.predictor.ipynb #cell-007
@@ -158,7 +158,7 @@ def window_losses(self: Kronos, s1, s2, stamp=None, padding_mask=None, sample_s1
     pad = None if padding_mask is None else padding_mask[:, :-1]
     logits = self(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1], pad, None if sample_s1 else s1[:, 1:], sample_s1)
     keep = slice(None) if pad is None else ~pad.flatten()
-    return tuple(F.cross_entropy(o.flatten(0, 1)[keep].float(), t[:, 1:].flatten()[keep], reduction='sum') for o, t in zip(logits, (s1, s2)))
+    return tuple(cross_entropy(o.flatten(0, 1)[keep], t[:, 1:].flatten()[keep]) for o, t in zip(logits, (s1, s2)))
 
 @patch
 def loss(self: Kronos,
