@@ -135,6 +135,24 @@ def test_workers_change_no_gradient(kind, monkeypatch):
 
 # Causality, padding, bits and heads beyond the golden ones
 
+@pytest.mark.parametrize('kind, precision', [('tokenizer', 'float32'), ('predictor', 'float32'), ('predictor', 'bfloat16')])
+def test_machine_code_and_tensor_operations_train_alike(kind, precision, monkeypatch):
+    pytest.importorskip('numba')
+    g = torch.Generator().manual_seed(0)
+    x, s1, s2 = torch.randn(6, 40, 6, generator=g), *(torch.randint(2**b, (6, 40), generator=g) for b in (3, 5))
+    sides = []
+    for name in ('machine code', 'tensor operations'):
+        if name == 'tensor operations': monkeypatch.setattr(kernels, 'machine_code', lambda name: None)
+        model = fresh(kind, **{k: .2 for k in ('ffn_dropout_p', 'attn_dropout_p', 'resid_dropout_p')}).train()
+        torch.manual_seed(1)   # both drop the same values
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16'): loss = model.loss(x)['loss'] if kind == 'tokenizer' else model.loss(s1, s2)['loss']
+        loss.backward()
+        sides.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (a, da), (b, db) = sides
+    assert_close(a, b, rtol=1e-6 if precision == 'float32' else 1e-3, atol=0)
+    assert (da - db).norm()/db.norm() < (2e-6 if precision == 'float32' else 2e-2)
+    assert not torch.equal(da, db)   # so there were two ways
+
 @pytest.mark.parametrize('kind', ['tokenizer', 'predictor'])
 def test_future_moves_nothing_in_eval_mode(kind):
     model, rng = fresh(kind).eval(), torch.Generator().manual_seed(0)
