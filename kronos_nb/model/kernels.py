@@ -250,7 +250,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None, None
+    def backward(ctx, grad): return ctx.saved_tensors[0] * float(grad), None, None   # a number, not a tensor: it keeps float32's digits
 
 def cross_entropy(
     logits,  # (N, V)

@@ -157,8 +157,8 @@ def window_losses(self: Kronos, s1, s2, stamp=None, padding_mask=None, sample_s1
     "As `loss`, but the sums over bars and windows of each level's cross-entropy"
     pad = None if padding_mask is None else padding_mask[:, :-1]
     logits = self(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1], pad, None if sample_s1 else s1[:, 1:], sample_s1)
-    keep = slice(None) if pad is None else ~pad.flatten()
-    return tuple(cross_entropy(o.flatten(0, 1)[keep], t[:, 1:].flatten()[keep]) for o, t in zip(logits, (s1, s2)))
+    real = lambda o: o if pad is None else o[~pad.flatten()]
+    return tuple(cross_entropy(real(o.flatten(0, 1)), real(t[:, 1:].flatten())) for o, t in zip(logits, (s1, s2)))
 
 @patch
 def loss(self: Kronos,
