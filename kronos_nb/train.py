@@ -387,11 +387,7 @@ def run_facts(
     parts = data.split.summary.groupby('part', sort=False).agg(symbols=('symbol', 'size'), bars=('bars', 'sum'), first=('first', 'min'), last=('last', 'max')).reset_index()
     return dict(data=data.hash, bars=len(data.bars), symbols=data.bars.symbol.nunique(), files=data.report.source.file.tolist(), series=[o | dict(interval=o['interval'].total_seconds()) for o in series],
         parts=parts.to_dict('records'), windows=dict(train=len(data.train), val=len(data.val or ())), device=str(pick_device(cfg.runtime.device)),
-        versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: v for o in ('torch', 'numpy', 'pandas', 'numba') if (v := _version(o))})
-
-def _version(name):
-    try: return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: return None
+        versions=dict(kronos_nb=__version__, python=platform.python_version()) | {o: importlib.metadata.version(o) for o in ('torch', 'numpy', 'pandas')})
 
 # %% ../nbs/api/16_train.ipynb #cell-036
 MAY_DIFFER = tuple(f'runtime.{k}' for k in 'device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr'.split()) + ('data.source',)
