@@ -2,52 +2,75 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data.py BARS [--rows 1000000 10000000]
 
-BARS is a file of at least 30,000 bars (the committed figures: 31,973 hourly bars of DOGEUSDT); without it, as many synthetic ones.
-Ways are timed in turn, repeat by repeat, on the same windows, and compared for equality first. Prints Markdown.
+BARS is a file of at least 30,000 bars (the committed figures: 31,973 hourly bars of DOGEUSDT). Without it, as many
+synthetic bars are used. The ways are compared for equality first, then timed in turn on the same windows, repeat by
+repeat. Prints Markdown.
 """
-import argparse, gc, os, pickle, platform, resource, subprocess, sys, tempfile, time
+import argparse
+import gc
+import importlib.util
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from kronos_nb.core import FEATURES
-from kronos_nb.data.kline import read_klines
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kronos_nb.core import FEATURES, STAMPS
+from kronos_nb.display import md_table
 from kronos_nb.data.normalize import COMPILE_FROM, MedianMAD, ZScore, compiles
+from kronos_nb.data.read import read_klines
 from kronos_nb.data.window import WindowDataset
 
 L, H = 400, 120
 T = L + H
+BATCH = 64  # windows a repeat
+NORMALIZERS = dict(zscore=ZScore(), median_mad=MedianMAD())
+WAYS = [(kind, how) for kind in NORMALIZERS for how in ('on the fly', 'rolling')]
+
 
 def synthetic(n, symbols):
-    "Random walks, one float block and no spare copies, so that the peak before building is the frame itself"
+    "Return random walks as one float block without spare copies, so that the peak before building is the frame itself"
     r, m = np.random.default_rng(0), n // symbols
     x = np.empty((6, m * symbols))
     for s in range(symbols):
-        at = slice(s * m, (s + 1) * m)
-        c = np.exp(r.normal(0, .002, m).cumsum()) * 100
-        x[0, at], x[3, at] = np.r_[c[0], c[:-1]], c
-        x[1, at], x[2, at] = np.maximum(x[0, at], c) * 1.001, np.minimum(x[0, at], c) * .999
-        x[4, at] = r.lognormal(8, 1, m); x[5, at] = x[4, at] * c
+        o, h, l, c, v, a = x[:, s * m:(s + 1) * m]
+        c[:] = np.exp(r.normal(0, .002, m).cumsum()) * 100
+        o[:] = np.r_[c[0], c[:-1]]
+        h[:] = np.maximum(o, c) * 1.001
+        l[:] = np.minimum(o, c) * .999
+        v[:] = r.lognormal(8, 1, m)
+        a[:] = v * c
     bars = pd.DataFrame(x.T, columns=list(FEATURES), copy=False)
-    bars.insert(0, 'timestamps', np.tile(np.datetime64('2000-01-01', 'ns') + np.arange(m) * np.timedelta64(60, 's'), symbols))
+    minutes = np.datetime64('2000-01-01', 'ns') + np.arange(m) * np.timedelta64(60, 's')
+    bars.insert(0, 'timestamps', np.tile(minutes, symbols))
     names = pd.Index([f'S{i:03d}' for i in range(symbols)])
     bars.insert(0, 'symbol', names.take(np.repeat(np.arange(symbols), m)))
     return bars
 
+
 class PandasItems:
-    "One window at a time, sliced from a DataFrame: how such a dataset is plainly written"
+    "One window at a time, sliced from a DataFrame: how such a dataset is commonly written"
     def __init__(self, bars):
-        self.df = bars.reset_index(drop=True)
-        t = self.df.timestamps.dt
-        for name, o in (('minute', t.minute), ('hour', t.hour), ('weekday', t.day_of_week), ('day', t.day), ('month', t.month)): self.df[name] = o
-        self.features, self.stamps = list(FEATURES), ['minute', 'hour', 'weekday', 'day', 'month']
+        t = bars.timestamps.dt
+        parts = (t.minute, t.hour, t.day_of_week, t.day, t.month)
+        self.df = bars.reset_index(drop=True).assign(**dict(zip(STAMPS, parts)))
+
     def __getitem__(self, i):
         w = self.df.iloc[i:i + T]
-        x, s = w[self.features].values.astype(np.float32), w[self.stamps].values.astype(np.float32)
+        x, stamps = (w[list(names)].values.astype(np.float32) for names in (FEATURES, STAMPS))
         past = x[:L]
         x = np.clip((x - past.mean(0)) / (past.std(0) + 1e-5), -5, 5)
-        return torch.from_numpy(x), torch.from_numpy(s)
+        return torch.from_numpy(x), torch.from_numpy(stamps)
+
 
 def loop_mad(x, starts):
-    "Median and MAD of each lookback by a NumPy loop"
+    "Return median and scaled MAD of each lookback by a NumPy loop"
     out = []
     for s in starts:
         past = x[s:s + L]
@@ -55,117 +78,201 @@ def loop_mad(x, starts):
         out.append((med, 1.4826 * np.median(np.abs(past - med), 0)))
     return out
 
-def loop_windows(x, starts):
-    "Normalised windows by the same loop"
-    return [np.clip((x[s:s + T] - med) / np.maximum(mad, 1e-5), -5, 5).astype(np.float32) for s, (med, mad) in zip(starts, loop_mad(x, starts))]
 
-def pickled(ds, folder, n_symbols=1):
-    "Every window normalised, stacked in a list of arrays and pickled; seconds to build, write and load, bytes"
-    t0 = time.perf_counter()
-    items = [(x.numpy().copy(), s.numpy().astype(np.float32)) for i in range(0, len(ds), 256) for x, s in zip(*ds.arrays(np.arange(i, min(i + 256, len(ds))))[:2])]
-    t1 = time.perf_counter()
-    with open(folder/'w.pkl', 'wb') as f: pickle.dump(items, f, protocol=5)
-    t2 = time.perf_counter()
-    with open(folder/'w.pkl', 'rb') as f: items = pickle.load(f)
-    t3 = time.perf_counter()
-    return items, (t1 - t0, t2 - t1, t3 - t2), (folder/'w.pkl').stat().st_size
+def loop_windows(x, starts):
+    "Return normalised windows by the same loop"
+    out = []
+    for s, (med, mad) in zip(starts, loop_mad(x, starts)):
+        z = (x[s:s + T] - med) / np.maximum(mad, 1e-5)
+        out.append(np.clip(z, -5, 5).astype(np.float32))
+    return out
+
+
+def timed(f):
+    "Return what `f()` returns, and the seconds it took"
+    t = time.perf_counter()
+    out = f()
+    return out, time.perf_counter() - t
+
+
+def pickled(ds):
+    "Return every window pickled and loaded again, the seconds to make, write and load them, and the bytes of the file"
+    def make():
+        batches = (ds.arrays(np.arange(i, min(i + 256, len(ds))))[:2] for i in range(0, len(ds), 256))
+        return [(x.numpy().copy(), s.numpy().astype(np.float32)) for xs, stamps in batches for x, s in zip(xs, stamps)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'w.pkl'
+        items, made = timed(make)
+        with open(path, 'wb') as f: _, wrote = timed(lambda: pickle.dump(items, f, protocol=5))
+        del items
+        with open(path, 'rb') as f: items, loaded = timed(lambda: pickle.load(f))
+        return items, (made, wrote, loaded), path.stat().st_size
+
 
 def rate(ways, repeats, rng, n):
-    "Median microseconds a window of each way, in turn; {name: (function of starts, windows a repeat)}"
+    "Return the median microseconds a window of each of `ways`: {name: function of starts}, timed in turn"
     took = {k: [] for k in ways}
     for _ in range(repeats):
-        for k, (f, size) in ways.items():
-            at = rng.integers(0, n, size)
-            t = time.perf_counter(); f(at); took[k].append((time.perf_counter() - t) / size * 1e6)
+        for k, f in ways.items():
+            starts = rng.integers(0, n, BATCH)
+            took[k].append(timed(lambda: f(starts))[1] / BATCH * 1e6)
     return {k: float(np.median(v)) for k, v in took.items()}
 
-def table(rows, cols):
-    print('| ' + ' | '.join(cols) + ' |\n|' + ' --- |' * len(cols))
-    for r in rows: print('| ' + ' | '.join(f'{o:.3g}' if isinstance(o, float) else f'{o:,}' if isinstance(o, int) else str(o) for o in r) + ' |')
-    print(flush=True)
 
-def small(bars, repeats):
-    rng, rows = np.random.default_rng(0), []
-    build, sets = {}, {}
-    for norm in (ZScore(), MedianMAD()):
-        for how in ('on the fly', 'rolling'):
-            t = time.perf_counter(); sets[norm.kind, how] = WindowDataset(bars, L, H, norm, max_gap=None, statistics=how); build[norm.kind, how] = time.perf_counter() - t
-    quick = MedianMAD()
-    if compiles(10**9): next(quick.rolling(np.ones((500, 1)), 9, compiled=True)); t = time.perf_counter(); list(quick.rolling(sets['zscore', 'on the fly'].x, L, compiled=True)); build['compiled'] = time.perf_counter() - t
-    t = time.perf_counter(); items = PandasItems(bars); build['pandas'] = time.perf_counter() - t
-    fly = sets['zscore', 'on the fly']
-    n, x = len(fly), fly.x
-    for i in rng.integers(0, n, 20):                                        # equal first, fast second
-        want = items[i][0].numpy()
-        for how in ('on the fly', 'rolling'): np.testing.assert_allclose(sets['zscore', how].arrays([i])[0][0], want, atol=2e-3)
+def table(rows, columns):
+    "Print a Markdown table"
+    cells = [[f'{o:.3g}' if isinstance(o, float) else o for o in r] for r in rows]
+    print(md_table(pd.DataFrame(cells, columns=columns, dtype=object)) + '\n', flush=True)
+
+
+def same_windows(items, sets, starts):
+    "Raise unless pandas, the NumPy loop and the datasets agree on the windows at `starts`"
+    x = sets[WAYS[0]].x
+    for i in starts:
         med, mad = loop_mad(x, [i])[0]
         for how in ('on the fly', 'rolling'):
-            s = sets['median_mad', how].arrays([i])[2]
-            np.testing.assert_allclose(s.loc[0], med, rtol=1e-6); np.testing.assert_allclose(s.scale[0], np.maximum(mad, 1e-5), rtol=1e-6)
-    with tempfile.TemporaryDirectory() as d: pkl, (made, wrote, loaded), size = pickled(fly, Path(d))
-    ways = {'per-item pandas': (lambda at: [items[i] for i in at], 64), 'pickled windows': (lambda at: [torch.stack(o) for o in zip(*[map(torch.from_numpy, pkl[i]) for i in at])], 64),
-            'NumPy loop, median and MAD only': (lambda at: loop_mad(x, at), 64)}
-    ways |= {k: ((lambda at, o=o: o.arrays(at)), 64) for k, o in sets.items()}
-    us = rate(ways, repeats, rng, n)
-    ref = us['per-item pandas']
-    rows = [['per-item pandas', build['pandas'], 0., us['per-item pandas'], 1.], ['pickled windows (in memory)', made + wrote + loaded, size / x.nbytes, us['pickled windows'], ref / us['pickled windows']]]
+            np.testing.assert_allclose(sets['zscore', how].arrays([i])[0][0], items[i][0].numpy(), atol=2e-3)
+            scale = sets['median_mad', how].arrays([i])[2]
+            np.testing.assert_allclose(scale.loc[0], med, rtol=1e-6)
+            np.testing.assert_allclose(scale.scale[0], np.maximum(mad, 1e-5), rtol=1e-6)
+
+
+def compiled_rate(x):
+    "Return the microseconds a bar of compiled medians, without compiling; None where numba is absent"
+    if not compiles(10**9): return None
+    norm = MedianMAD()
+    next(norm.rolling(np.ones((500, 1)), 9, compiled=True))
+    return timed(lambda: list(norm.rolling(x, L, compiled=True)))[1] / len(x) * 1e6
+
+
+def kept_bytes(ds):
+    "Return the bytes of the statistics that `ds` keeps"
+    return sum(getattr(ds, k).nbytes for k in ('_loc', '_scale') if hasattr(ds, k))
+
+
+def small(bars, repeats):
+    "Print all ways on one file of bars"
+    sets, build = {}, {}
+    for way in WAYS:
+        make = lambda: WindowDataset(bars, L, H, NORMALIZERS[way[0]], max_gap=None, statistics=way[1])
+        sets[way], build[way] = timed(make)
+    ds, rng = sets[WAYS[0]], np.random.default_rng(0)
+    compiled = compiled_rate(ds.x)
+    items, build_items = timed(lambda: PandasItems(bars))
+    same_windows(items, sets, rng.integers(0, len(ds), 20))
+    pkl, seconds, size = pickled(ds)
+    ways = {'pandas': lambda at: [items[i] for i in at],
+            'pickled': lambda at: [torch.stack(o) for o in zip(*[map(torch.from_numpy, pkl[i]) for i in at])],
+            'loop': lambda at: loop_mad(ds.x, at)}
+    us = rate(ways | {k: o.arrays for k, o in sets.items()}, repeats, rng, len(ds))
+    ref = us['pandas']
+    rows = [['per-item pandas', build_items, 0., ref, 1.],
+            ['pickled windows (in memory)', sum(seconds), size / ds.x.nbytes, us['pickled'], ref / us['pickled']]]
     for k, o in sets.items():
-        kept = sum(a.nbytes for a in (getattr(o, '_loc', None), getattr(o, '_scale', None)) if a is not None)
-        rows.append([f'views, {k[0]}, {k[1]}', build[k], kept / (o.x.nbytes + o.stamps.nbytes), us[k], ref / us[k]])
-    print(f'## {len(bars):,} bars, {n:,} windows of {L}+{H}\n')
+        beside = kept_bytes(o) / (o.x.nbytes + o.stamps.nbytes)
+        rows.append([f'views, {k[0]}, {k[1]}', build[k], beside, us[k], ref / us[k]])
+    print(f'## {len(bars):,} bars, {len(ds):,} windows of {L}+{H}\n')
     table(rows, ['way', 'build, s', 'kept beside the bars, x', 'us a window', 'x per-item pandas'])
-    loop = us['NumPy loop, median and MAD only']
-    print(f'Pickles: {made:.1f} s to make, {wrote:.1f} s to write, {loaded:.1f} s to load, {size/1e9:.2f} GB; computed from that, not measured: '
-          f'{size/n*1e6/1e9:.0f} GB for 1M windows, {size/n*1e7/1e9:.0f} GB for 10M.\n')
-    print(f'Median and MAD: the NumPy loop takes {loop:.1f} us a window for the statistics alone; building the kept ones by sorting, which is the choice below {COMPILE_FROM:,} bars, took {build["median_mad", "rolling"]/len(bars)*1e6:.2f} us a bar'
-          + (f', and compiled {build["compiled"]/len(bars)*1e6:.2f} us a bar, {loop/(build["compiled"]/len(bars)*1e6):.0f}x the loop (without the second or two of compiling).\n' if 'compiled' in build else '; numba is absent.\n'))
+    describe_pickles(seconds, size, size / len(ds))
+    describe_medians(us['loop'], build['median_mad', 'rolling'] / len(bars) * 1e6, compiled)
+
+
+def describe_pickles(seconds, size, a_window):
+    "Print what pickled windows cost"
+    made, wrote, loaded = seconds
+    print(f'Pickles: {made:.1f} s to make, {wrote:.1f} s to write, {loaded:.1f} s to load, {size/1e9:.2f} GB. '
+          f'Computed from that, not measured: {a_window*1e6/1e9:.0f} GB for 1M windows, '
+          f'{a_window*1e7/1e9:.0f} GB for 10M.\n')
+
+
+def describe_medians(loop, sorting, compiled):
+    "Print what median and MAD cost, in microseconds"
+    numba = 'numba is absent'
+    if compiled is not None:
+        numba = (f'compiled code takes {compiled:.2f} us a bar, {loop/compiled:.0f}x the loop '
+                 '(without the second or two of compiling)')
+    print(f'Median and MAD: the NumPy loop takes {loop:.1f} us a window for the statistics alone. To keep them, '
+          f'sorting (the choice below {COMPILE_FROM:,} bars) takes {sorting:.2f} us a bar; {numba}.\n')
+
 
 def memory():
-    "(now, peak since the last call) of this process in bytes; the kernel's peak mark is set back where that is possible"
-    s = dict(o.split(':') for o in Path('/proc/self/status').read_text().splitlines() if o.startswith(('VmHWM', 'VmRSS')))
+    "Return this process's memory now and its peak since the last call, in bytes, where the kernel's mark can be reset"
+    status = dict(o.split(':', 1) for o in Path('/proc/self/status').read_text().splitlines())
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
-    return tuple(int(s[k].split()[0]) * 1024 for k in ('VmRSS', 'VmHWM'))
+    return tuple(int(status[k].split()[0]) * 1024 for k in ('VmRSS', 'VmHWM'))
 
-def large(n, kind, how, repeats):
-    "One configuration in a process of its own: build seconds, peak and kept memory, then the ways in turn"
+
+def warm_up(kind, how, n):
+    "Load libraries and compile loops, before the clock and the memory are read"
+    ds = WindowDataset(synthetic(3000, 2), L, H, NORMALIZERS[kind], statistics=how)
+    ds.compiled = how == 'rolling' and compiles(n)
+    if ds.compiled: next(ds.normalizer.rolling(np.ones((500, 1)), 9, compiled=True))
+    ds.arrays(range(BATCH))
+
+
+def same_medians(ds, numbers):
+    "Raise unless the dataset's medians are those of the NumPy loop"
+    for i, (med, mad) in zip(numbers, loop_mad(ds.x, ds.rows(numbers))):
+        row = int(ds.rows([i])[0])
+        median_mad = ds.normalizer.kind == 'median_mad'
+        scale = ds.arrays([i])[2] if median_mad else MedianMAD().fit(ds.x[row:row + L], L)
+        np.testing.assert_allclose(np.ravel(scale.loc), med, rtol=1e-6)
+        np.testing.assert_allclose(np.ravel(scale.scale), np.maximum(mad, 1e-5), rtol=1e-6)
+
+
+def large(kind, n, how, repeats):
+    "Print one configuration, in a process of its own: build seconds, peak and kept memory, then the ways in turn"
     bars, rng = synthetic(n, 20), np.random.default_rng(0)
-    norm = dict(zscore=ZScore(), median_mad=MedianMAD())[kind]
-    small = WindowDataset(synthetic(3000, 2), L, H, norm, statistics=how)
-    small.compiled = how == 'rolling' and compiles(n)
-    if small.compiled: next(norm.rolling(np.ones((500, 1)), 9, compiled=True))
-    small.arrays(range(64))                                                # libraries are loaded and loops compiled before the clock and the memory are read
-    gc.collect(); before, _ = memory()
-    t = time.perf_counter(); ds = WindowDataset(bars, L, H, norm, statistics=how); build = time.perf_counter() - t
-    for _ in range(3): ds.arrays(rng.integers(0, len(ds), 64))
+    warm_up(kind, how, n)
+    gc.collect()
+    before, _ = memory()
+    ds, build = timed(lambda: WindowDataset(bars, L, H, NORMALIZERS[kind], statistics=how))
+    for _ in range(3): ds.arrays(rng.integers(0, len(ds), BATCH))
     after, peak = memory()
     raw = ds.x.nbytes + ds.stamps.nbytes
-    items, at = PandasItems(bars), rng.integers(0, len(ds), 20)
-    for i, (med, mad) in zip(at, loop_mad(ds.x, ds.rows(at))):                # equal first, fast second
-        s = ds.arrays([i])[2] if kind == 'median_mad' else MedianMAD().fit(ds.x[ds.rows([i])[0]:][:L], L)
-        np.testing.assert_allclose(np.ravel(s.loc), med, rtol=1e-6); np.testing.assert_allclose(np.ravel(s.scale), np.maximum(mad, 1e-5), rtol=1e-6)
-    us = rate({'views': (ds.arrays, 64), 'pandas': (lambda at: [items[i] for i in ds.rows(at)], 64), 'loop': (lambda at: loop_mad(ds.x, ds.rows(at)), 64),
-               'whole': (lambda at: loop_windows(ds.x, ds.rows(at)), 64)}, repeats, rng, len(ds))
-    print(f'{build:.6f} {(peak - before) / raw:.6f} {(after - before) / raw:.6f}', *(f'{us[k]:.6f}' for k in ('views', 'pandas', 'loop', 'whole')))
+    items = PandasItems(bars)
+    same_medians(ds, rng.integers(0, len(ds), 20))
+    ways = dict(views=ds.arrays, pandas=lambda at: [items[i] for i in ds.rows(at)],
+                loop=lambda at: loop_mad(ds.x, ds.rows(at)), whole=lambda at: loop_windows(ds.x, ds.rows(at)))
+    us = rate(ways, repeats, rng, len(ds))
+    print(*(f'{o:.6f}' for o in (build, (peak - before) / raw, (after - before) / raw, *us.values())))
 
-def child(*a): return [float(o) for o in subprocess.run([sys.executable, __file__, '--child', *map(str, a)], check=True, stdout=subprocess.PIPE, text=True).stdout.split()]
 
-if __name__ == '__main__':
+def large_row(kind, n, how, repeats):
+    "Return a row of the table of `n` synthetic bars"
+    command = [sys.executable, __file__, '--repeats', str(repeats), '--child', kind, str(n), how]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    build, peak, kept, us, pandas, loop, whole = map(float, out.split())
+    a_bar, mad = build / n * 1e6, kind == 'median_mad'
+    return [f'views, {kind}, {how}', build, peak - 1, kept - 1, us, pandas, pandas / us,
+            loop / a_bar if mad and how == 'rolling' else '', whole / (us + a_bar) if mad else '']
+
+
+def versions():
+    "Return the machine and the versions of what was measured"
+    numba = 'present' if importlib.util.find_spec('numba') else 'absent'
+    return (f'{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}, '
+            f'numpy {np.__version__}, pandas {pd.__version__}, numba {numba}')
+
+
+def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('bars', nargs='?'); p.add_argument('--rows', type=float, nargs='*', default=[1e6, 1e7]); p.add_argument('--repeats', type=int, default=41); p.add_argument('--child', nargs='*')
+    p.add_argument('bars', nargs='?')
+    p.add_argument('--rows', type=float, nargs='*', default=[1e6, 1e7])
+    p.add_argument('--repeats', type=int, default=41)
+    p.add_argument('--child', nargs=3, help='used by the script itself')
     a = p.parse_args()
     torch.set_num_threads(1)
-    if a.child:
-        large(int(a.child[1]), a.child[0], a.child[2], a.repeats)
-        sys.exit()
-    import importlib.util
-    print(f'{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, pandas {pd.__version__}, numba {"present" if importlib.util.find_spec("numba") else "absent"}\n')
+    if a.child: return large(a.child[0], int(a.child[1]), a.child[2], a.repeats)
+    print(f'{versions()}\n')
     small(read_klines(a.bars) if a.bars else synthetic(31_973, 1), a.repeats)
     for n in map(int, a.rows):
-        rows = []
-        for kind, how in (('zscore', 'on the fly'), ('zscore', 'rolling'), ('median_mad', 'on the fly'), ('median_mad', 'rolling')):
-            build, peak, kept, us, pandas, loop, whole = child(kind, n, how)
-            mad = kind == 'median_mad'
-            rows.append([f'views, {kind}, {how}', build, peak - 1, kept - 1, us, pandas, pandas / us, loop / (build / n * 1e6) if mad and how == 'rolling' else '', whole / (us + build / n * 1e6) if mad else ''])
         print(f'## {n:,} synthetic bars of 20 symbols, every window of {L}+{H}\n')
-        table(rows, ['way', 'build, s', 'peak beside the raw arrays, x', 'kept beside them, x', 'us a window', 'per-item pandas, us', 'x per-item pandas', 'statistics alone, x NumPy loop', 'windows with build, x NumPy loop'])
+        table([large_row(kind, n, how, a.repeats) for kind, how in WAYS],
+              ['way', 'build, s', 'peak beside the raw arrays, x', 'kept beside them, x', 'us a window',
+               'per-item pandas, us', 'x per-item pandas', 'statistics alone, x NumPy loop',
+               'windows with build, x NumPy loop'])
+
+
+if __name__ == '__main__': main()

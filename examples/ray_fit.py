@@ -22,7 +22,7 @@ import argparse, json
 from pathlib import Path
 from kronos_nb.cli import settings
 from kronos_nb.config import Config
-from kronos_nb.learner import Callback
+from kronos_nb.training.learner import Callback
 
 class Report(Callback):
     "Hands each validation to Ray, on all workers at once, as Ray asks for"

@@ -1,134 +1,243 @@
 "Panels in the kernel: values, clicks, errors that show, a run that is found again, and nothing left behind"
-import html, sys, threading
-import nbformat, pytest
+import html
+import importlib
+import shutil
+import sys
+import threading
+
+import nbformat
+import pytest
 from nbclient import NotebookClient
+
 pytest.importorskip('ipywidgets')
 from kronos_nb.config import PRESETS, Config
 from kronos_nb.core import ConfigError
-from kronos_nb.learner import Callback
-from kronos_nb.panel import ConfigPanel, DataPanel, FitJob, Studio, TrainPanel, widget_tree
+from kronos_nb.data.read import sample_klines
+from kronos_nb.panel import ConfigPanel, DataPanel, FitJob, ForecastPanel, RunsPanel, Studio, TrainPanel
+from kronos_nb.panel.base import widget_tree
+from kronos_nb.settings import Sampling
+from kronos_nb.training.learner import Callback
 
-little = Config.preset('quickstart', **{'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'tokenizer.epochs': 2, 'predictor.epochs': 1, 'tokenizer.batch_size': 16, 'predictor.batch_size': 16,
-    'data.test': 0., 'data.val': .3, 'evaluate.calibrate': 'off', 'runtime.plots': False, 'runtime.progress': False, 'tokenizer.average_last': 1, 'predictor.average_last': 1})
+SMALL = Config.preset('quickstart', **{
+    'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
+    'tokenizer.epochs': 2, 'tokenizer.batch_size': 16, 'tokenizer.average_last': 1,
+    'predictor.epochs': 1, 'predictor.batch_size': 16, 'predictor.average_last': 1,
+    'evaluate.calibrate': 'off', 'runtime.plots': False, 'runtime.progress': False})
+MODULES = ['base', 'config', 'data', 'forecast', 'runs', 'studio', 'train']
 
+
+@pytest.fixture
+def opened():
+    "Return a function that opens a panel; it is closed after the test"
+    panels = []
+    def open_panel(panel):
+        panels.append(panel)
+        panel.open()
+        return panel
+    yield open_panel
+    for panel in panels:
+        panel.close()
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_no_public_name_is_none(name):
+    "`@patch` binds a method's name to None in the module"
+    module = importlib.import_module(f'kronos_nb.panel.{name}')
+    assert not [k for k, v in vars(module).items() if v is None and not k.startswith('_')]
+
+
+# settings
 @pytest.mark.parametrize('preset', PRESETS)
-def test_every_preset_goes_through_the_controls_unchanged(preset):
-    p = ConfigPanel(preset)
-    p.open()
-    p.changed()
-    assert not p.wrong and p.config == Config.preset(preset)
-    p.close()
+def test_every_preset_passes_the_controls_unchanged(preset, opened):
+    panel = opened(ConfigPanel(preset))
+    panel._read_controls()
+    assert not panel.errors
+    assert panel.config == Config.preset(preset)
 
-def test_wrong_value_stays_where_it_was_typed_and_is_refused():
-    p = ConfigPanel('quickstart')
-    p.open()
-    beta = p.views['predictor.beta1']
+
+def test_a_wrong_value_stays_where_it_was_typed_and_is_refused(opened):
+    panel = opened(ConfigPanel('quickstart'))
+    beta = panel.rows['predictor.beta1']
     beta.control.value = '2'
-    assert 'must be in' in beta.note.value and list(p.wrong) == ['predictor.beta1'] and 'knb-changed' in beta.control._dom_classes
-    with pytest.raises(ConfigError, match='beta1'): p.config
+    assert list(panel.errors) == ['predictor.beta1']
+    assert 'predictor.beta1' in beta.note.value
+    assert 'knb-changed' in beta.control._dom_classes
+    with pytest.raises(ConfigError, match='predictor.beta1'):
+        panel.config
     beta.control.value = '0.9'
-    assert p.config == Config.preset('quickstart') and 'knb-changed' not in beta.control._dom_classes
-    p.close()
+    assert panel.config == Config.preset('quickstart')
+    assert 'knb-changed' not in beta.control._dom_classes
 
-def test_estimate_follows_a_slider():
-    p = ConfigPanel('quickstart')
-    p.open()
-    p.measured.value = False
-    before = p.cost.value
-    p.views['predictor.epochs'].slider.value = 8
-    assert p.config.predictor.epochs == 8 and p.cost.value != before
-    p.close()
 
-class Slow(Callback):
-    def __init__(self): self.step = threading.Event()
-    def after_step(self, learn): self.step.set()
+def test_the_estimate_follows_a_slider(opened):
+    panel = opened(ConfigPanel('quickstart'))
+    panel.measured.value = False
+    before = panel.cost.value
+    panel.rows['predictor.epochs'].slider.value = 8
+    assert panel.config.predictor.epochs == 8
+    assert panel.cost.value != before
 
-def test_pause_holds_the_run_and_a_second_panel_finds_it(tmp_path):
-    p = TrainPanel('sample', little, tmp_path/'run')
-    p.open()
-    start, pause, stop = p.buttons
-    slow = Slow()
-    p.listen(FitJob('sample', little, tmp_path/'run', callbacks=[slow], every=0))
-    p.job.start()
-    assert slow.step.wait(300)
+
+def test_the_choice_of_bars_becomes_settings(opened):
+    for show in (opened, lambda panel: panel):
+        studio = show(Studio())
+        studio.bars.set(symbols='IBM', start='2010-01-01')
+        data = studio.settings.config.data
+        assert (data.symbols, data.start) == (('IBM',), '2010-01-01')
+        studio.bars.set(source=sample_klines('IBM'))
+        assert studio.settings.config.base.symbols is None
+
+
+# training
+class FirstStep(Callback):
+    "Tell when the first step is done"
+    def __init__(self):
+        self.done = threading.Event()
+
+    def after_step(self, learn):
+        self.done.set()
+
+
+def test_pause_holds_the_run_and_a_second_panel_finds_it(tmp_path, opened):
+    panel = opened(TrainPanel('sample', SMALL, tmp_path/'run'))
+    start, pause, stop = panel.buttons.values()
+    first = FirstStep()
+    panel.follow(FitJob('sample', SMALL, tmp_path/'run', callbacks=[first], every=0))
+    panel.job.start()
+    assert first.done.wait(300)
     pause.click()
-    at = p.job.learn.step if p.job.learn else None
-    assert p.job.state == 'paused' and pause.description == 'Go on'
+    step = panel.job.learn.step if panel.job.learn else None
+    assert (panel.job.state, pause.description) == ('paused', 'Go on')
     threading.Event().wait(.5)
-    assert p.job.learn is None or p.job.learn.step <= at + 1
-    again = TrainPanel('sample', little, tmp_path/'run')
-    assert again.job is p.job
-    pause.click(); stop.click()
-    result = p.job.wait(300)
-    assert result.interrupted and start.description == 'Continue'
+    assert panel.job.learn is None or panel.job.learn.step <= step + 1
+    assert TrainPanel('sample', SMALL, tmp_path/'run').job is panel.job
+    pause.click()
+    stop.click()
+    assert panel.job.wait(300).interrupted
+    assert start.description == 'Continue'
     start.click()
-    assert not p.job.wait(300).interrupted and p.bar.value == 1. and not FitJob.running
-    p.close()
+    assert not panel.job.wait(300).interrupted
+    assert panel.bar.value == 1.
+    assert not FitJob.active
 
-def test_an_error_shows_in_the_panel(tmp_path):
-    p = TrainPanel('nowhere.csv', little, tmp_path/'run')
-    p.open()
-    p.buttons[0].click()
-    p.job.thread.join(300)
-    assert p.job.state == 'failed' and 'no file of bars at' in html.unescape(p.said.value)
-    p.close()
 
+def test_an_error_shows_in_the_panel(tmp_path, opened):
+    panel = opened(TrainPanel('nowhere.csv', SMALL, tmp_path/'run'))
+    panel.buttons['start'].click()
+    panel.job.thread.join(300)
+    assert panel.job.state == 'failed'
+    assert 'nowhere.csv' in html.unescape(panel.error.value)
+
+
+# what a panel shows is what the functions give
+def test_the_code_of_the_data_panel_reads_the_same_bars(opened):
+    panel = opened(DataPanel('sample', SMALL, folders=()))
+    panel.controls['symbols'].value = 'IBM'
+    panel.controls['start'].value = '2010-01-01'
+    names = {}
+    exec(panel.code, names)
+    assert names['bars'].equals(panel.bars)
+    assert list(names['bars'].symbol.unique()) == ['IBM']
+    assert names['bars'].timestamps.min().year == 2010
+
+
+def test_the_code_of_the_training_panel_trains_the_same_model(tmp_path):
+    panel = TrainPanel('sample', SMALL, tmp_path/'by_panel')
+    panel.start()
+    panel.job.wait(300)
+    names = {}
+    exec(panel.code.replace(str(tmp_path/'by_panel'), str(tmp_path/'by_code')), names)
+    assert names['result'].history.val_loss.equals(panel.value.history.val_loss)
+
+
+def test_the_code_of_the_forecast_panel_draws_the_same_paths(quickstart, opened):
+    bars = sample_klines(['GOOG', 'IBM'])
+    panel = opened(ForecastPanel(quickstart, bars, paths=20, temperature=.9))
+    panel.controls['origin'].value = 300
+    panel.button.click()
+    names = dict(bars=bars)
+    exec(panel.code, names)
+    assert (panel.forecast.symbol, panel.forecast.paths.shape) == ('GOOG', (20, 10, 6))
+    assert (names['forecast'].paths == panel.forecast.paths).all()
+
+
+def test_the_runs_panel_names_an_average_after_its_method(quickstart, tmp_path):
+    for name in ('a', 'b'):
+        shutil.copytree(quickstart, tmp_path/name)
+    panel = RunsPanel(tmp_path, 'sample')
+    panel.selected = [str(tmp_path/'a'), str(tmp_path/'b')]
+    assert [panel.average('mean').folder.name for _ in range(2)] == ['mean_1', 'mean_2']
+    assert 'mean_2' in panel.code
+    assert len(panel.compare().losses) >= 2
+
+
+# nothing is left behind
 def test_close_closes_every_widget():
-    p = Studio()
-    made = widget_tree(p.open())
-    p.close()
-    assert len(made) > 100 and all(w.comm is None for w in made)
+    studio = Studio()
+    widgets = widget_tree(studio.open())
+    studio.close()
+    assert len(widgets) > 100
+    assert all(w.comm is None for w in widgets)
 
-def test_opened_twenty_times_in_one_cell_leaves_no_growth():
-    cell = "from kronos_nb.panel import ConfigPanel, DataPanel\nimport matplotlib.pyplot as plt, threading\nfrom ipywidgets.widgets import widget as m\ndisplay(ConfigPanel('quickstart'), DataPanel('sample', folders=()))\nprint(len(getattr(m, '_instances', None) or m.Widget.widgets), plt.get_fignums(), threading.active_count())"
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    client, said = NotebookClient(nb, timeout=400), []
+
+CELL = """
+from kronos_nb.panel import ConfigPanel, DataPanel
+import matplotlib.pyplot as plt, threading
+from ipywidgets.widgets import widget as m
+display(ConfigPanel('quickstart'), DataPanel('sample', folders=()))
+print(len(getattr(m, '_instances', None) or m.Widget.widgets), plt.get_fignums(), threading.active_count())
+"""
+
+
+def test_a_cell_that_runs_twenty_times_leaves_no_growth():
+    kernel = dict(name='python3', display_name='python3', language='python')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)], metadata=dict(kernelspec=kernel))
+    client, counts = NotebookClient(nb, timeout=400), []
     with client.setup_kernel():
         for _ in range(20):
             client.execute_cell(nb.cells[0], 0)
-            said.append(''.join(o.text for o in nb.cells[0].outputs if o.output_type == 'stream' and o.name == 'stdout'))
-    assert said[1] == said[-1], (said[1], said[-1])
+            outputs = [o for o in nb.cells[0].outputs if o.output_type == 'stream' and o.name == 'stdout']
+            counts.append(''.join(o.text for o in outputs))
+    assert counts[1] == counts[-1]
 
+
+# without widgets
 @pytest.fixture
 def no_widgets(monkeypatch):
-    for m in [m for m in sys.modules if m.partition('.')[0] == 'ipywidgets']: monkeypatch.delitem(sys.modules, m)
+    for name in [m for m in sys.modules if m.partition('.')[0] == 'ipywidgets']:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)   # import ipywidgets: ModuleNotFoundError
 
+
+SHOWN = """predictor.lr|# as YAML|steps, |GOOG|usable|finished|loss|Forecaster.from_pretrained|panel.set(|panel.start()
+panel.predict()|panel.compare()|panel.read()""".replace('\n', '|').split('|')
+
+
 def test_without_widgets_every_panel_is_text_and_can_be_used(no_widgets, tmp_path, capsys):
-    with pytest.raises(ImportError): import ipywidgets
-    s = Studio('sample', little, tmp_path/'run')
-    s.settings.set(**{'predictor.lr': 1e-3})
-    s.bars.asked |= dict(symbols=('GOOG',))
-    s.train.start()
-    assert s.train.job.wait(300) is s.train.current()
-    s.forecast.asked |= dict(paths=5)
-    assert s.forecast.predict().paths.shape[0] == 5
-    s.runs.ticked = [str(tmp_path/'run')]
-    for p in (*s.panels.values(), s): p._ipython_display_()
-    said = capsys.readouterr().out
-    for part in ('predictor.lr', '# as YAML', 'steps, ', 'GOOG', 'usable', 'finished', 'loss', 'Forecaster.from_pretrained', f'[x] {tmp_path/"run"}', 'panel.set(', 'panel.start()', 'panel.predict()', 'panel.compare()', 'panel.read()'): assert part in said, part
-    s.close()
+    with pytest.raises(ImportError):
+        import ipywidgets  # noqa: F401
+    studio = Studio('sample', SMALL, tmp_path/'run')
+    studio.settings.set(**{'predictor.lr': 1e-3})
+    studio.bars.set(symbols=('GOOG',))
+    studio.train.start()
+    assert studio.train.job.wait(300) is studio.train.value
+    studio.forecast.sampling = Sampling(paths=5)
+    assert studio.forecast.predict().paths.shape[0] == 5
+    studio.runs.selected = [str(tmp_path/'run')]
+    for panel in (*studio.panels.values(), studio):
+        panel._ipython_display_()
+    text = capsys.readouterr().out
+    assert not [part for part in [*SHOWN, f'[x] {tmp_path/"run"}'] if part not in text]
+    studio.close()
+
 
 def test_without_widgets_an_error_is_text_too(no_widgets, capsys):
     DataPanel('nowhere.csv')._ipython_display_()
-    assert 'no file of bars at' in capsys.readouterr().out
+    assert 'nowhere.csv' in capsys.readouterr().out
+
 
 def test_outside_of_a_notebook_a_panel_is_text_even_where_widgets_are_installed(capsys):
-    p = ConfigPanel('quickstart')
-    p._ipython_display_()
-    assert 'nothing is changed' in capsys.readouterr().out and p.widget is None
-
-def test_a_panel_holds_what_the_functions_give(tmp_path):
-    "The code that a panel shows, run as a script, gives the same numbers"
-    p = DataPanel('sample', little, folders=())
-    p.open()
-    p.views['symbols'].value = 'IBM'
-    names = {}
-    exec(p.code, names)
-    assert names['bars'].equals(p.bars) and list(names['bars'].symbol.unique()) == ['IBM']
-    p.close()
-    t = TrainPanel('sample', little, tmp_path/'by_panel')
-    t.start(); t.job.wait(300)
-    names = {}
-    exec(t.code.replace(str(tmp_path/'by_panel'), str(tmp_path/'by_code')), names)
-    assert names['result'].history.val_loss.equals(t.current().history.val_loss)
+    panel = ConfigPanel('quickstart')
+    panel._ipython_display_()
+    assert 'no changes' in capsys.readouterr().out
+    assert panel.widget is None

@@ -1,0 +1,92 @@
+"""The one reading order: sidebar and README table, made from the numbers and titles of the notebooks
+
+    python tools/contents.py           write nbs/sidebar.yml and the table in nbs/index.ipynb
+    python tools/contents.py --check   exit 1 if either differs from what the notebooks say
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+nbs = Path(__file__).resolve().parents[1]/'nbs'
+BEGIN, END = '<!-- pages -->', '<!-- end of pages -->'
+
+
+def first_cell(path: Path) -> str:
+    "Return the source of the first cell of a notebook"
+    return ''.join(json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source'])
+
+
+def purpose(path: Path) -> str:
+    "Return the sentence below the title"
+    return re.search(r'^> (.+)$', first_cell(path), re.M)[1].strip()
+
+
+def module(path: Path) -> str:
+    "Return the module that a notebook exports"
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    source = '\n'.join(''.join(c['source']) for c in cells)
+    return re.search(r'^#\|\s*default_exp\s+(\S+)', source, re.M)[1].removesuffix('.__init__')
+
+
+def chapters() -> dict[str, list[Path]]:
+    "Return the pages of each chapter, in the order of their numbers"
+    folders = sorted((nbs/'api').iterdir(), key=lambda d: int(d.name.partition('_')[0]))
+    return {d.name: sorted(d.glob('[0-9]*.ipynb')) for d in folders if d.is_dir()}
+
+
+def title(folder: str) -> str:
+    "Return the title of a chapter: '4_training' is '4 Training'"
+    number, _, name = folder.partition('_')
+    return f"{number} {name.replace('_', ' ').title()}"
+
+
+def sidebar() -> str:
+    "Return `sidebar.yml`"
+    below = lambda path: path.relative_to(nbs).as_posix()
+    lines = ['# Made by tools/contents.py from the numbers and titles of the notebooks', 'website:', '  sidebar:',
+             '    contents:', '      - text: Home', '        href: index.ipynb']
+    for name in ('tutorials', 'guides'):
+        lines += [f'      - section: {name.title()}', '        contents:']
+        lines += [f'          - {below(p)}' for p in sorted((nbs/name).glob('[0-9]*.ipynb'))]
+    lines += ['          - changelog.md', '      - section: API', '        contents:']
+    for folder, pages in chapters().items():
+        lines += [f'          - section: {title(folder)}', '            contents:']
+        lines += [f'              - {below(p)}' for p in pages]
+    return '\n'.join(lines) + '\n'
+
+
+def table() -> str:
+    "Return the README's table of modules, in Markdown"
+    rows = ['| module | what lives there |', '| --- | --- |']
+    for folder, pages in chapters().items():
+        rows.append(f'| **{title(folder)}** | |')
+        rows += [f'| [{module(p)}]({p.relative_to(nbs).as_posix()}) | {purpose(p)} |' for p in pages]
+    return '\n'.join(rows)
+
+
+def index_with(table: str) -> str:
+    "Return `index.ipynb` with `table` between its two marks"
+    nb = json.loads((nbs/'index.ipynb').read_text(encoding='utf-8'))
+    cell = next(c for c in nb['cells'] if BEGIN in ''.join(c['source']))
+    before, _, rest = ''.join(cell['source']).partition(BEGIN)
+    text = f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+    cell['source'] = text.splitlines(keepends=True)
+    return json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
+
+
+def main(check: bool) -> list[str]:
+    "Write both files, or with `check` return the names of those that are not current"
+    stale = []
+    for path, text in ((nbs/'sidebar.yml', sidebar()), (nbs/'index.ipynb', index_with(table()))):
+        if path.read_text(encoding='utf-8') == text:
+            continue
+        stale.append(path.name)
+        if not check:
+            path.write_text(text, encoding='utf-8')
+    return stale if check else []
+
+
+if __name__ == '__main__':
+    if stale := main('--check' in sys.argv):
+        sys.exit(f"{', '.join(stale)} not current: run python tools/contents.py")
