@@ -169,7 +169,7 @@ class _AveragingConfig(_StoppingConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-027
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(_AveragingConfig):
-    "How one of the two models is trained"
+    "Settings that train one of the two models"
     def check(self):
         p, last = self.path, self.trainable.removeprefix('last_')
         if self.norm_stopping and self.patience is None:
@@ -223,7 +223,7 @@ class EvaluateConfig(Settings):
                              "auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:
-        "How forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"
+        "Return how forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"
         return Sampling(paths=self.paths, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-037
@@ -325,7 +325,7 @@ class Config:
 
     @property
     def sampling(self) -> Sampling:
-        "How the forecasts of this run are drawn"
+        "Return how the forecasts of this run are drawn"
         return Sampling.of(self.evaluate.sampling, seed=self.runtime.seed)
 
     def to_dict(self) -> dict:

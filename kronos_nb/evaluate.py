@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.meta import delegates
 
 from .core import ConfigError, callable_module
-from .settings import Sampling
+from .settings import Sampling, with_sampling
 from .display import progress_bar
 from .data.window import split_by_time
 from .judging.baselines import Baseline, default_baselines, random_walks
@@ -153,7 +152,7 @@ def _evaluate(forecasters, bars, picked, sizes, sampling, out_dir, progress):
     return out
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-028
-@delegates(Sampling)
+@with_sampling
 def evaluate(
     forecaster,       # Anything with `predict_many`
     bars: pd.DataFrame, # Canonical, with the history of the first origins

@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from kronos_nb.core import (
     FEATURES, PRICES, ConfigError, DataError, ModelError, RunError, check_choice, nearest, pick_device,
 )
-from .settings import Sampling
+from .settings import Sampling, with_sampling
 from .display import progress_bar
 from .data.parse import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
@@ -465,7 +465,7 @@ def _settings(self: Forecaster, sampling):
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-061
 @patch
-@delegates(Sampling)
+@with_sampling
 def predict_many(self: Forecaster,
     histories,       # Frames of bars, one symbol each
     predict_window: int, # H, bars ahead

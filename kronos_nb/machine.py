@@ -43,7 +43,7 @@ COMPILE_MODES = dict(cuda='max-autotune', mps='reduce-overhead', cpu='default')
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-013
 @dataclass(frozen=True)
 class Machine:
-    "What a run takes of the machine it is on"
+    "Resources that a run uses on its machine"
     threads: int | None  # CPU threads of this process; None: as torch has them
     workers: int         # Loader processes
     persistent: bool     # Whether they live through all epochs

@@ -281,7 +281,7 @@ def _judge(result: FitResult, data: Prepared, inits: dict):
 # %% ../nbs/api/7_fit/75_train.ipynb #cell-048
 @dataclass
 class _Session:
-    "How a run is trained, beside its settings"
+    "Options of a training session beside the settings of the run"
     deadline: float | None # `time.monotonic()` by which it must have stopped
     callbacks: list        # For both stages
     resume: bool

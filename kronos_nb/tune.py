@@ -500,7 +500,7 @@ def offers(self: TuneResult) -> str:
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-075
 @dataclass
 class _Search:
-    "What all trials of a search share"
+    "State shared by all trials of a search"
     study: object     # Optuna's
     space: dict       # Setting -> (low, high), or a list of choices
     start: Config     # What every trial starts from

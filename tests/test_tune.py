@@ -28,10 +28,10 @@ def test_other_tokens_are_compared_by_forecasts_and_the_card_counts(tmp_path):
     found = tune('sample', little, {'bits': (4, 6)}, tmp_path, trials=2)
     assert found.value.startswith('CRPS') and found.trials == 2
     result = found.fit()
-    assert 'best of 2 that were tried' in result.evaluation.to_markdown()
+    assert 'best of 2 trials' in result.evaluation.to_markdown()
     stored = json.loads((result.out_dir/'evaluation'/'evaluation.json').read_text())
     assert stored['settings']['trials'] == 2
-    assert 'best of 2 that were tried' in (result.out_dir/'report.md').read_text()
+    assert 'best of 2 trials' in (result.out_dir/'report.md').read_text()
 
 
 def test_search_sees_nothing_of_the_test_part(tmp_path, monkeypatch):

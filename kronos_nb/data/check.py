@@ -298,7 +298,7 @@ class ReportSection:
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-056
 @dataclass
 class KlineReport:
-    "What `check_klines` found; a notebook shows it with its pictures"
+    "Findings of `check_klines`; a notebook shows them with their pictures"
     issues: pd.DataFrame  # rule, level, symbol, count, first (up to three stamps), detail
     summary: pd.DataFrame # One row per symbol: bars, first, last, interval, gaps, coverage
     source: pd.DataFrame  # One row per file: what was recognised
@@ -308,7 +308,7 @@ class KlineReport:
 
     @property
     def ok(self) -> bool:
-        "Whether there is no error; warnings are allowed"
+        "Return whether there is no error; warnings are allowed"
         return not (self.issues.level == 'error').any()
 
     def __str__(self): return self.to_markdown()

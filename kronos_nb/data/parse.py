@@ -332,7 +332,7 @@ def _stamp_column(raw, found):
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-082
 @dataclass(frozen=True)
 class ParseOptions:
-    "How to read a table; each field is an argument of `read_klines`"
+    "Options for one table; each field is an argument of `read_klines`"
     symbol: str = None
     tz: str = None
     dayfirst: bool = None

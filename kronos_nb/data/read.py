@@ -95,7 +95,7 @@ def _sniff(
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-022
 @dataclass(frozen=True)
 class _Limits:
-    "How many rows are held in raw form, and how far compressed input may expand"
+    "Rows held in raw form, and limits on what compressed input may expand to"
     chunk: int = 500_000
     max_bytes: int = 2**33
     max_ratio: float = 100
@@ -359,7 +359,7 @@ def frame(self: _Rows) -> pd.DataFrame:
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-062
 class ReadLog(list):
-    "What was recognised in each file; copies of a frame share it"
+    "Findings in each file that was read; copies of a frame share them"
     def __deepcopy__(self, memo): return self
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-063

@@ -10,10 +10,9 @@ __all__ = ['log_returns', 'Baseline', 'random_walks', 'LastValue', 'Drift', 'Geo
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.meta import delegates
 
 from ..core import FEATURES, ConfigError, DataError, np_rng
-from ..settings import Sampling
+from ..settings import Sampling, with_sampling
 from ..data.check import bar_interval
 from ..data.calendar import future_stamps
 from ..forecast import Forecast
@@ -81,7 +80,7 @@ def _as_forecast(self: Baseline, paths, bars, future, settings):
 
 # %% ../../nbs/api/6_judging/62_baselines.ipynb #cell-014
 @patch
-@delegates(Sampling)
+@with_sampling
 def predict_many(self: Baseline,
     histories,           # One frame of bars per history, oldest first
     predict_window: int, # `H`

@@ -33,7 +33,7 @@ from .evaluation import Evaluation
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-006
 @dataclass
 class LeakReport:
-    "What was perturbed, what must not depend on it, and by how much it moved"
+    "Results of a leak check: what was perturbed, and by how much anything else moved"
     checks: pd.DataFrame # Columns check, ok, moved, detail
 
     @property
@@ -228,7 +228,7 @@ def leak_evaluation(
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-036
 @dataclass
 class _Target:
-    "What `check_leaks` perturbs"
+    "Inputs of `check_leaks`"
     forecaster: object
     bars: pd.DataFrame
     lookback_window: int

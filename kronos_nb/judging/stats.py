@@ -82,7 +82,7 @@ def diebold_mariano(
 # %% ../../nbs/api/6_judging/61_stats.ipynb #cell-025
 @dataclass(frozen=True)
 class Power:
-    "What the dates at hand can and cannot show"
+    "Differences that the dates at hand can and cannot show"
     n: int            # Dates at hand
     detectable: float # Smallest difference that is found with the wanted probability, in the unit of the difference
     needed: float     # Dates that the observed difference needs; inf where it is zero

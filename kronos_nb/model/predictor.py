@@ -219,7 +219,7 @@ def decode_s1(self: Kronos,
 def rotates(self: Kronos,
     cross_rope: str|None = None, # 'reference' or 'trained'; None: what the config says
 ) -> bool:
-    "Whether generation rotates the query and the keys of the cross-attention"
+    "Return whether generation rotates the query and the keys of the cross-attention"
     return check_choice('cross_rope', cross_rope or self.cross_rope, CROSS_ROPE) == 'trained'
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-044

@@ -284,7 +284,7 @@ def _still_falling(h: History):
 
 # %% ../../nbs/api/4_training/45_diagnose.ipynb #cell-060
 def _val_still_improves(h: History, start: float) -> bool:
-    "Whether the best validation lies after step `start` and is not the first one"
+    "Return whether the best validation lies after step `start` and is not the first one"
     best = best_validation(h)
     return bool(best) and best['step'] >= start and best['step'] != numbers(h.validations, 'val_loss')[0][0]
 
