@@ -162,6 +162,29 @@ def test_patched_methods_take_no_name_from_their_module(path):
     assert not lost(path.read_text())
 
 
+def twice(source: str) -> list[str]:
+    "Return the names that a module defines twice, where @patch does not put them into different classes"
+    seen, found = set(), []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            patched = [d for d in node.decorator_list if ast.unparse(d).startswith('patch')]
+            owner = ast.unparse(node.args.args[0].annotation) if patched and node.args.args[0].annotation else ''
+            found += [node.name] if (owner, node.name) in seen else []
+            seen.add((owner, node.name))
+    return found
+
+
+@pytest.mark.parametrize('path', sorted((root/'kronos_nb').rglob('*.py')), ids=lambda p: p.stem)
+def test_no_name_is_defined_twice(path):
+    assert not twice(path.read_text())
+
+
+def test_a_planted_second_definition_is_found():
+    assert twice('def f(): pass\ndef f(): pass') == twice('@patch\ndef f(self: A): pass\n@patch\ndef f(self: A): pass')
+    assert twice('def f(): pass\ndef f(): pass') == ['f']
+    assert not twice('@patch\ndef f(self: A): pass\n@patch(as_prop=True)\ndef f(self: B): pass')
+
+
 def test_a_planted_loss_is_found():
     assert lost('from x import fit\n@patch\ndef fit(self: A): pass') == ['fit']
     assert not lost('from x import fit\n@patch\ndef fits(self: A): pass\n@patch\ndef fits(self: B): pass')
