@@ -24,23 +24,27 @@ from kronos_nb.train import fit
 
 WINDOWS = dict(hourly=(96, 24), daily=(60, 10))   # lookback, horizon
 START = dict(scratch=dict(init='scratch', size='tiny'), bundled=dict(init='bundled'))
-ARMS = [   # start, tokenizer steps, predictor steps, learning rate, lookback (None: as in WINDOWS)
-    ('scratch', 100, 200, 1e-3, None), ('scratch', 200, 400, 1e-3, None), ('scratch', 200, 400, 2e-3, None),
-    ('scratch', 200, 400, 5e-4, None), ('scratch', 400, 800, 1e-3, None), ('scratch', 200, 400, 1e-3, 168),
+ARMS = [   # start, tokenizer steps (0: the start's own), predictor steps, learning rate, lookback (0: as in WINDOWS)
+    ('scratch', 200, 400, 1e-3, 0), ('scratch', 400, 800, 1e-3, 0), ('scratch', 200, 400, 2e-3, 0),
+    ('bundled', 0, 200, 5e-4, 0), ('bundled', 0, 400, 5e-4, 0), ('bundled', 200, 400, 5e-4, 0),
+    ('bundled', 0, 400, 1e-3, 0), ('bundled', 0, 400, 2e-4, 0), ('bundled', 0, 400, 5e-4, 168),
 ]
 OUT = Path(__file__).with_suffix('.csv')
 
 
 def settings(bars, start, tokenizer_steps, predictor_steps, lr, lookback) -> Config:
     "Return the configuration of an arm"
-    kind = 'daily' if bars.timestamps.diff().median() >= pd.Timedelta('1d') else 'hourly'
+    kind = 'daily' if bars.timestamps.diff().median() >= pd.Timedelta('1D') else 'hourly'
     window = dict(zip(('lookback_window', 'predict_window'), WINDOWS[kind]))
     if lookback: window['lookback_window'] = lookback
     both = dict(START[start], lr=lr, batch_size=32, epochs=10_000, weight_decay=.05, warmup=.1)
+    only = dict(only='predictor') if not tokenizer_steps else {}
     return Config().replace(
-        data=dict(window, embargo=window['predict_window'], windows_per_epoch=1600, val_windows=500),
-        tokenizer=dict(both, max_steps=tokenizer_steps), predictor=dict(both, max_steps=predictor_steps),
-        evaluate=dict(paths=50, calibrate='off'), runtime=dict(progress=False, plots=False, device='cpu', threads=1))
+        data=dict(window, embargo=window['predict_window'], windows_per_epoch=1600, val_windows=200),
+        tokenizer=dict(both, max_steps=tokenizer_steps or None),
+        predictor=dict(both, max_steps=predictor_steps, tokenizer=start if only else None),
+        evaluate=dict(paths=50, calibrate='off'),
+        runtime=dict(progress=False, plots=False, device='cpu', threads=1, **only))
 
 
 def score(result, bars, cfg) -> dict:
@@ -48,9 +52,9 @@ def score(result, bars, cfg) -> dict:
     prepared, d = prepare(bars, cfg), cfg.data
     val = prepared.split.summary.query("part == 'val'").set_index('symbol')
     known = bars[bars.timestamps <= bars.symbol.astype(str).map(dict(val['last']))].reset_index(drop=True)
-    origins = max(16, 512//bars.symbol.nunique())
+    origins = min(max(16, 256//bars.symbol.nunique()), 64)
     e = evaluate(result.forecaster(), known, d.lookback_window, d.predict_window, baselines=[GeometricBrownian()],
-                 origins=min(origins, 64), start=dict(val['first']), used=prepared.split.train,
+                 origins=origins, start=dict(val['first']), used=prepared.split.train,
                  sampling=cfg.sampling, progress=False)
     model, baseline = (e.losses[k]['crps'].mean() for k in ('model', 'GeometricBrownian'))
     return dict(crps=round(model, 4), brownian=round(baseline, 4), skill=round(1 - model/baseline, 4))
@@ -73,10 +77,10 @@ def main():
     columns = ['file', 'start', 'tokenizer_steps', 'predictor_steps', 'lr', 'lookback']
     done = pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
     key = lambda row: tuple(str(row[c]) for c in columns)
-    known = {key(o | dict(lookback=int(o['lookback']))) for o in done}
+    known = {key(o) for o in done}
     for arm in ARMS:
         for path in files.parse_args().files:
-            row = dict(zip(columns, (Path(path).name, *arm))) | dict(lookback=arm[-1] or 0)
+            row = dict(zip(columns, (Path(path).name, *arm)))
             if key(row) in known: continue
             done.append(row | run(path, arm))
             pd.DataFrame(done).to_csv(OUT, index=False)

@@ -466,7 +466,7 @@ def _fitted(data, changes):
 def preset(cls: Config,
     name: str,      # One of `PRESET_NAMES`
     *variants: str, # Keys of `VARIANTS`, applied in order
-    data=None,      # For 'own': bars, or anything `read_klines` takes; the other presets do not look at bars
+    data=None,      # For 'own': bars, or anything `read_klines` takes; a dict is the group of settings of that name
     **changes,      # As in `replace`, applied last
 ) -> Config:
     """Return a named configuration
@@ -474,6 +474,7 @@ def preset(cls: Config,
     >>> kn.Config.preset('own', data='my.csv')
     """
     check_choice('preset', name, PRESET_NAMES)
+    if isinstance(data, dict): changes, data = changes | dict(data=data), None
     cfg = _fitted(data, changes) if name == OWN else cls().replace(**PRESETS[name])
     for v in variants: cfg = cfg.replace(**VARIANTS[check_choice('variant', v, VARIANTS)])
     return cfg.replace(**changes)
@@ -481,7 +482,8 @@ def preset(cls: Config,
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-075
 def _read_yaml(path) -> dict:
     if not Path(path).is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {', '.join(PRESET_NAMES)}")
+        known = ', '.join(PRESET_NAMES)
+        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {known}")
     try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
 
@@ -501,7 +503,7 @@ def load(cls: Config,
     if is_foreign(d):
         d, changed = translate(d, cls().flat())
         for old, new, why in changed: report(f"{old} -> {new or 'left out'}{': ' + why if why else ''}")
-    if name == OWN: return cls.preset(OWN, data=data, **d)
+    if name == OWN: return _fitted(data, d)
     return (cls.preset(name) if name else cls()).replace(**d)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-077

@@ -16,11 +16,9 @@ import torch
 from .core import FEATURES, pick_device
 from .config import Config
 from .display import in_words
-from .data.normalize import NORMALIZERS
-from .data.window import WindowDataset, split_by_time
 from .model.pretrained import PUBLISHED
 from .training.task import CLASSES, TINY, PredictorTask, TokenizerTask
-from .fitting.prepare import Prepared, load_bars
+from .fitting.prepare import Prepared, checked_split, cut_windows
 from .fitting.claim import base_config
 
 # %% ../nbs/api/7_fit/75_estimate.ipynb #cell-006
@@ -117,11 +115,13 @@ class Estimate:
     def _repr_html_(self): return f'<p>{self.sentence}</p>{self.table.round(3).to_html(index=False)}'
 
 # %% ../nbs/api/7_fit/75_estimate.ipynb #cell-020
-def _n_windows(part, d):
-    "Return the number of windows in a part"
-    normalizer = NORMALIZERS[d.normalizer](clip=d.clip)
-    return len(WindowDataset(part, d.lookback_window, d.predict_window, normalizer, d.stride, d.max_gap,
-                             statistics='on the fly', features=d.features))
+def _counted(data, config):
+    "Return bars, split, and the numbers of windows for training and validation"
+    if isinstance(data, Prepared): return data.bars, data.split, len(data.train), len(data.val or ())
+    d, (bars, _, _, split) = config.data, checked_split(data, config)
+    n_train = len(cut_windows(split, 'train', d, d.stride, 'on the fly'))
+    n_val = len(cut_windows(split, 'val', d, 1, 'on the fly')) if d.val else 0
+    return bars, split, n_train, min(n_val, d.val_windows or n_val)
 
 # %% ../nbs/api/7_fit/75_estimate.ipynb #cell-021
 def _row(cfg, stage, n_train, n_val, measured):
@@ -143,19 +143,16 @@ def _row(cfg, stage, n_train, n_val, measured):
 # %% ../nbs/api/7_fit/75_estimate.ipynb #cell-022
 def estimate(
     config: Config,
-    data=None,     # Bars, or what `fit` takes
+    data=None,     # Bars, or what `fit` takes, or `Prepared` bars
     measured=True, # Measure time and memory of a window here; False leaves them out
 ) -> Estimate:
     "Estimate the cost of `fit(data, config)` on this machine: roughly, without evaluation and pictures"
-    bars, d = load_bars(data, config), config.data
-    split = split_by_time(bars, d.train, d.val, d.test, d.embargo)
-    n_train, n_val = _n_windows(split.train, d), _n_windows(split.val, d) if d.val else 0
-    if d.val_windows: n_val = min(n_val, d.val_windows)
+    bars, split, n_train, n_val = _counted(data, config)
     stages = [s for s in CLASSES if config.runtime.only in (None, s)]
     rows = [_row(config, s, n_train, n_val, measured) for s in stages]
     if config.base.symbols:
         cfg = base_config(config, Prepared(bars, None, None, split, None, None))
-        base = estimate(cfg, 'sample' if data is None and not d.source else data, measured).table
+        base = estimate(cfg, 'sample' if data is None and not config.data.source else data, measured).table
         rows = [dict(o, stage=f"base {o['stage']}") for o in base.to_dict('records')] + rows
     table = pd.DataFrame(rows)
     copies = 3*config.runtime.keep_last + 2   # each checkpoint: weights and two optimizer states; best and final model

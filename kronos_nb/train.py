@@ -17,7 +17,7 @@ from torch import nn
 
 from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic
 from .settings import parse_duration
-from .config import PRESETS, Config
+from .config import Config
 from .machine import machine_for
 from .display import md_table, save_figure
 from .data.normalize import NORMALIZERS
@@ -35,7 +35,8 @@ from .report import write_report
 from .hub_card import write_cards
 from .fitting.prepare import Prepared, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, claim_folder, inits_of
+from .fitting.claim import base_config, claim_folder, holds, inits_of
+from .own import config_for, is_own, plan_text, settle
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-006
 @dataclass
@@ -160,9 +161,8 @@ def load(
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-023
 def resolve(config, overrides) -> Config:
-    "Return the settings that `config` names, with changes on top"
-    if isinstance(config, str) and not config.endswith(('.yaml', '.yml')): return Config.preset(config, **overrides)
-    return (config if isinstance(config, Config) else Config.load(config)).replace(**overrides)
+    "Return the settings that `config` names, with changes on top; bars are not looked at"
+    return config_for('sample', config, **overrides)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-024
 def precision_of(cfg: Config) -> str:
@@ -286,6 +286,7 @@ class _Session:
     callbacks: list        # For both stages
     resume: bool
     judge: bool
+    plan: bool = False # Print what the settings are, and how long it will take
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-049
 def _plan(cfg: Config, run: Run):
@@ -343,6 +344,15 @@ def _finish(result: FitResult, data: Prepared, inits: dict, judge: bool):
     if judge: _judge(result, data, inits)
     write_cards(run)
 
+# %% ../nbs/api/7_fit/77_train.ipynb #4c0b2f30
+def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
+    "Return whether the folder holds this run, finished, and judged where that is asked for"
+    if not holds(run, cfg, data): return False
+    due = [files for files, _ in _plan(cfg, run) if cfg.runtime.only in (None, files.name)]
+    if not all(files.finished for files in due): return False
+    if not judge or not run.stage('predictor').has_model: return True
+    return run.report_file.is_file() and (run.judged or not cfg.data.test)
+
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-058
 def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     "Check, claim the folder, train the base and the stages, and judge"
@@ -350,6 +360,8 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     for tracker in cfg.runtime.trackers or (): check_tracker(tracker)
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
+    if session.resume and _is_done(run, cfg, prepared, session.judge): return load(run.folder)
+    if session.plan and backend.is_main: print(plan_text(cfg, prepared), flush=True)
     if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
     backend.wait()
     result = FitResult(run.folder, cfg)
@@ -364,8 +376,8 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-059
 def fit(
     data=None,             # Bars, anything `read_klines` takes, 'sample', or None for what the config names
-    config='quickstart',   # A preset's name, a YAML file, a dict, or a `Config`
-    out_dir=None,          # The run's folder; None: runs/<preset>
+    config=None,           # A preset's name, a YAML file, a dict, or a `Config`; None: what fits the bars
+    out_dir=None,          # The run's folder; None: runs/<file>-<preset>
     *,
     callbacks=(),          # More callbacks, for both stages
     resume: bool = True,   # Go on with a run of the same configuration and bars that is in `out_dir`
@@ -374,13 +386,12 @@ def fit(
 ) -> FitResult:
     """Fine-tune both stages on `data`, keep the best weights, and judge them on bars that nothing has seen
 
-    >>> kn.fit('sample', out_dir='runs/goog')
+    >>> kn.fit('my.csv')
     >>> kn.fit('bars.csv', 'btc_optimized', predictor=dict(lr=1e-5)).report()
     """
-    cfg = resolve(config, overrides)
-    named = isinstance(config, str) and config in PRESETS
-    run = Run(out_dir or Path('runs')/(config if named else 'run'))
+    cfg, run = settle(data, config, overrides, out_dir)
+    plan = is_own(data, config) and cfg.runtime.progress
     limit, machine = parse_duration(cfg.runtime.max_time, 'runtime.max_time'), machine_for(cfg.runtime)
     deadline = None if limit is None else time.monotonic() + limit
     with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
-        return _fit_run(data, cfg, run, _Session(deadline, list(callbacks), resume, judge))
+        return _fit_run(data, cfg, run, _Session(deadline, list(callbacks), resume, judge, plan))
