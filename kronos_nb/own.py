@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'BUNDLED', 'SCRATCH', 'STEPS', 'RULES', 'Case', 'released_pair', 'hub_answers', 'find_start', 'own_config',
-           'is_own', 'config_for', 'name_of', 'run_name', 'settle', 'start_text', 'judging_seconds', 'plan_table',
-           'plan_text']
+           'is_own', 'config_for', 'name_of', 'run_name', 'free_folder', 'settle', 'start_text', 'judging_seconds',
+           'plan_table', 'plan_text']
 
 # %% ../nbs/api/7_fit/76_own.ipynb #ae3ba5a8
 import functools, re, threading, time
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import FEATURES, DataError, pick_device
+from .core import FEATURES, DataError, RunError, pick_device
 from .config import OWN, Config, grouped
 from .place import find_model
 from .display import date_text, in_words, interval_text, name_list
@@ -261,10 +261,10 @@ def run_name(
     return preset if isinstance(data, str) and data == 'sample' else f'{name_of(data)}-{preset}'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #d6ed4bf2
-def _starts(data, config, cfg, overrides):
-    "Yield the configuration, and those that start from other weights, which were all that could be found then"
+def _starts(data, own, cfg, overrides):
+    "Yield the configuration, and those of `own` with other start weights, which may have been all there was then"
     yield cfg
-    if not is_own(data, config): return
+    if not own: return
     for start in (released_pair(cfg.runtime.device)[1], BUNDLED, SCRATCH):
         other = own_config(data, overrides, start)
         if other != cfg: yield other
@@ -277,25 +277,43 @@ def _held(run, configs, data):
         except DataError: return False
     return next(filter(fits, configs), None)
 
+# %% ../nbs/api/7_fit/76_own.ipynb #9a746bdd
+def free_folder(
+    folder, # The first choice
+    ours,   # Function from a folder that is not empty to something true where it may be used
+) -> tuple: # Folder, and what `ours` returned; None for a new folder
+    "Return `folder`, or the first of folder-2, folder-3, ... that is new or ours"
+    folder = Path(folder)
+    for i in range(1, 10_000):
+        here = folder.with_name(f'{folder.name}-{i}') if i > 1 else folder
+        if not here.is_dir() or not any(here.iterdir()): return here, None
+        if found := ours(here): return here, found
+    raise RunError(f"{str(folder)!r} and the folders numbered after it hold other runs. Choose one (out_dir, --out)")
+
+# %% ../nbs/api/7_fit/76_own.ipynb #4d235f0b
+def _read_once(data, overrides):
+    "Return the bars of a source that is used whole, so that it is read once; otherwise the source"
+    cfg = Config().replace(**overrides)
+    d = cfg.data
+    whole = all(o is None for o in (d.symbols, d.start, d.end, d.max_rows))
+    return load_bars(data, cfg) if whole else data
+
 # %% ../nbs/api/7_fit/76_own.ipynb #7f1e484b
 def settle(
     data, config, # As for `fit`
     overrides: dict,
     out_dir=None, # The folder that was asked for
-) -> tuple: # Settings and `Run`
+) -> tuple: # Settings, `Run`, and the bars or the source that names them
     "Return the settings and the folder of a run; one that is there already keeps its start weights"
-    cfg = config_for(data, config, **overrides)
-    if out_dir is not None:
-        run = Run(out_dir)
-        there = run.exists and is_own(data, config)
-        return there and _held(run, _starts(data, config, cfg, overrides), data) or cfg, run
-    name = Path('runs')/run_name(data, config, cfg.data.source)
-    if name.name == run_name('sample', config): return cfg, Run(name)
-    configs = list(_starts(data, config, cfg, overrides))
-    for folder in (name, *(name.with_name(f'{name.name}-{i}') for i in range(2, 1000))):
-        if not folder.is_dir() or not any(folder.iterdir()): return cfg, Run(folder)
-        if found := _held(Run(folder), configs, data): return found, Run(folder)
-    return cfg, Run(name)
+    name, own = run_name(data, config), is_own(data, config)
+    if own: data = _read_once(data, overrides)
+    cfg = config_for(data, OWN if own else config, **overrides)
+    if data is None and cfg.data.source: name = run_name(None, config, cfg.data.source)
+    def ours(folder): return _held(Run(folder), _starts(data, own, cfg, overrides), data)
+    if out_dir is not None: return own and ours(out_dir) or cfg, Run(out_dir), data
+    if name == run_name('sample', config): return cfg, Run(Path('runs')/name), data
+    folder, found = free_folder(Path('runs')/name, ours)
+    return found or cfg, Run(folder), data
 
 # %% ../nbs/api/7_fit/76_own.ipynb #afdb13ae
 def _bars_line(cfg, data):

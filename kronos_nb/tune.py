@@ -24,6 +24,7 @@ from .config import SECTIONS, Config, check_keys
 from .display import COLORS, figure
 from .data.read import extra_columns
 from .model.pretrained import find_files
+from .training.history import read_json
 from .training.run import Run
 from .training.learner import Callback, Learner
 from .training.task import PredictorTask, WindowSource, build_model
@@ -32,7 +33,7 @@ from .forecast import Forecaster
 from .judging.baselines import LastValue
 from .evaluate import evaluate
 from .fitting.prepare import load_bars, prepare
-from .own import config_for, name_of
+from .own import config_for, free_folder, name_of
 from .train import FitResult, fit
 from .estimate import architecture
 
@@ -585,9 +586,12 @@ def _checked_space(data, cfg, space):
 _QUIET = {'runtime.progress': False, 'runtime.plots': False}
 
 def _folder_for(data, cfg):
-    "Return the folder of a search that names none"
+    "Return the folder of a search that names none: a new one, or that of a search on the same bars"
     data = data if data is not None else list(cfg.data.source or ()) or 'sample'
-    return Path('runs')/('tune' if isinstance(data, str) and data == 'sample' else f'{name_of(data)}-tune')
+    if isinstance(data, str) and data == 'sample': return Path('runs')/'tune'
+    bars = prepare(data, cfg).hash
+    def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
+    return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
