@@ -43,18 +43,17 @@ def meanings(symbol) -> dict:
 
 
 def table(symbol, signature: inspect.Signature) -> str:
-    "Return parameters, types, defaults and meanings as a Markdown table; nothing where no parameter is explained"
+    "Return parameters, their types and meanings as a Markdown table; nothing where no parameter is explained"
     found = meanings(symbol)
     safe = lambda text: re.sub(r'([|*])', r'\\\1', str(text)).replace('<', '&lt;').replace('\n', ' ')
-    rows = [(p.name, '' if p.annotation is EMPTY else f'`{plain(p.annotation)}`', found.get(p.name, ''))
+    shown = lambda kind: '' if kind is EMPTY else f' `{plain(kind)}`'
+    rows = [(p.name + shown(p.annotation), found.get(p.name, ''))
             for p in signature.parameters.values() if p.name not in ('self', 'cls')]
     if found.get('return') and not inspect.isclass(symbol):
-        kind = signature.return_annotation
-        rows.append(('returns', '' if kind is EMPTY else f'`{plain(kind)}`', found['return']))
-    if not any(row[2] for row in rows):
+        rows.append((f'returns{shown(signature.return_annotation)}', found['return']))
+    if not any(row[1] for row in rows):
         return ''
-    head = '| parameter | type | meaning |\n| --- | --- | --- |\n'
-    return head + '\n'.join('| ' + ' | '.join(map(safe, row)) + ' |' for row in rows)
+    return '| parameter | meaning |\n| --- | --- |\n' + '\n'.join('| ' + ' | '.join(map(safe, row)) + ' |' for row in rows)
 
 
 class SignatureTable(BasicMarkdownRenderer):
