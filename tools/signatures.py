@@ -25,7 +25,8 @@ def call(name: str, signature: inspect.Signature) -> str:
     "Return a call with the names of its parameters and their defaults"
     stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
     parameters = [p for p in signature.parameters.values() if p.name not in ('self', 'cls')]
-    words = [stars.get(p.kind, '') + p.name + ('' if p.default is EMPTY else f'={plain(p.default)}') for p in parameters]
+    value = lambda p: '' if p.default is EMPTY else f'={plain(p.default)}'
+    words = [stars.get(p.kind, '') + p.name + value(p) for p in parameters]
     line = f"{name}({', '.join(words)})"
     return line if len(line) < 90 else f'{name}(\n    ' + ',\n    '.join(words) + ')'
 
@@ -53,7 +54,8 @@ def table(symbol, signature: inspect.Signature) -> str:
         rows.append((f'returns{shown(signature.return_annotation)}', found['return']))
     if not any(row[1] for row in rows):
         return ''
-    return '| parameter | meaning |\n| --- | --- |\n' + '\n'.join('| ' + ' | '.join(map(safe, row)) + ' |' for row in rows)
+    lines = ['| parameter | meaning |', '| --- | --- |', *(f'| {safe(name)} | {safe(text)} |' for name, text in rows)]
+    return '\n'.join(lines)
 
 
 class SignatureTable(BasicMarkdownRenderer):
