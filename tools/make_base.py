@@ -66,6 +66,7 @@ def main():
     for stage, model in (('tokenizer', result.tokenizer), ('predictor', result.predictor)):
         folder = HOME/stage
         shutil.rmtree(folder, ignore_errors=True)
+        model.extra['trained_on'] = {k: v for k, v in model.extra['trained_on'].items() if k in SYMBOLS}
         model.save_pretrained(folder)
         card = CARD.format(kind=stage.capitalize(), n_params=model.n_params, first=own.min(), last=own.max())
         (folder/'README.md').write_text(card, encoding='utf-8')
