@@ -244,10 +244,10 @@ def _average_runs(method, heads, loss):
     return soup, pd.DataFrame(rows)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-038
-def _copy_model(source, folder):
-    "Copy the files of a model from a folder or the hub"
+def _copy_tokenizer(source, folder):
+    "Copy the files of a tokenizer from a folder or the hub"
     folder.mkdir(parents=True)
-    for f in find_files(source):
+    for f in find_files(source, kind='tokenizer'):
         shutil.copyfile(f, folder/f.name)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-039
@@ -279,7 +279,7 @@ def soup_runs(
     first = next(iter(named.values()))
     soup, table = _average_runs(method, heads, on_validation(_validation(first, first.config, data)))
     soup.save(made.stage('predictor').best_model)
-    _copy_model(first.tokenizer(), made.stage('tokenizer').best_model)
+    _copy_tokenizer(first.tokenizer(), made.stage('tokenizer').best_model)
     first.config.save(made.config_file)
     folders = {k: str(r) for k, r in named.items()}
     facts = dict(origin=soup.origin, runs=folders, method=method, table=table.to_dict('records'))
