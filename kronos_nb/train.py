@@ -33,9 +33,9 @@ from .judging.calibrate import Calibration, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
 from .hub_card import write_cards
-from .fitting.prepare import Prepared, prepare
+from .fitting.prepare import Prepared, offer, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, claim_folder, holds, inits_of
+from .fitting.claim import base_config, check_start, claim_folder, holds, inits_of
 from .own import config_for, is_own, plan_text, settle
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-006
@@ -202,7 +202,10 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
 def _check_room(data: Prepared, cfg: Config):
     "Raise where a verdict that was asked for will not be possible"
     if cfg.evaluate.calibrate == 'on': _calibration_bars(data, cfg)
-    if cfg.data.test and cfg.runtime.only != 'tokenizer': _test_starts(data, cfg)
+    if not cfg.data.test or cfg.runtime.only == 'tokenizer': return
+    try: _test_starts(data, cfg)
+    except DataError as e: raise DataError(f"no verdict is possible on data.test={cfg.data.test:g}: {e}. "
+                                           f"{offer(data.bars, cfg.data)}") from e
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-034
 def _check_tokenizer(tokenizer, data: Prepared, where: str):
@@ -361,6 +364,7 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
     if session.resume and _is_done(run, cfg, prepared, session.judge): return load(run.folder)
+    check_start(cfg, run)
     if session.plan and backend.is_main: print(plan_text(cfg, prepared), flush=True)
     if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
     backend.wait()

@@ -11,6 +11,7 @@ import importlib.metadata, platform
 from .. import __version__
 from ..core import ConfigError, RunError, pick_device, write_atomic, write_json
 from ..config import Config
+from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
 from .prepare import Prepared
 
@@ -137,3 +138,12 @@ def inits_of(
     start = run.base_folder if cfg.base.symbols else cfg.runtime.init_from
     if not start: return {s: getattr(cfg, s).init for s in STAGES}
     return {s: str(Run(start).stage(s).model()) for s in STAGES}
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #b49512fc
+def check_start(cfg: Config, run: Run):
+    "Raise if the weights of a stage that is due are neither here nor on the hub"
+    if cfg.base.symbols or cfg.runtime.init_from: return   # a run makes them, or has them
+    for stage in STAGES:
+        init = getattr(cfg, stage).init
+        due = cfg.runtime.only in (None, stage) and not run.stage(stage).finished
+        if due and init != 'scratch': find_files(init, kind=stage)
