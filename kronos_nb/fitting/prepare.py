@@ -53,9 +53,10 @@ def _check_symbols(bars, data, cfg):
     missing = sorted(set(cfg.data.symbols or ()) - set(bars.symbol))
     if not missing: return
     found = name_list(_symbols_in(data, cfg), 20) or 'no symbol'
+    base = ' --set base.symbols=none' if cfg.base.symbols else ''
     raise DataError(f"data.symbols asks for {', '.join(missing)}, and the bars have: {found}. Leave the preset out, "
         "and settings are fitted to them (kronos-nb fit FILE, or fit(bars)); or keep it and add "
-        "--set data.symbols=none --set base.symbols=none")
+        f"--set data.symbols=none{base}")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-014
 def _error_text(issue) -> str:
