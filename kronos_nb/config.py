@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
 
-import pandas as pd
 import yaml
 from fastcore.basics import patch
 
@@ -374,16 +373,18 @@ def replace(self: Config,
 def diff(self: Config,
     other: Config,
     names=('this', 'other'), # Column titles
-) -> pd.DataFrame: # One row per setting that differs
+):  # `DataFrame` with one row per setting that differs
     "Return the settings in which two configurations differ"
+    import pandas as pd
     a, b = self.flat(), other.flat()
     rows = [{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]]
     return pd.DataFrame(rows, columns=['setting', *names], dtype=object).set_index('setting')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-056
 @patch
-def table(self: Config) -> pd.DataFrame: # Index: group, setting
+def table(self: Config):  # `DataFrame` with the index group, setting
     "Return every setting with its value, default, unit, range and meaning"
+    import pandas as pd
     default, rows = Config().flat(), []
     for path, value in self.flat().items():
         group, _, name = path.partition('.')
