@@ -341,13 +341,21 @@ def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
         if k in allowed: continue
-        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed)}; there are: {', '.join(allowed)}")
+        few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
+        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
+
+def _meant(key) -> str:
+    "Return a suggestion for a name whose group is missing or misspelt"
+    names = list(Config().flat())
+    homes = [repr(o) for o in names if o.partition('.')[2] == key]
+    if homes: return f"; did you mean {' or '.join(homes)}?"
+    return nearest(key, names) or f"; the groups are {', '.join(SECTIONS)}"
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-051
 def _part(key, value) -> tuple[str, dict]:
     "Return the group that `key` is about and its new values"
     group, _, name = key.partition('.')
-    check_keys([group], SECTIONS, 'config')
+    if group not in SECTIONS: raise ConfigError(f"there is no setting {key!r}{_meant(key)}")
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
