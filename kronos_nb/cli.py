@@ -12,7 +12,9 @@ import argparse, dataclasses, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 
 from . import __version__
-from .core import FEATURES, ConfigError, DataError, KronosError, RunError, check_choice, nearest, write_atomic
+from kronos_nb.core import (
+    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, write_atomic,
+)
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESETS, SECTIONS, VARIANTS, Config
 
@@ -417,7 +419,8 @@ _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _m
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
     "Return the parser of `kronos-nb`"
-    p = _Parser('kronos-nb', usage='kronos-nb COMMAND [options]', formatter_class=_Help, description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.',
+    p = _Parser('kronos-nb', usage='kronos-nb COMMAND [options]', formatter_class=_Help,
+        description='Fine-tune Kronos, the foundation model for K-lines, on your own bars.',
         epilog='kronos-nb COMMAND --help shows the options of a command.')
     p.add_argument('--version', action='version', version=f'kronos_nb {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Command, prog=p.prog)
@@ -812,6 +815,10 @@ def _close_quantiles(forecast, symbol: str):
     return q.rename_axis('timestamps').reset_index().assign(symbol=symbol)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e2d69c24
+def _free(folder: Path) -> Path:
+    "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
+    return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
+
 def _forecast_folder(a, symbols) -> Path:
     "Return the folder for the forecasts; raise where it holds those of other symbols"
     import pandas as pd
@@ -821,7 +828,7 @@ def _forecast_folder(a, symbols) -> Path:
         there = set(pd.read_csv(out/'forecast.csv', usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
         if others := sorted(there - set(symbols)):
             raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
-                f"choose another folder: --out {out}-{symbols[0]}")
+                "choose another folder with --out", options=f'--out {_free(out)}')
     return out
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-092
@@ -977,7 +984,45 @@ def run_check(a):
         print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-114
+# %% ../nbs/api/9_faces/98_cli.ipynb #65488a20
+def _again(a, options: str) -> str:
+    "Return the command that was given, with more options"
+    import shlex
+    return f'kronos-nb {shlex.join(a.argv)} {options}'
+
+def _instead(a, **changes) -> str:
+    "Return the command that was given, with other values of its options"
+    import shlex
+    argv = list(a.argv)
+    for name, value in changes.items():
+        option = f"--{name.replace('_', '-')}"
+        at = next((i for i, o in enumerate(argv) if o == option), None)
+        argv = [*argv, option, value] if at is None else [*argv[:at + 1], value, *argv[at + 2:]]
+    return f'kronos-nb {shlex.join(argv)}'
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #b69ab5cb
+def _next_command(a, e) -> str:
+    "Return a command that works after the error `e`"
+    import shlex
+    files = [f for f in getattr(a, 'data', None) or () if Path(f).exists()]
+    if getattr(e, 'options', ''):
+        return _again(a, e.options)
+    if isinstance(e, ModelError) and 'model' in a:
+        return _instead(a, model='bundled')
+    if isinstance(e, DataError):
+        return f'kronos-nb check {shlex.join(files)}' if files else 'kronos-nb fit --preset quickstart'
+    if isinstance(e, RunError) and a.command in ('report', 'monitor', 'compare', 'push', 'average'):
+        return _on_a_run(a)
+    return f'kronos-nb {a.command} --help'
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #3491ac9e
+def _on_a_run(a) -> str:
+    "Return a command that has a run to work on"
+    from kronos_nb.training.run import find_runs
+    runs = [str(r) for r in find_runs('runs') if r.finished]
+    return f'kronos-nb report {runs[0]}' if runs else 'kronos-nb fit --preset quickstart'
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #f0bf554b
 def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
@@ -987,8 +1032,13 @@ def main(
     try:
         return a.run(a)
     except KronosError as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 2
+        _say(f'{type(e).__name__}: {e}\nTry: {_next_command(a, e)}')
+    except OSError as e:   # a folder that cannot be written, a full disk
+        _say(f'RunError: {e.strerror or e} ({e.filename})\nTry: {_next_command(a, e)}')
+    except KeyboardInterrupt:
+        _say('Interrupted')
+        return 130
+    return 2
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-115
 if __name__ == '__main__' and '__file__' in globals():

@@ -45,7 +45,14 @@ GLOSSARY += (
 )
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-013
-class KronosError(Exception):               "Base of every error that this package raises on purpose"
+class KronosError(Exception):
+    "Base of every error that this package raises on purpose"
+    def __init__(self, *args,
+        options: str = '', # Of the command line, which mend it: '--repair standard'
+    ):
+        super().__init__(*args)
+        self.options = options
+
 class ConfigError(KronosError, ValueError): "A setting is unknown, of the wrong type or out of range"
 class DataError(KronosError, ValueError):   "Bars cannot be used as they are; names symbol and timestamp"
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"

@@ -2,11 +2,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from kronos_nb.cli import config_of, main, parser
+from kronos_nb.config import Config
 from kronos_nb.forecast import Forecaster
 from tests.helpers import bars, cfg
 
@@ -163,4 +165,101 @@ def test_an_unknown_option_of_fit_points_to_set(capsys):
     with pytest.raises(SystemExit) as e:
         main(['fit', '--lr', '3'])
     assert e.value.code == 2
-    assert '--set predictor.lr' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '--set predictor.lr' in said
+    assert '--learning-rate' in said
+
+
+def ended(capsys, line: str) -> tuple[int, str]:
+    "Return exit code and text of a command"
+    try:
+        code = main(line.split())
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def commands() -> dict:
+    "Return the parsers of all commands"
+    return next(o for o in parser()._actions if o.dest == 'command').choices
+
+
+def test_help_shows_twenty_options_and_help_all_every_option_and_setting(capsys):
+    code, text = ended(capsys, 'fit --help')
+    assert code == 0
+    shown = {o for o in commands()['fit']._actions if any(re.search(rf'{n}\b', text) for n in o.option_strings)}
+    assert 18 <= len(shown) <= 22
+    code, everything = ended(capsys, 'fit --help-all')
+    assert code == 0
+    assert all(name in everything for name in commands()['fit']._option_string_actions)
+    assert all(f'{key}=' in everything for key in Config().flat())
+
+
+@pytest.mark.parametrize('command', sorted(commands()))
+def test_no_option_has_nothing_as_its_default(capsys, command):
+    assert 'default: None' not in ended(capsys, f'{command} --help')[1]
+
+
+@pytest.mark.parametrize('line', [
+    'fit --lr 3', 'fit --epochs', 'fits', 'fit --set lr=1', 'fit --set predictor.xyz=1', '',
+])
+def test_a_typo_prints_no_wall(capsys, line):
+    code, text = ended(capsys, line)
+    assert code == 2
+    assert len(text.splitlines()) <= 2
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize('line, meant', [
+    ('fit --set lr=1', 'predictor.lr'),
+    ('fit --set predictr.lr=1', 'predictor.lr'),
+    ('fit --set predictor.lrr=1', 'lr'),
+])
+def test_a_misspelt_setting(capsys, line, meant):
+    code, text = ended(capsys, line)
+    assert code == 2
+    assert f"'{meant}'" in text
+
+
+def test_options_are_settings():
+    "Read text as the setting does, both stages where both have it"
+    line = ('fit --symbols A B,C --epochs 3 --learning-rate 1e-3 --lookback-window 50 --seed 4 --repair standard '
+            '--skip-existing --disable-optimizations --seeds 1,2')
+    c = config_of(parser().parse_args(line.split()))
+    assert c.data.symbols == ('A', 'B', 'C')
+    assert (c.tokenizer.epochs, c.predictor.epochs, c.tokenizer.lr, c.predictor.lr) == (3, 3, 1e-3, 1e-3)
+    assert (c.data.lookback_window, c.data.repair, c.runtime.seed) == (50, 'standard', 4)
+    assert c.runtime.skip_existing
+    assert not c.runtime.optimizations
+    assert c.runtime.seeds == (1, 2)
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    "Work in a folder of files that hold no bars"
+    monkeypatch.chdir(tmp_path)
+    Path('empty.csv').touch()
+    Path('binary.csv').write_bytes(bytes(range(256))*9)
+    Path('binary.parquet').write_bytes(bytes(range(256))*9)
+    Path('text.csv').write_text('a,b\n1,2\n')
+    Path('folder').mkdir()
+    Path('bad.yaml').write_text('data: [')
+
+
+@pytest.mark.parametrize('line', [
+    'fit empty.csv', 'fit binary.csv', 'fit binary.parquet', 'fit text.csv', 'fit folder', 'fit nowhere.csv',
+    'fit --preset doge --config bad.yaml', 'fit --config bad.yaml', 'fit --config nowhere.yaml', 'fit --config folder',
+    'fit --preset dog', 'fit --out empty.csv', 'forecast empty.csv --model nowhere', 'forecast --model nowhere',
+    'forecast text.csv', 'evaluate --model nowhere', 'report nowhere', 'compare a b', 'push nowhere a/b',
+    'tune empty.csv', 'average --checkpoint-dir nowhere --output x', 'monitor nowhere --once',
+])
+def test_every_error_ends_in_a_command(bad_files, capsys, line):
+    code, text = ended(capsys, line)
+    assert code == 2
+    last = text.strip().splitlines()[-1]
+    assert last.startswith('Try: kronos-nb ')
+    tried = last.removeprefix('Try: kronos-nb ')
+    assert tried != line
+    args = parser().parse_args(tried.split()) if '--help' not in tried else None
+    assert args is None or args.command in commands()
