@@ -190,12 +190,12 @@ class _Lines:
 def line(self: _Lines,
     seconds: float, # Since the bar began
 ) -> str:
-    "Return the line: count, what was set as postfix, time spent, and time left where the postfix does not say it"
+    "Return the line: count, what was set as postfix, time spent, and time left outside of a run, which has its own"
     from tqdm import tqdm
     n, total = (tqdm.format_sizeof(o) if self.scaled else f'{o:,}' for o in (self.n, self.total))
     done = self.n - self.first
     parts = [f'{self.unit} {n}/{total}', self.postfix, f'{clock(seconds)} spent']
-    if 0 < done and self.n < self.total and ' left' not in self.postfix:
+    if 0 < done and self.n < self.total and not current_run():
         parts.append(f'{clock(seconds/done*(self.total - self.n))} left')
     return f"{self.desc} {', '.join(o for o in parts if o)}".strip()
 
