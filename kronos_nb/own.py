@@ -179,7 +179,7 @@ def _step_rule(case, cfg):
     return out | {'data.val_windows': 500, 'runtime.save_steps': 50}
 
 # %% ../nbs/api/7_fit/76_own.ipynb #e0644584
-_FORECASTS = 512   # of one evaluation, about
+_FORECASTS = 768   # of one evaluation, about
 
 def _judging_rule(case, cfg):
     "Return the number of dates to judge on, and the paths of each forecast"

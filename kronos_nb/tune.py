@@ -582,6 +582,8 @@ def _checked_space(data, cfg, space):
     return space
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+_QUIET = {'runtime.progress': False, 'runtime.plots': False}
+
 def _folder_for(data, cfg):
     "Return the folder of a search that names none"
     data = data if data is not None else list(cfg.data.source or ()) or 'sample'
@@ -592,7 +594,7 @@ def tune(
     data=None,           # As for `fit`
     config=None,         # As for `fit`
     space=None,          # Setting -> (low, high), or a list; None: `default_space` with all extra columns
-    out_dir=None,        # Folder of the search; None: runs/<file>-tune, or runs/tune for the sample
+    out_dir=None,        # Folder of the search; None: runs/<file>-tune
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
     storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
@@ -604,7 +606,7 @@ def tune(
     >>> kn.tune('bars.csv', 'quickstart', {'predictor.lr': (1e-4, 1e-2)}, trials=20)
     """
     _optuna()
-    cfg = config_for(data, config, **overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    cfg = config_for(data, config, **overrides).replace(**_QUIET)
     out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
