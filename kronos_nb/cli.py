@@ -13,7 +13,8 @@ from pathlib import Path
 
 from . import __version__
 from kronos_nb.core import (
-    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, write_atomic,
+    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, free_folder, nearest,
+    write_atomic,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESET_NAMES, SECTIONS, VARIANTS, Config
@@ -373,6 +374,8 @@ def _search_options(p):
     p.add_argument('--worker', type=int, default=0, help='another number for each process that shares a storage')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-041
+_OF_SEARCH = ('symbols', 'repair', 'lookback_window', 'predict_window', 'epochs', 'seed', 'device')
+
 def _tune_parser(sub):
     "Add the command `tune`"
     text = 'search for settings by validation; resumes, and keeps to its budget'
@@ -381,6 +384,7 @@ def _tune_parser(sub):
     p.add_argument('--preset', metavar='NAME', help=f"start from: {', '.join(PRESET_NAMES)}; none: as for fit")
     p.add_argument('--set', action='append', default=[], metavar='KEY=VALUE',
         help='any setting, such as predictor.epochs=2; repeat for more')
+    _add_settings(p, {name: _OPTIONS[name] for name in _OF_SEARCH})
     _search_options(p)
     p.add_argument('--out', metavar='FOLDER', help='folder of the search; without it runs/<file>-tune')
     p.add_argument('--fit', action='store_true', help='in the end train the best settings and judge them')
@@ -724,9 +728,9 @@ def _run_of(model):
 def _reads(run, data: list) -> bool:
     "Return whether a run was trained on some of the files, folders or patterns"
     from glob import glob
-    named = {Path(f).resolve() for o in data for f in (glob(o, recursive=True) or [o])}
-    read = [Path(f).resolve() for f in run.facts.get('files', ())] if run.facts_file.is_file() else []
-    return any(named & {f, *f.parents} for f in read)
+    named = [Path(f) for o in data for f in (glob(o, recursive=True) or [o])]
+    names = {f.name for o in named for f in (o.iterdir() if o.is_dir() else [o])}
+    return run.facts_file.is_file() and bool(names.intersection(run.facts['files']))
 
 def _newest_run(data: list):
     "Return the newest finished run on the data; None where there is none"
@@ -768,18 +772,28 @@ def _base_of(a, f):
             "name them with --base, or skip the comparison with --base none") from e
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
+def _data_of(run) -> list: # Empty for the bundled sample
+    "Return the files that a run was trained on; raise where they are not in this folder"
+    files = run.facts['files']
+    missing = [o for o in files if not Path(o).is_file()]
+    if not missing or files == ['DataFrame']:
+        return files if not missing else []
+    raise DataError(f"{run} was trained on {', '.join(files[:5])}, and {missing[0]} is not in this folder; "
+        "name the bars")
+
 def _bars_of(a, cfg: Config, f):
     "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
     from kronos_nb.data.read import read_klines, sample_klines
     from kronos_nb.data.repair import repair_klines
     symbols = _settings_of(a, dict(symbols=_OPTIONS['symbols'])).get('data.symbols')
     data, run = a.data, _run_of(a.model)
-    if not data:
-        symbols = symbols or cfg.data.symbols
-        data = [o for o in (run.facts['files'] if run else ()) if Path(o).is_file()]
+    if not data and run:
+        data, symbols = _data_of(run), symbols or [o['symbol'] for o in run.facts['series']]
     if not data:
         return sample_klines(list(symbols) if symbols else None)
     bars = read_klines(data, symbols=symbols, extra_features=f.features[len(FEATURES):], tz=cfg.data.tz)
+    if missing := sorted(set(symbols or ()) - set(bars.symbol)):
+        raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
     return repair_klines(bars, features=f.features)[0] if a.repair == 'standard' else bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
@@ -831,10 +845,6 @@ def _close_quantiles(forecast, symbol: str):
     return q.rename_axis('timestamps').reset_index().assign(symbol=symbol)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e2d69c24
-def _free(folder: Path) -> Path:
-    "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
-    return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
-
 def _forecast_folder(a, symbols) -> Path:
     "Return the folder for the forecasts; raise where it holds those of other symbols"
     import pandas as pd
@@ -844,7 +854,7 @@ def _forecast_folder(a, symbols) -> Path:
         there = set(pd.read_csv(out/'forecast.csv', usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
         if others := sorted(there - set(symbols)):
             raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
-                "choose another folder with --out", options=f'--out {_free(out)}')
+                "choose another folder with --out", options=f'--out {free_folder(out)}')
     return out
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-092
@@ -863,16 +873,23 @@ def _write_forecasts(found: dict, out: Path):
     return table
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
+def _shown(table) -> str:
+    "Return the table of a few symbols, or where each forecast of many ends"
+    few = table.symbol.nunique() <= 3
+    return (table if few else table.groupby('symbol', sort=False).tail(1)).to_string(index=False)
+
 def run_forecast(a):
     "Run `kronos-nb forecast`"
     f, bars, cfg = _model_and_bars(a)
     future = None if a.future is None else _read_future(a.future, cfg.data.tz)
+    if isinstance(future, dict) and bars.symbol.nunique() == 1:
+        future = future.get(bars.symbol.iloc[0], ())
     out = _forecast_folder(a, list(bars.symbol.unique()))
     how = dict(lookback_window=a.lookback_window, calendar=a.calendar, future=future, sampling=_sampling_of(a))
     found = f.predict(bars, a.predict_window or cfg.data.predict_window, **how)
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
-    print(_write_forecasts(found, out).to_string(index=False))
+    print(_shown(_write_forecasts(found, out)))
     for note in dict.fromkeys(o for forecast in found.values() for o in forecast.notes):
         _say(f'Note: {note}')
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
@@ -933,7 +950,8 @@ def run_tune(a):
     from kronos_nb.tune import tune
     space = dict(_range(pair) for pair in a.space)
     found = tune(a.data or None, a.preset, space or None, a.out, trials=a.trials, timeout=a.timeout,
-        storage=a.storage, worker=a.worker, **_set_pairs(a.set))
+        storage=a.storage, worker=a.worker,
+        **_settings_of(a, {name: _OPTIONS[name] for name in _OF_SEARCH}) | _set_pairs(a.set))
     print(found.table.to_string(index=False))
     if found.reason:
         print(f'\nEnded early: {found.reason}. This goes on:\n{_command_line(a.argv)}')
@@ -1004,6 +1022,8 @@ def _with_options(a, options: str) -> str: # '--out runs/other --set data.tz=UTC
     "Return the command that was given, with other values of its options"
     import shlex
     argv, new = list(a.argv), shlex.split(options)
+    if '--preset' in new and '--config' in argv:
+        del argv[(at := argv.index('--config')):at + 2]
     for name, value in zip(new[::2], new[1::2]):
         at = argv.index(name) if name in argv and name != '--set' else None
         argv = [*argv, name, value] if at is None else [*argv[:at + 1], value, *argv[at + 2:]]

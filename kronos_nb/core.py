@@ -174,6 +174,12 @@ def write_atomic(
     fsync_folder(path.parent)
     return path
 
+# %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
+def free_folder(folder) -> Path:
+    "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
+    folder = Path(folder)
+    return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-043
 def jsonable(o):
     "Return `o` as JSON types: arrays become lists, paths and devices text, non-finite floats None"

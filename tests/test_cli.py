@@ -64,6 +64,73 @@ def test_forecast_writes_quantiles_paths_and_a_picture(place):
     assert (out/'forecast_GOOG.png').stat().st_size > 5000
 
 
+def test_forecast_takes_the_newest_run_on_the_file_and_its_horizon(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place/'run', 'runs/mine')
+    assert run('forecast', place/'GOOG.csv', '--paths', 3) == 0
+    assert 'runs/mine' in capsys.readouterr().err
+    assert run('forecast', '--paths', 3) == 2   # its bars are not in this folder
+    assert 'GOOG.csv' in capsys.readouterr().err
+    assert len(pd.read_csv('forecast/GOOG/forecast.csv')) == cfg.data.predict_window
+
+
+def test_forecast_overwrites_its_own_symbols_alone(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bars.assign(symbol='A/B').to_csv('other.csv', index=False)
+    common = ['--model', place/'run', '--paths', 3, '--predict-window', 2]
+    assert run('forecast', place/'GOOG.csv', *common, '--out', 'here') == 0
+    assert run('forecast', place/'GOOG.csv', *common, '--out', 'here') == 0
+    before = {p.name: p.read_bytes() for p in Path('here').iterdir()}
+    capsys.readouterr()
+    assert run('forecast', 'other.csv', *common, '--out', 'here') == 2
+    assert {p.name: p.read_bytes() for p in Path('here').iterdir()} == before
+    tried = capsys.readouterr().err.splitlines()[-1].removeprefix('Try: kronos-nb ')
+    assert main(tried.split()) == 0
+    assert set(pd.read_csv('here-2/forecast.csv').symbol) == {'A/B'}
+
+
+@pytest.mark.parametrize('text, way', [
+    ('timestamps\n2030-01-07\n2030-01-08\n', 'naive'),
+    ('2030-01-07\n2030-01-08\n', 'without a header'),
+    ('symbol,timestamps\nX,2031-01-01\nGOOG,2030-01-07\nGOOG,2030-01-08\n', 'by symbol'),
+])
+def test_stamps_of_the_future_come_from_a_file(place, tmp_path, text, way):
+    (tmp_path/'future.csv').write_text(text)
+    options = ['--model', place/'run', '--paths', 3, '--predict-window', 2, '--future', tmp_path/'future.csv']
+    assert run('forecast', place/'GOOG.csv', *options, '--out', tmp_path/'out') == 0
+    assert list(pd.read_csv(tmp_path/'out'/'forecast.csv').timestamps) == ['2030-01-07', '2030-01-08']
+
+
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'timestamps\nsoon\n', None])
+def test_a_file_without_stamps_is_an_error(place, tmp_path, capsys, text):
+    if text is not None:
+        (tmp_path/'future.csv').write_text(text)
+    assert run('forecast', place/'GOOG.csv', '--model', place/'run', '--future', tmp_path/'future.csv') == 2
+    assert '--future' in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_judged_again(place, capsys):
+    before = (place/'run'/'evaluation'/'evaluation.json').stat().st_mtime_ns
+    assert fit(place) == 0
+    assert (place/'run'/'evaluation'/'evaluation.json').stat().st_mtime_ns == before
+    tried = capsys.readouterr().out.strip().splitlines()[-1]
+    assert tried.startswith('Next: kronos-nb forecast')
+    assert str(place/'run') in tried
+
+
+@pytest.mark.parametrize('options, helps', [
+    ('--out RUN --seed 7', '--out RUN-2'),
+    ('--preset quickstart --symbols BRK', '--preset own'),
+    ('--preset doge --lookback-window 4000', '--preset own'),
+])
+def test_an_error_knows_the_options_that_mend_it(place, capsys, options, helps):
+    line = f'fit FILE {options} --test' if '--out' not in options else f'fit FILE {options}'
+    names = {'RUN': str(place/'run'), 'FILE': str(place/'GOOG.csv')}
+    assert main([re.sub('RUN|FILE', lambda m: names[m[0]], word) for word in line.split()]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(re.sub('RUN', names['RUN'], helps)) or re.sub('RUN', names['RUN'], helps) in last
+
+
 def test_evaluate_takes_only_what_the_model_has_not_seen(place, capsys):
     assert evaluate(place, place/'run', '--origins', 8, '--out', place/'ev') == 0
     assert '## Evaluation' in capsys.readouterr().out
