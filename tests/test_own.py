@@ -229,6 +229,27 @@ def place(tmp_path_factory):
     return folder, first
 
 
+def test_a_file_is_read_once(place, monkeypatch):
+    folder, first = place
+    monkeypatch.chdir(folder)
+    import kronos_nb.fitting.prepare as module
+    calls, read = [], module.read_klines
+    monkeypatch.setattr(module, 'read_klines', lambda *a, **k: calls.append(1) or read(*a, **k))
+    kn.fit('my.csv', **FAST)
+    assert len(calls) == 1 and first.run.facts['files'] == ['my.csv']
+
+
+def test_a_search_takes_a_folder_for_each_file(tmp_path, monkeypatch):
+    from kronos_nb.core import write_json
+    from kronos_nb.tune import _folder_for
+    monkeypatch.chdir(tmp_path)
+    one, other = walk(200, 'A'), walk(201, 'A')
+    cfg = own_config(one, FAST)
+    assert str(_folder_for(one, cfg)) == 'runs/A-tune'
+    write_json(tmp_path/'runs'/'A-tune'/'start'/'run.json', dict(data=prepare(one, cfg).hash))
+    assert str(_folder_for(one, cfg)) == 'runs/A-tune' and str(_folder_for(other, cfg)) == 'runs/A-tune-2'
+
+
 def test_the_same_call_gives_the_finished_run_back(place, monkeypatch):
     folder, first = place
     monkeypatch.chdir(folder)
