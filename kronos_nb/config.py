@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
 
-import pandas as pd
 import yaml
 from fastcore.basics import patch
 
@@ -342,13 +341,21 @@ def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
         if k in allowed: continue
-        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed)}; there are: {', '.join(allowed)}")
+        few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
+        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
+
+def _meant(key) -> str:
+    "Return a suggestion for a name whose group is missing or misspelt"
+    names = list(Config().flat())
+    homes = [repr(o) for o in names if o.partition('.')[2] == key]
+    if homes: return f"; did you mean {' or '.join(homes)}?"
+    return nearest(key, names) or f"; the groups are {', '.join(SECTIONS)}"
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-051
 def _part(key, value) -> tuple[str, dict]:
     "Return the group that `key` is about and its new values"
     group, _, name = key.partition('.')
-    check_keys([group], SECTIONS, 'config')
+    if group not in SECTIONS: raise ConfigError(f"there is no setting {key!r}{_meant(key)}")
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
@@ -382,16 +389,18 @@ def replace(self: Config,
 def diff(self: Config,
     other: Config,
     names=('this', 'other'), # Column titles
-) -> pd.DataFrame: # One row per setting that differs
+):  # `DataFrame` with one row per setting that differs
     "Return the settings in which two configurations differ"
+    import pandas as pd
     a, b = self.flat(), other.flat()
     rows = [{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]]
     return pd.DataFrame(rows, columns=['setting', *names], dtype=object).set_index('setting')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-056
 @patch
-def table(self: Config) -> pd.DataFrame: # Index: group, setting
+def table(self: Config):  # `DataFrame` with the index group, setting
     "Return every setting with its value, default, unit, range and meaning"
+    import pandas as pd
     default, rows = Config().flat(), []
     for path, value in self.flat().items():
         group, _, name = path.partition('.')

@@ -96,7 +96,8 @@ def _check_times(name, t):
     back = np.flatnonzero(np.diff(t.to_numpy('M8[ns]').view('i8')) <= 0)
     if not t.hasnans and not len(back): return
     what = 'one is empty' if t.hasnans else f'{t[back[0]+1]} follows {t[back[0]]}'
-    raise DataError(f"{name}: timestamps must increase, but {what}; sort and deduplicate with repair_klines()")
+    raise DataError(f"{name}: timestamps must increase, but {what}; sort and deduplicate with repair_klines()",
+                    options='--repair standard')
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-016
 def _check_numbers(name, t, x, features):
@@ -105,7 +106,7 @@ def _check_numbers(name, t, x, features):
     if not wrong.any(): return
     i, j = np.argwhere(wrong)[0]
     raise DataError(f"{name} at {t[i]}: {features[j]} is {x[i, j]} ({wrong.sum()} such cells); "
-                    "fill or drop them with repair_klines()")
+                    "fill or drop them with repair_klines()", options='--repair standard')
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-017
 def _as_lookback(
