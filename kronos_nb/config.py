@@ -475,8 +475,10 @@ def _repr_html_(self: Config):
     (name, mine), t = self._nearest(), self.table().reset_index()
     path = t['group'] + '.' + t['setting']
     t['value'], t['default'] = (t[c].map(lambda v: format_setting(v) or 'none') for c in ('value', 'default'))
-    t['changed by'] = path.map(lambda p: 'you' if p in mine else name).where(path.isin([*mine, *self.diff(Config()).index]), '')
-    def as_html(rows): return rows.to_html(index=False, border=0)
+    changed = path.isin([*mine, *self.diff(Config()).index])
+    t['changed by'] = path.map(lambda p: 'you' if p in mine else name).where(changed, '')
+    def as_html(rows):
+        return rows.assign(group=rows['group'].mask(rows['group'].duplicated(), '')).to_html(index=False, border=0)
     shown = t[t['changed by'] != ''][['group', 'setting', 'value', 'default', 'changed by', 'meaning']]
     head = f"<b>Config</b>: {name}, {len(mine)} change{'s' * (len(mine) != 1)} of yours"
     rest = f'<details><summary>all {len(t)} settings</summary>{as_html(t.drop(columns="changed by"))}</details>'

@@ -20,7 +20,9 @@ from kronos_nb.core import (
     FEATURES, PRICES, ConfigError, DataError, ModelError, RunError, check_choice, nearest, pick_device,
 )
 from .settings import Sampling, with_sampling
-from .display import COLORS, date_text, figure, interval_text, legend_beside, name_list, percent, plain_text, png, progress_bar
+from kronos_nb.display import (
+    COLORS, date_text, figure, interval_text, legend_beside, name_list, percent, plain_text, png, progress_bar,
+)
 from .data.parse import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
 from .data.check import bar_interval
@@ -265,8 +267,9 @@ def _shared(models, key):
 def sentence(self: Forecast) -> str:
     "Return where the forecast ends, in words"
     end, up = self.quantile([.05, .5, .95], 'close').iloc[-1], percent(self.prob_up().iloc[-1], 0)
-    return (f"After {len(self)} bar{'s'*(len(self) != 1)}, {date_text(self.timestamps[-1])}: median {end[.5]:.6g}, 90 % of the paths "
-            f"between {end[.05]:.6g} and {end[.95]:.6g}; {up} end above the last close, {self.last_close:.6g}.")
+    bars = f"{len(self)} bar{'s'*(len(self) != 1)}"
+    return (f"After {bars}, {date_text(self.timestamps[-1])}: median {end[.5]:.6g}, 90 % of the paths between "
+            f"{end[.05]:.6g} and {end[.95]:.6g}; {up} end above the last close, {self.last_close:.6g}.")
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #f5780e4e
 @patch

@@ -73,7 +73,8 @@ def draw_candles(
     ax.vlines(x, l, h, color, lw=.8, zorder=2)
     body = dict(width=.64, edgecolor=color, lw=.8, zorder=3)
     for which, fill, label in ((rose, 'white', 'bar that rose'), (~rose, color, 'bar that fell')):
-        if which.any(): ax.bar(x[which], abs(c-o)[which], bottom=np.minimum(o, c)[which], color=fill, label=label, **body)
+        if not which.any(): continue
+        ax.bar(x[which], abs(c-o)[which], bottom=np.minimum(o, c)[which], color=fill, label=label, **body)
     ax.use_sticky_edges = False
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #8ab8959b

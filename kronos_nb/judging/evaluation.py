@@ -416,7 +416,7 @@ def _omissions(self: Evaluation, most=10):
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #92d0a6de
 _KEY = {
-    'against': 'the forecast that the model is compared with: `base` is the model before fine-tuning, the others are naive',
+    'against': 'the other forecast: `base` is the model before fine-tuning, the others are naive',
     'CRPS skill': 'by how much the CRPS of the model is lower; below zero it is higher',
     'interval': 'where that skill lies, from resampled origins; the model is better where all of it is above zero',
     'Diebold-Mariano p': 'how often a difference as large would come by chance between equal forecasts',
