@@ -6,7 +6,7 @@
 __all__ = ['window_losses', 'date_losses', 'with_intervals', 'skill', 'Evaluation']
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-002
-import functools, io, json
+import base64, functools, html, io, json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import RunError, check_choice, write_atomic, write_json
 from kronos_nb.display import (
-    COLORS, date_text, figure, legend_beside, md_table, p_value, percent, plain_text, save_figure, show_card,
+    COLORS, date_text, figure, legend_beside, md_table, p_value, percent, plain_text, png, save_figure, show_card,
 )
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike
@@ -493,6 +493,14 @@ def plot_verdict(self: Evaluation): # The figure
     color = COLORS[dict(zip(LIGHTS, ('best', 'truth', 'unsure')))[self.verdict]]
     ax.set_title(f'{word}: CRPS against other forecasts, {self.n} origins', loc='left', fontsize=10, color=color)
     return fig
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #557b252b
+@patch
+def summary_html(self: Evaluation) -> str:
+    "Return light, sentences and picture as HTML"
+    lines = ''.join(f'<div>{html.escape(o)}</div>' for o in self.sentences)
+    picture = base64.b64encode(png(self.plot_verdict())).decode()
+    return f"<b>{self.light}</b>{lines}<img src='data:image/png;base64,{picture}' style='max-width: 100%'>"
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-073
 @patch
