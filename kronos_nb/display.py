@@ -101,6 +101,13 @@ def md_table(
     table = '\n'.join('| ' + ' | '.join(map(_cell, r)) + ' |' for r in rows)
     return table + (f'\n\nand {len(df) - limit:,} more rows' if len(df) > limit else '')
 
+# %% ../nbs/api/0_ground/04_display.ipynb #2e20af57
+def md_key(
+    meanings: dict, # Column -> what it means
+) -> str:
+    "Return the key of a table as a Markdown list"
+    return '\n'.join(f'- **{column}**: {meaning}' for column, meaning in meanings.items())
+
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-024
 def progress_bar(
     total: int,               # Units of work

@@ -236,6 +236,13 @@ def _what_happened(
                         f"{stamps[-1]}; it has {has}. Give predict the stamps: future=actual.timestamps")
     return bars.set_axis(t)
 
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #799a4f4c
+def _count(n, word): return f"{n:,} {word}{'s'*(n != 1)}"
+
+@patch
+def _title(self: Forecast):
+    return f"{plain_text(self.symbol or 'forecast')}: {_count(len(self.paths), 'path')} of {_count(len(self), 'bar')}"
+
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-033
 @patch
 def plot(self: Forecast,
@@ -250,10 +257,8 @@ def plot(self: Forecast,
 ):  # The figure
     "Draw a fan chart over the end of the history"
     _feature(feature)
-    paths_of, bars = (f"{n:,} {word}{'s'*(n != 1)}" for n, word in ((len(self.paths), 'path'), (len(self), 'bar')))
-    title = f'{plain_text(self.symbol or "forecast")}: {paths_of} of {bars}'
     came = None if actual is None else _what_happened(actual, self.symbol, self.timestamps)
-    fan = Fan(self.history.iloc[-history:], self.paths, self.timestamps, came, feature, title, paths)
+    fan = Fan(self.history.iloc[-history:], self.paths, self.timestamps, came, feature, self._title(), paths)
     return interactive_fan_chart(fan) if interactive else fan_chart(fan, candles, size, ax)
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #e01957a6
@@ -266,9 +271,9 @@ def _shared(models, key):
 @patch(as_prop=True)
 def sentence(self: Forecast) -> str:
     "Return where the forecast ends, in words"
-    end, up = self.quantile([.05, .5, .95], 'close').iloc[-1], percent(self.prob_up().iloc[-1], 0)
-    bars = f"{len(self)} bar{'s'*(len(self) != 1)}"
-    return (f"After {bars}, {date_text(self.timestamps[-1])}: median {end[.5]:.6g}, 90 % of the paths between "
+    end, when = self.quantile([.05, .5, .95], 'close').iloc[-1], date_text(self.timestamps[-1])
+    up = percent(self.prob_up().iloc[-1], 0)
+    return (f"After {_count(len(self), 'bar')}, {when}: median {end[.5]:.6g}, 90 % of the paths between "
             f"{end[.05]:.6g} and {end[.95]:.6g}; {up} end above the last close, {self.last_close:.6g}.")
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #f5780e4e
@@ -380,7 +385,6 @@ class Forecaster:
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
         self.max_context = self._context(max_context)
         self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
-        self.predict_window = _shared(self.predictors, 'predict_window')   # of training; None where not recorded
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-042
 @patch
@@ -405,6 +409,12 @@ def _context(self: Forecaster, asked):
 
 @patch(as_prop=True)
 def predictor(self: Forecaster) -> Kronos: return self.predictors[0]
+
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #cfa3784b
+@patch(as_prop=True)
+def predict_window(self: Forecaster) -> int | None:
+    "Return the horizon of training; None where the models record none, or different ones"
+    return _shared(self.predictors, 'predict_window')
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-044
 @patch(as_prop=True)
@@ -555,17 +565,17 @@ def _settings(self: Forecaster, sampling):
 @with_sampling
 def predict_many(self: Forecaster,
     histories,       # Frames of bars, one symbol each
-    predict_window: int | None = None, # H, bars ahead; None: as trained
+    predict_window: int | None = None, # H, bars; None: as trained
     *,
-    keys=None,       # Seed of each history's random numbers; by default its symbol
-    futures=None,    # Stamps of each history's future; by default the calendar's
+    keys=None,       # Seed of each history's numbers; by default its symbol
+    futures=None,    # Stamps of each future; by default the calendar's
     sampling: Sampling | None = None, # How paths are drawn, as one object
     calendar=None,   # See `future_stamps`
-    lookback_window=None, # Bars of history used; None: the forecaster's
+    lookback_window=None, # Bars used; None: the forecaster's
     coherent_candles=True, # Repair impossible candles
     memory=1024,     # MiB for the paths of a batch
     progress=None,   # Show a bar; None: after two seconds
-    **kwargs,        # Settings of `Sampling`, one by one
+    **kwargs,        # Settings of `Sampling`
 ) -> list: # One `Forecast` per history
     "Forecast many histories at once"
     sampling = Sampling.of(sampling, **kwargs)

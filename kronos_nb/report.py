@@ -13,7 +13,7 @@ import pandas as pd
 from . import __version__
 from .core import write_atomic
 from .config import Config
-from .display import md_table, save_figure
+from .display import md_key, md_table, save_figure
 from .training.run import Run
 from .training.diagnose import diagnose
 from .judging.evaluation import Evaluation
@@ -29,6 +29,13 @@ def _stage_title(label, stage):
     "Return 'Predictor', or 'Predictor, seed 2' where there are several"
     seed = label.removesuffix(stage.name).strip()
     return stage.name.title() + (f", {seed.replace('_', ' ')}" if seed else '')
+
+# %% ../nbs/api/7_fit/70_report.ipynb #50c5f7b7
+_KEY = dict(
+    train_loss='mean loss on the training windows of the epoch',
+    val_loss='loss on the validation windows, which chooses the weights',
+    learning_rate='at the end of the epoch',
+    gradient_norm='mean norm of the updates before clipping')
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-009
 def _epochs(metrics):
@@ -99,6 +106,7 @@ def write_report(
     stages = [_stage_section(run, label, stage) for label, stage in run.stages.items()]
     parts = ['# Run report\n', '## Verdict\n', _verdict_section(run)]
     parts += ['## Forecasts\n', *forecasts] if any(forecasts) else []
-    parts += ['## Training\n', _seeds_line(run.config), *stages, '## Data\n', _data_section(run)]
+    parts += ['## Training\n', _seeds_line(run.config), *([md_key(_KEY) + '\n'] * any(stages)), *stages]
+    parts += ['## Data\n', _data_section(run)]
     parts += ['\n## Settings\n', _settings_section(run.config), f'\nkronos_nb {__version__}\n']
     return write_atomic(run.report_file, '\n'.join(p for p in parts if p))

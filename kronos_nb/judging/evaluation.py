@@ -17,7 +17,8 @@ from fastcore.basics import patch
 
 from ..core import RunError, check_choice, write_atomic, write_json
 from kronos_nb.display import (
-    COLORS, date_text, figure, legend_beside, md_table, p_value, percent, plain_text, png, save_figure, show_card,
+    COLORS, date_text, figure, legend_beside, md_key, md_table, p_value, percent, plain_text, png, save_figure,
+    show_card,
 )
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike
@@ -435,11 +436,6 @@ _METRIC_KEY = {
     'ic, rank_ic': 'correlation of expected and realised returns across symbols, and of their ranks; `_t` and `_p` '
                    'test whether it is zero'}
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #257918ba
-def _key(meanings: dict) -> str:
-    "Return what the columns of a table mean, as a list"
-    return '\n'.join(f'- **{column}**: {meaning}' for column, meaning in meanings.items())
-
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #1a04a817
 @patch(as_prop=True)
 def summary(self: Evaluation) -> str:
@@ -451,10 +447,10 @@ def summary(self: Evaluation) -> str:
 def details(self: Evaluation) -> str:
     "Return comparisons, metrics and method as Markdown, each table with its key"
     known = {k: v for k, v in _METRIC_KEY.items() if k in self.table() or k == 'ic, rank_ic' and len(self.ics)}
-    parts = ['### Compared with', md_table(self._compared()), _key(_KEY), '### Metrics, with intervals',
+    parts = ['### Compared with', md_table(self._compared()), md_key(_KEY), '### Metrics, with intervals',
              md_table(self.table().reset_index())]
     if len(self.ics): parts.append(md_table(self.ics.round(4).reset_index()))
-    parts += [_key(known), '### Method', self._method(), self._omissions()]
+    parts += [md_key(known), '### Method', self._method(), self._omissions()]
     return '\n\n'.join(p for p in parts if p) + '\n'
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-072
