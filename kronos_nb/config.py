@@ -488,6 +488,37 @@ def preset(cls: Config,
     for v in variants: cfg = cfg.replace(**VARIANTS[check_choice('variant', v, VARIANTS)])
     return cfg.replace(**changes)
 
+# %% ../nbs/api/0_ground/03_config.ipynb #9612d519
+@patch
+def _nearest(self: Config) -> tuple: # Name of the nearest preset, or 'defaults'; the settings that differ from it
+    "Return what this configuration is nearest to"
+    known = {'defaults': Config()} | {name: Config().replace(**PRESETS[name]) for name in PRESETS}
+    diffs = {name: list(self.diff(other).index) for name, other in known.items()}
+    return min(diffs.items(), key=lambda o: len(o[1]))
+
+# %% ../nbs/api/0_ground/03_config.ipynb #81b7f6c7
+@patch
+def __repr__(self: Config):
+    name, mine = self._nearest()
+    flat = self.flat()
+    changes = ', '.join(f'{k}={format_setting(flat[k]) or "none"}' for k in mine)
+    return f"Config({name}{f' with {changes}' * bool(mine)})"
+
+# %% ../nbs/api/0_ground/03_config.ipynb #87f46513
+@patch
+def _repr_html_(self: Config):
+    (name, mine), t = self._nearest(), self.table().reset_index()
+    path = t['group'] + '.' + t['setting']
+    t['value'], t['default'] = (t[c].map(lambda v: format_setting(v) or 'none') for c in ('value', 'default'))
+    changed = path.isin([*mine, *self.diff(Config()).index])
+    t['changed by'] = path.map(lambda p: 'you' if p in mine else name).where(changed, '')
+    def as_html(rows):
+        return rows.assign(group=rows['group'].mask(rows['group'].duplicated(), '')).to_html(index=False, border=0)
+    shown = t[t['changed by'] != ''][['group', 'setting', 'value', 'default', 'changed by', 'meaning']]
+    head = f"<b>Config</b>: {name}, {len(mine)} change{'s' * (len(mine) != 1)} of yours"
+    rest = f'<details><summary>all {len(t)} settings</summary>{as_html(t.drop(columns="changed by"))}</details>'
+    return f'<p>{head}</p>{as_html(shown) if len(shown) else ""}{rest}'
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-075
 def _read_yaml(path) -> dict:
     if not Path(path).is_file():

@@ -19,7 +19,7 @@ from .core import DataError, ModelError, RunError, pick_device, threads, write_a
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
-from .display import current_run, md_table, progress_of_run, save_figure
+from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
 from .training.run import CALIBRATION, STAGES, Run
@@ -104,6 +104,14 @@ def _repr_markdown_(self: FitResult):
         how = f'**Interrupted**: {self.stop_reason}. Call `fit` again with the same arguments to go on.'
         return '\n\n'.join(o for o in (how, self._stage_table(), files) if o)
     return '\n\n'.join((self._stage_table(), self._verdict(), f'{files}, report: `{self.run.report_file}`'))
+
+# %% ../nbs/api/7_fit/77_train.ipynb #98260142
+@patch
+def _ipython_display_(self: FitResult):
+    text, e = self._repr_markdown_(), self.evaluation
+    if self.interrupted or e is None: return show_card(text)
+    before, _, after = text.partition(e.summary)
+    show_card(e.summary, e.plot_verdict(), before.removesuffix('## Evaluation\n\n') + after)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-013
 @patch
