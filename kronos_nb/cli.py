@@ -671,7 +671,7 @@ def run_fit(a):
         return run_experiments(a)
     data, named, changes = _asked(a)
     if a.test:
-        cfg, run = settle(data, named, changes, a.out)
+        cfg, run, data = settle(data, named, changes, a.out)
         return dry_run(cfg, data, run.folder, a.beside)
     if a.num_gpus and a.num_gpus > 1 and 'RANK' not in os.environ:
         return launch(a.num_gpus, a.argv) or 130*stopped(settle(data, named, changes, a.out)[1].folder)
