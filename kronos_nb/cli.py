@@ -670,12 +670,13 @@ def _close_quantiles(forecast, symbol: str):
 def _write_forecasts(found: dict, out: Path):
     "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
     import pandas as pd
+    from kronos_nb.core import safe_name
     from kronos_nb.display import save_figure
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for symbol, forecast in found.items():
         rows.append(_close_quantiles(forecast, symbol))
-        save_figure(forecast.plot(), out/f'forecast_{symbol}.png')
+        save_figure(forecast.plot(), out/f'forecast_{safe_name(symbol)}.png')
     table = pd.concat(rows, ignore_index=True)
     table.to_csv(out/'forecast.csv', index=False)
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')

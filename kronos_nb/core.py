@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'FEATURES', 'STAMPS', 'GLOSSARY', 'KronosError', 'ConfigError', 'DataError', 'ModelError', 'RunError',
-           'seed_everything', 'pick_device']
+           'seed_everything', 'pick_device', 'safe_name', 'symbol_of']
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-002
-import contextlib, difflib, hashlib, inspect, json, os, random, sys, tempfile, types
+import contextlib, difflib, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +176,78 @@ def jsonable(o):
 def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
     return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b1484855
+_DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)   # reserved by Windows, with any extension
+_LONGEST = 128                                  # characters of a safe name; file systems take about 250
+
+def _byte_name(b: int) -> str: return f'~{b:02X}'
+
+def _escape_bytes(text: str) -> str:
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '_-.') else
+                   ''.join(map(_byte_name, c.encode('utf-8', 'surrogatepass'))) for c in text)
+
+# %% ../nbs/api/0_ground/00_core.ipynb #393a3d15
+def safe_name(
+    symbol: str, # Any text
+) -> str: # ASCII, one part of a path, at most 128 characters; two symbols never share it
+    "Return the file name of a symbol; `symbol_of` is its inverse"
+    name = _escape_bytes(str(symbol)) or '~'
+    if name[0] in '.-' or _DEVICES.match(name): name = _byte_name(ord(name[0])) + name[1:]
+    if name[-1] == '.': name = name[:-1] + _byte_name(ord('.'))
+    if len(name) <= _LONGEST: return name
+    digest = hashlib.blake2b(str(symbol).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
+    return f'{name[:_LONGEST - 34]}~~{digest}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #a49fa3bd
+def symbol_of(
+    name: str,  # From `safe_name`
+    known=(),   # Symbols that a cut name may stand for
+) -> str | None: # None for a name that `safe_name` never gives, and for a cut one that is not `known`
+    "Return the symbol of a file name"
+    found = next((s for s in known if safe_name(s) == name), None)
+    if found is not None: return found
+    data = b'' if name == '~' else re.sub(rb'~([0-9A-F]{2})', lambda m: bytes([int(m[1], 16)]), name.encode('utf-8', 'surrogatepass'))
+    try: symbol = data.decode('utf-8', 'surrogatepass')
+    except UnicodeDecodeError: return None
+    return symbol if safe_name(symbol) == name else None
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b6a753b4
+_UNSEEN = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')   # controls, breaks, directions
+
+def one_line(
+    text, # From data: a symbol, a path, a message
+) -> str:
+    "Return `text` in one visible line of valid Unicode"
+    return _UNSEEN.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
+# %% ../nbs/api/0_ground/00_core.ipynb #8b827b00
+_MARKUP = re.compile(r'[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.', re.IGNORECASE)
+
+def md_text(
+    text, # From data
+) -> str:
+    "Return `text` as Markdown that shows it and does nothing else"
+    text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    return _MARKUP.sub(r'\\\g<0>', text)
+
+def plot_text(
+    text, # From data
+) -> str:
+    "Return `text` as matplotlib draws it, dollars included"
+    return one_line(text).replace('$', r'\$')
+
+# %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
+def shown(
+    value,           # Whatever an error message repeats
+    most: int = 200, # Characters
+) -> str:
+    "Return `repr(value)`, cut in the middle where it is long; nested values are not walked to the end"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
+    text = short.repr(value)
+    return text if len(text) <= most else f'{text[:most - 40]} ... {text[-30:]}'
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-048
 def callable_module(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import write_atomic
+from .core import md_text, write_atomic
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-005
 def date_text(
@@ -86,7 +86,7 @@ def _cell(v) -> str:
     if isinstance(v, (list, tuple)): return ', '.join(map(_cell, v))
     if isinstance(v, pd.Timestamp): return date_text(v)
     if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
-    return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v).replace('|', '\\|')
+    return f'{v:,}' if isinstance(v, (int, np.integer)) else md_text(v)
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-021
 def md_table(

@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-002
+import html
+
 import numpy as np
 
-from .core import ConfigError
+from .core import ConfigError, one_line, plot_text
 from .display import COLORS, figure, percent
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-005
@@ -44,7 +46,7 @@ def fan_chart(
         ax.plot(x[np.isfinite(came)], came[np.isfinite(came)], COLORS['truth'], lw=1.2, label='what happened')
     ax.axvline(n-.5, color=COLORS['reference'], lw=.6, ls='--')
     _label_times(ax, past.index.append(quantiles.index))
-    ax.set_title(title)
+    ax.set_title(plot_text(title))
     ax.legend(fontsize=8, loc='upper left')
     return ax.figure
 
@@ -68,4 +70,4 @@ def interactive_fan_chart(past, quantiles, paths, actual=None, title=''):
     fig.add_scatter(x=index, y=quantiles[.5], line=line, name='median')
     if actual is not None:
         fig.add_scatter(x=actual.index, y=actual, line=dict(color=COLORS['truth']), name='what happened')
-    return fig.update_layout(title=title, hovermode='x unified')
+    return fig.update_layout(title=html.escape(one_line(title)), hovermode='x unified')

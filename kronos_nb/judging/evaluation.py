@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RunError, check_choice, write_atomic, write_json
+from ..core import RunError, check_choice, md_text, plot_text, write_atomic, write_json
 from ..display import COLORS, figure, md_table, p_value, percent
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike
@@ -374,7 +374,7 @@ def _method(self: Evaluation):
 def _omissions(self: Evaluation, most=10):
     "Return what was left out and why; '' for nothing"
     if self.left_out is None or not len(self.left_out): return ''
-    named = '; '.join(f'{o.symbol}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
+    named = '; '.join(f'{md_text(o.symbol)}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
     rest = len(self.left_out) - most
     return f'Left out: {named}' + (f' and {rest} more.' if rest > 0 else '.')
 
@@ -428,7 +428,7 @@ def _draw_fan(ax, rows, history):
         ax.fill_between(rows['h'], rows[lo], rows[hi], color=COLORS['model'], alpha=.2, lw=0)
     ax.plot(rows['h'], rows['q50'], color=COLORS['model'], lw=1, label='median')
     ax.plot(rows['h'], rows['y'], color=COLORS['truth'], lw=.8, label='actual')
-    ax.set_title(f"{rows['symbol'].iloc[0]}, {rows['origin'].iloc[0]:%Y-%m-%d %H:%M}", fontsize=8)
+    ax.set_title(f"{plot_text(rows['symbol'].iloc[0])}, {rows['origin'].iloc[0]:%Y-%m-%d %H:%M}", fontsize=8)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-083
 @patch

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 from fastcore.basics import patch
 
-from ..core import RunError, check_choice, write_json
+from ..core import RunError, check_choice, safe_name, write_json
 from ..config import Config
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
 
@@ -144,7 +144,7 @@ class Run(_Folder):
     evaluation_folder, evaluation_card = _under('evaluation'), _under('evaluation', 'card.md')
     evaluation_file, no_calibration_file = _under('evaluation', EVALUATION), _under('predictor', 'no_calibration.txt')
 
-    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{symbol}.png'
+    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
     @property
     def forecast_plots(self) -> list: return sorted(self.plots.glob('forecast_*.png'))
     @property
