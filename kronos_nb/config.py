@@ -16,8 +16,9 @@ import pandas as pd
 import yaml
 from fastcore.basics import patch
 
-from .core import FEATURES, ConfigError, check_choice, nearest, write_atomic
-from .settings import Sampling, Settings, format_setting, parse_duration, setting, span_text
+from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
+from .settings import (
+    Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
 from .config_compat import is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
@@ -352,7 +353,7 @@ def _part(key, value) -> tuple[str, dict]:
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
-        raise ConfigError(f"{group!r} is a group of settings, got {value!r}; it holds: {', '.join(fields)}")
+        raise ConfigError(f"{group!r} is a group of settings, got {short_repr(value)}; it holds: {', '.join(fields)}")
     part = {name: value} if name else value
     check_keys(part, fields, f'config.{group}')
     return group, part
@@ -457,8 +458,9 @@ def preset(cls: Config,
 def _read_yaml(path) -> dict:
     if not Path(path).is_file():
         raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {', '.join(PRESETS)}")
-    try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
+    found = read_yaml(path)
+    if found is None: raise ConfigError(f"{str(path)!r} is empty; write the changes into it, or use Config.preset")
+    return found
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-076
 @patch(cls_method=True)

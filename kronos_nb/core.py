@@ -71,7 +71,7 @@ def check_choice(
 ):
     "Return `got` if it is one of `allowed`; raise `error` otherwise"
     if got in allowed: return got
-    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {got!r}{nearest(got, allowed)}")
+    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {short_repr(got)}{nearest(got, allowed)}")
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-022
 def stable_key(
@@ -207,13 +207,15 @@ def symbol_of(
     "Return the symbol of a file name"
     found = next((s for s in known if safe_name(s) == name), None)
     if found is not None: return found
-    data = b'' if name == '~' else re.sub(rb'~([0-9A-F]{2})', lambda m: bytes([int(m[1], 16)]), name.encode('utf-8', 'surrogatepass'))
+    def byte(m): return bytes([int(m[1], 16)])
+    data = b'' if name == '~' else re.sub(rb'~([0-9A-F]{2})', byte, name.encode('utf-8', 'surrogatepass'))
     try: symbol = data.decode('utf-8', 'surrogatepass')
     except UnicodeDecodeError: return None
     return symbol if safe_name(symbol) == name else None
 
 # %% ../nbs/api/0_ground/00_core.ipynb #b6a753b4
-_UNSEEN = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')   # controls, breaks, directions
+# controls, line breaks, changes of direction, halves of characters
+_UNSEEN = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 
 def one_line(
     text, # From data: a symbol, a path, a message
@@ -238,7 +240,7 @@ def plot_text(
     return one_line(text).replace('$', r'\$')
 
 # %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
-def shown(
+def short_repr(
     value,           # Whatever an error message repeats
     most: int = 200, # Characters
 ) -> str:

@@ -10,7 +10,8 @@ from kronos_nb.core import md_text, one_line, safe_name, symbol_of
 
 hostile = ['BTC/USDT', '../x', '../../x', '/etc/x', 'a\\b', 'C:\\x', '$', '$SPX_$VIX', '', '.', '..', '.hidden', 'x.',
            'CON', 'nul.txt', 'com1', 'LPT9.csv', 'x'*300, 'é 😀', '贵州茅台', 'nan', '-rf', '__proto__', 'a\0b', 'a\nb',
-           '\x1b[31mred', '\udcff', '<img src=x onerror=alert(1)>', 'A|B', '`x`', '[c](javascript:alert(1))', '~', '~2F']
+           '\x1b[31mred', '\udcff', '<img src=x onerror=alert(1)>', 'A|B', '`x`', '[c](javascript:alert(1))', '~',
+           '~2F']
 
 
 # names
