@@ -95,8 +95,12 @@ _SWITCH = dict(true=True, yes=True, on=True, false=False, no=False, off=False) |
 
 def _read_bool(value): return _SWITCH[str(value).lower()]
 
+_SPECIAL = re.compile(r'([+-]?)\.(inf|nan)', re.IGNORECASE)   # as YAML writes them
+
+def _to_float(value): return float(_SPECIAL.sub(r'\1\2', value) if isinstance(value, str) else value)
+
 def _read_float(value):
-    if isinstance(value, bool) or math.isnan(number := float(value)): raise ValueError
+    if isinstance(value, bool) or math.isnan(number := _to_float(value)): raise ValueError
     return number
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-012
@@ -129,7 +133,7 @@ def _read_dict(value):
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-016
 def read_untyped(text: str):
     "Return the number, switch or text that `text` spells, where no type is declared"
-    for number in (int, float):
+    for number in (int, _to_float):
         try: return number(text)
         except ValueError: pass
     return _SWITCH.get(text.lower(), text)
