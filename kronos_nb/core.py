@@ -52,6 +52,18 @@ class DataError(KronosError, ValueError):   "Bars cannot be used as they are; na
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"
 class RunError(KronosError, RuntimeError):  "The state of a run or of its folder forbids the request"
 
+# %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
+def short_repr(
+    value,           # Whatever an error message repeats
+    most: int = 200, # Characters
+) -> str:
+    "Return `repr(value)`, cut in the middle where it is long; nested values are not walked to the end"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
+    text = short.repr(value)
+    return text if len(text) <= most else f'{text[:most - 40]} ... {text[-30:]}'
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-015
 def nearest(
     name,    # What somebody typed
@@ -239,17 +251,30 @@ def plot_text(
     "Return `text` as matplotlib draws it, dollars included"
     return one_line(text).replace('$', r'\$')
 
-# %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
-def short_repr(
-    value,           # Whatever an error message repeats
-    most: int = 200, # Characters
-) -> str:
-    "Return `repr(value)`, cut in the middle where it is long; nested values are not walked to the end"
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = most
-    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
-    text = short.repr(value)
-    return text if len(text) <= most else f'{text[:most - 40]} ... {text[-30:]}'
+# %% ../nbs/api/0_ground/00_core.ipynb #8fac4eab
+def misfit(
+    value, # From a file
+    like,  # A type, or dicts, lists and tuples of types
+    at='it', # Name of `value`
+) -> str | None: # None where it fits
+    "Return what is wrong with `value`, where it is not built like `like`"
+    if isinstance(like, tuple): return misfit(value, like[0], at) if all(misfit(value, o) for o in like) else None
+    if like is None: return None if value is None else f'{at} is {short_repr(value)}, not null'
+    if isinstance(like, list): return _misfit_in(value, list, enumerate, {int: like[0]}, at)
+    if isinstance(like, dict): return _misfit_in(value, dict, dict.items, like, at)
+    kinds = (int, float) if like is float else like
+    if isinstance(value, kinds) and not (isinstance(value, bool) and like in (int, float)): return None
+    return f'{at} is {short_repr(value, 60)}, not {like.__name__}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #ee2a0d66
+def _misfit_in(value, kind, items, like, at):
+    "Return what is wrong with a list or a dict"
+    if not isinstance(value, kind): return f'{at} is {short_repr(value, 60)}, not {kind.__name__}'
+    every = like.get(str, like.get(int))
+    if lacking := [k for k in like if k not in (str, int) and k not in value]: return f'{at} lacks {lacking[0]!r}'
+    found = (misfit(v, like.get(k, every), f'{at}[{k!r}]')
+             for k, v in items(value) if every is not None or k in like)
+    return next(filter(None, found), None)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-048
 def callable_module(

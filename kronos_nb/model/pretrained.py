@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import ModelError, check_choice, nearest, short_repr, write_atomic
+from ..core import KronosError, ModelError, check_choice, nearest, short_repr, write_atomic
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-006
 _tokenizer = dict(
@@ -113,7 +113,7 @@ def _read_sums(folder) -> dict: # Name -> hashes that its file may have; {} wher
     found, lines = {}, file.read_bytes().decode('utf-8', 'replace').splitlines()
     for m in map(_SUM_LINE.fullmatch, lines):
         if m: found.setdefault(m[2], []).append(m[1])
-    if found.keys() >= set(_FILES) and len(lines) == sum(map(len, found.values())): return found
+    if _FILES[1] in found and len(lines) == sum(map(len, found.values())): return found
     raise ModelError(f"{file} is damaged. Copy the model again; delete the file only if you trust the two others")
 
 def _write_sums(folder, sums: dict):
@@ -127,13 +127,17 @@ def check_sums(
     "Raise `ModelError` where a file is not the one that was written; a model without hashes passes"
     sums = _read_sums(files[0].parent)
     for file in files:
-        if not sums or sha256(file) in sums[file.name]: continue
+        if file.name not in sums or sha256(file) in sums[file.name]: continue
         raise ModelError(f"{file} is not the file that was written (its SHA-256 is not in {SUMS}). Copy the model "
                          f"again, or delete {SUMS} if you changed the file yourself")
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #37ab0fe3
-def _write_files(folder, contents: dict): # Name -> bytes
+def write_model_files(
+    folder,
+    contents: dict, # Name -> bytes
+):
     "Replace the files of a model; at any moment the hashes of what is there are known"
+    folder = Path(folder)
     new = {name: [hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
     try: old = _read_sums(folder) or {n: [sha256(folder/n)] for n in contents if (folder/n).is_file()}
     except ModelError: old = {}
@@ -187,24 +191,6 @@ def _load_weights(model, tensors, source):
     model.load_state_dict({k: t.clone() for k, t in tensors.items()}, assign=True)
     return model
 
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-026
-class Pretrained(nn.Module):
-    "A module that can be saved and loaded: `config` has its constructor's arguments, `extra` what training adds"
-    gradient_checkpointing = False # Recompute activations in the backward pass: less memory, more time
-
-    def __init__(self,
-        config: dict,              # `locals()` of the subclass's constructor
-        extra: dict | None = None, # Anything that JSON can hold
-    ):
-        super().__init__()
-        self.config = {k: config[k] for k in sorted(config) if k not in ('self', 'extra', '__class__')}
-        self.extra = dict(extra or {})
-
-    @property
-    def n_params(self): return sum(p.numel() for p in self.parameters())
-    @property
-    def device(self): return next(self.parameters()).device
-
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #4a3d0295
 _MOST = dict(d_in=256, n_heads=256, n_layers=256, n_enc_layers=256, n_dec_layers=256, s1_bits=16, s2_bits=16,
              group_size=32, max_context=10**6, lookback_window=10**6, predict_window=10**6)
@@ -218,12 +204,33 @@ def _number_error(name, kind, value) -> str | None: # None where all is well
     if name.endswith('_p') and not 0 <= value < 1: return 'at least 0 and below 1'
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #4df3af26
-def _check_numbers(config, kinds, source):
-    "Raise unless every number of a configuration can be built"
-    kinds = kinds | {k: int for k in ('max_context', 'lookback_window', 'predict_window') if config.get(k) is not None}
+def _check_numbers(cls, config, extra):
+    "Raise unless every number of a model can be built"
+    kinds = {k: p.annotation for k, p in inspect.signature(cls).parameters.items() if k in config}
+    kinds |= {k: int for k in ('max_context', 'lookback_window', 'predict_window') if extra.get(k) is not None}
     for name, kind in kinds.items():
-        if wrong := kind in (bool, int, float) and _number_error(name, kind, config[name]):
-            raise ModelError(f"{name} in {source} must be {wrong}, got {short_repr(config[name])}")
+        value = config.get(name, extra.get(name))
+        if wrong := kind in (bool, int, float) and _number_error(name, kind, value):
+            raise ModelError(f"{name} of a {cls.__name__} must be {wrong}, got {short_repr(value)}")
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-026
+class Pretrained(nn.Module):
+    "A module that can be saved and loaded: `config` has its constructor's arguments, `extra` what training adds"
+    gradient_checkpointing = False # Recompute activations in the backward pass: less memory, more time
+
+    def __init__(self,
+        config: dict,              # `locals()` of the subclass's constructor
+        extra: dict | None = None, # Anything that JSON can hold
+    ):
+        super().__init__()
+        self.config = {k: config[k] for k in sorted(config) if k not in ('self', 'extra', '__class__')}
+        self.extra = dict(extra or {})
+        _check_numbers(type(self), self.config, self.extra)
+
+    @property
+    def n_params(self): return sum(p.numel() for p in self.parameters())
+    @property
+    def device(self): return next(self.parameters()).device
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-028
 @patch(cls_method=True)
@@ -232,12 +239,11 @@ def from_config(cls: Pretrained,
     source='config', # Named in errors
 ):
     "Build a model with fresh weights"
-    kinds = {k: p.annotation for k, p in inspect.signature(cls).parameters.items() if k != 'extra'}
-    names = list(kinds)
+    names = [k for k in inspect.signature(cls).parameters if k != 'extra']
     missing = [k for k in names if k not in config]
     if missing: raise ModelError(f"{source} lacks {', '.join(missing)}; a {cls.__name__} needs {', '.join(names)}")
-    _check_numbers(config, kinds, source)
-    return cls(**{k: config[k] for k in names}, extra={k: v for k, v in config.items() if k not in names})
+    try: return cls(**{k: config[k] for k in names}, extra={k: v for k, v in config.items() if k not in names})
+    except KronosError as e: raise ModelError(f"{source}: {e}") from e
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-029
 @patch(cls_method=True)
@@ -289,7 +295,7 @@ def save_pretrained(self: Pretrained,
     state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
     config = json.dumps(self.config | self.extra, indent=2, sort_keys=True).encode()
     weights = save({k: t.contiguous().clone() for k, t in state.items()})
-    _write_files(Path(folder), {'config.json': config, 'model.safetensors': weights})
+    write_model_files(folder, {'config.json': config, 'model.safetensors': weights})
     return Path(folder)
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-037
