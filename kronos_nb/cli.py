@@ -629,10 +629,10 @@ def _base_of(a, f):
     if a.base:
         return None if a.base == 'none' else Forecaster.from_pretrained(a.base)
     run = _run_of(a.model)
-    inits = inits_of(run.config, run) if run else dict(predictor='scratch')
-    if inits['predictor'] == 'scratch':
-        return None
     try:
+        inits = inits_of(run.config, run) if run else dict(predictor='scratch')
+        if inits['predictor'] == 'scratch':
+            return None
         return Forecaster.from_pretrained(inits['tokenizer'], inits['predictor'],
             normalizer=f.normalizer, max_context=f.max_context)
     except KronosError as e:
@@ -658,7 +658,9 @@ def _model_and_windows(a):
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
     bars = _bars_of(a, cfg, f)
-    return f, bars, a.lookback_window or cfg.data.lookback_window, a.predict_window or cfg.data.predict_window
+    said = {} if run else f.predictor.extra   # a model alone knows the windows that it was trained on
+    names = ('lookback_window', 'predict_window')
+    return f, bars, *(getattr(a, k) or said.get(k) or getattr(cfg.data, k) for k in names)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-091
 def _close_quantiles(forecast, symbol: str):

@@ -245,11 +245,28 @@ def md_text(
     text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     return _MARKUP.sub(r'\\\g<0>', text)
 
+def md_code(
+    text, # From data
+) -> str:
+    "Return `text` as code in a line of Markdown"
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
 def plot_text(
     text, # From data
 ) -> str:
     "Return `text` as matplotlib draws it, dollars included"
     return one_line(text).replace('$', r'\$')
+
+# %% ../nbs/api/0_ground/00_core.ipynb #6703e7c4
+def public_name(
+    value, # A setting, or a list of them
+):  # Paths without their folders; hub ids and everything else as they are
+    "Return what strangers may see of a setting"
+    if isinstance(value, (list, tuple)): return [public_name(v) for v in value]
+    if not isinstance(value, str): return value
+    absolute = value.startswith(('/', '~', '.')) or re.match(r'[A-Za-z]:[/\\]', value)
+    if not (absolute or '\\' in value or value.count('/') > 1): return value
+    return re.split(r'[/\\]', value.rstrip('/\\'))[-1]
 
 # %% ../nbs/api/0_ground/00_core.ipynb #8fac4eab
 def misfit(

@@ -19,6 +19,7 @@ from .display import in_words
 from .data.normalize import NORMALIZERS
 from .data.window import WindowDataset, split_by_time
 from .model.pretrained import PUBLISHED
+from .training.history import read_json
 from .training.task import CLASSES, TINY, PredictorTask, TokenizerTask
 from .fitting.prepare import Prepared, load_bars
 from .fitting.claim import base_config
@@ -34,7 +35,7 @@ def architecture(
     fresh, wide = init == 'scratch', {}
     if fresh and settings.size == 'tiny': found = TINY[stage]
     elif fresh: found = hub.get(str(settings.size).removeprefix('NeoQuasar/'))
-    elif (path := Path(init)/'config.json').is_file(): found = json.loads(path.read_text(encoding='utf-8'))
+    elif (path := Path(init)/'config.json').is_file(): found = read_json(path)
     else: found = hub.get(init.removeprefix('NeoQuasar/'))
     if found is None: return None
     if fresh and stage == 'tokenizer': wide = dict(d_in=len(features))

@@ -90,10 +90,12 @@ def write_metrics(
     return write_json(path, {k: [row.get(k) for row in epochs] for k in keys})
 
 # %% ../../nbs/api/4_training/40_history.ipynb #4d18c884
-def _parse_json(data: bytes, like) -> tuple: # The content, and what is wrong with it
+def _parse_json(path, like) -> tuple: # The content, what is wrong with it, and when the file changed last
+    try: changed, data = path.stat().st_mtime_ns, path.read_bytes()
+    except OSError as e: return None, e.strerror, None
     try: found = json.loads(data)
-    except (ValueError, RecursionError) as e: return None, f'no JSON: {str(e)[:80]}'
-    return found, misfit(found, like)
+    except (ValueError, RecursionError) as e: return None, f'no JSON: {str(e)[:80]}', changed
+    return found, misfit(found, like), changed
 
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-018
 def read_json(
@@ -102,15 +104,12 @@ def read_json(
     tries=20,  # Reads, a twentieth of a second apart, as long as the file changes
 ):
     "Return the content of a JSON file that another process may be replacing; raise `RunError` for a damaged one"
-    for i in range(tries):
-        try: before, data = Path(path).stat(), Path(path).read_bytes()
-        except FileNotFoundError:
-            if i == tries-1: raise RunError(f"there is no file {str(path)!r}") from None
-        else:
-            found, wrong = _parse_json(data, like)
-            if not wrong: return found
-            if i and before.st_mtime_ns == changed: break
-            changed = before.st_mtime_ns
+    seen = None
+    for _ in range(tries):
+        found, wrong, changed = _parse_json(Path(path), like)
+        if not wrong: return found
+        if changed is not None and changed == seen: break
+        seen = changed
         time.sleep(.05)
     raise RunError(f"{str(path)!r} is damaged ({wrong}). Bring it back from a copy of the run")
 

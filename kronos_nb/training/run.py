@@ -181,8 +181,9 @@ class Run(_Folder):
 # %% ../../nbs/api/4_training/41_run.ipynb #76109fed
 _SPAN = dict(first=str, last=str, bars=int)
 _SERIES = _SPAN | dict(symbol=str, interval=(float, None), gaps=int)
-_FACTS = dict(data=str, bars=int, symbols=int, files=[str], series=[_SERIES], parts=[_SPAN | dict(part=str, symbols=int)],
-              windows={str: int}, device=str, versions={str: str})
+_PART = _SPAN | dict(part=str, symbols=int)
+_FACTS = dict(data=str, bars=int, symbols=int, files=[str], series=[_SERIES], parts=[_PART], windows={str: int},
+              device=str, versions={str: str})
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-036
 @patch(as_prop=True)
@@ -203,8 +204,9 @@ def _checked(self: Run, cfg: Config) -> Config:
     wrong = [k for k, v in kept.items() if k in now and now[k] != v] if isinstance(kept, dict) else []
     if not wrong: return cfg
     more = f' and {len(wrong) - 1} more' * (len(wrong) > 1)
-    raise RunError(f"{str(self.config_file)!r} is damaged or was changed: {wrong[0]} is {short_repr(now[wrong[0]])}{more}, "
-        f"but the run was started with {short_repr(kept[wrong[0]])}. Call fit again as at first: it writes the file anew")
+    is_now, was = (short_repr(values[wrong[0]], 80) for values in (now, kept))
+    raise RunError(f"{str(self.config_file)!r} is damaged or changed: {wrong[0]} is {is_now}{more}, but the run was "
+        f"started with {was}. Call fit again as at first: it writes the file anew")
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-039
 @patch
