@@ -72,6 +72,13 @@ def _check_zone(tz):
         hint = nearest(tz, available_timezones())
         raise ConfigError(f"data.tz must be the name of a zone such as Asia/Shanghai, or none; got {tz!r}{hint}") from e
 
+# %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
+def _check_date(path, value):
+    "Raise `ConfigError` unless pandas reads `value` as a moment"
+    try: pd.Timestamp(value)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} must be a moment such as 2024-01-31, got {short_repr(value)}") from e
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-013
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_SplitConfig):
@@ -80,6 +87,7 @@ class DataConfig(_SplitConfig):
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
     def check(self):
         if self.tz is not None: _check_zone(self.tz)
+        for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")

@@ -70,7 +70,7 @@ def nearest(
     allowed, # Names that exist
 ) -> str: # `"; did you mean 'lr'?"`, or '' where no name is close
     "Return a suggestion for a misspelt `name`, as the end of an error message"
-    if name in allowed: return ''
+    if name in list(allowed): return ''
     found = difflib.get_close_matches(str(name), [str(o) for o in allowed], n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ''
 
@@ -82,7 +82,7 @@ def check_choice(
     error: type = ConfigError, # Type to raise
 ):
     "Return `got` if it is one of `allowed`; raise `error` otherwise"
-    if got in allowed: return got
+    if got in list(allowed): return got   # a list, so that what has no hash can be asked for
     raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {short_repr(got)}{nearest(got, allowed)}")
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-022

@@ -59,7 +59,10 @@ def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() 
 
 def _kept_settings(run: Run) -> Config:
     "Return the settings that a run was started with"
-    if 'settings' in run.facts: return Config().replace(**run.facts['settings'])
+    if 'settings' in run.facts:
+        try: return Config().replace(**run.facts['settings'])
+        except (ConfigError, TypeError) as e:
+            raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
     return Run(run.folder).config   # of its own: `run` reads the settings after they are written
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 from fastcore.basics import patch
 
-from ..core import RunError, check_choice, jsonable, safe_name, short_repr, write_json
+from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json
 from ..config import Config
 from ..model.pretrained import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
@@ -176,7 +176,8 @@ class Run(_Folder):
     @cached_property
     def config(self) -> Config:
         if not self.exists: raise _no_run(self.folder, self.config_file.name)
-        return self._checked(Config.load(self.config_file))
+        try: return self._checked(Config.load(self.config_file))
+        except ConfigError as e: raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
 
 # %% ../../nbs/api/4_training/41_run.ipynb #76109fed
 _SPAN = dict(first=str, last=str, bars=int)
