@@ -17,7 +17,7 @@ from . import __version__
 from .core import md_code, md_text, public_name, write_atomic
 from .config import Config
 from .display import date_text, interval_text, md_table, name_list
-from .model.pretrained import PUBLISHED, sha256
+from .model.pretrained import BUNDLED, PUBLISHED, sha256
 from .training.history import best_validation
 from .training.run import STAGES, Run, is_model
 
@@ -223,6 +223,7 @@ def _start(self: _Card):
     "Name the initial weights"
     base, own = self.base, self.run.base
     if base == 'scratch': return 'random weights (trained from scratch)'
+    if base == BUNDLED: return 'the small base that ships with kronos_nb, a toy trained on three daily shares'
     if base in PUBLISHED: return f'[{base}](https://huggingface.co/{base})'
     if base != 'base': return md_code(public_name(base))
     if own is None: return 'a base that the run trained itself'
@@ -280,7 +281,9 @@ def training(self: _Card) -> str:
 def licences(self: _Card) -> str:
     "List the licences of weights, bars and code"
     base = self.base
-    terms = 'MIT, as published by NeoQuasar; keep its notice' if base in PUBLISHED else 'see their source'
+    known = dict.fromkeys(PUBLISHED, 'MIT, as published by NeoQuasar; keep its notice')
+    known[BUNDLED] = 'Apache 2.0, trained on bars in the public domain'
+    terms = known.get(base, 'see their source')
     initial = f'- Initial weights ({md_text(public_name(base))}): {terms}.\n'
     own = '- Initial weights: a base that the run trained itself, on bars of the same source.\n'
     mine = self.licence or '**not stated**. The publisher decides, and must respect the licences below'
