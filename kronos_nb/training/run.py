@@ -177,7 +177,9 @@ class Run(_Folder):
     def config(self) -> Config:
         if not self.exists: raise _no_run(self.folder, self.config_file.name)
         try: return self._checked(Config.load(self.config_file))
-        except ConfigError as e: raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
+        except ConfigError as e:
+            if str(self.config_file) in str(e): raise
+            raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
 
 # %% ../../nbs/api/4_training/41_run.ipynb #76109fed
 _SPAN = dict(first=str, last=str, bars=int)
