@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import KronosError, RunError, md_text, plot_text
+from ..core import KronosError, RunError, md_text
 from ..config import Config
-from ..display import COLORS, figure, md_table, p_value, percent
+from ..display import COLORS, figure, md_table, p_value, percent, plain_text
 from ..training.run import STAGES, Run
 from .evaluation import COLUMNS, Evaluation, skill
 
@@ -275,7 +275,7 @@ def _plot_losses(ax, runs, stage):
     for i, r in enumerate(runs):
         m = r.curves[r.curves['stage'] == stage] if len(r.curves) else r.curves
         if 'val_loss' in m and len(m):
-            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=plot_text(r.name))
+            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=plain_text(r.name))
     ax.set(title=f'{stage}, validation loss', xlabel='epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.lines:
@@ -304,7 +304,7 @@ def plot(self: Comparison):
     _plot_skills(last, v)
     last.margins(y=.3)
     last.axhline(0, color=COLORS['reference'], lw=.6, ls='--')
-    last.set_xticks(range(len(v)), map(plot_text, v.index), fontsize=8)
+    last.set_xticks(range(len(v)), map(plain_text, v.index), fontsize=8)
     last.set(title='CRPS skill, %, and Diebold-Mariano p', xlim=(-.6, len(v) - .4))
     if self.judged:
         last.legend(fontsize=7, frameon=False)
