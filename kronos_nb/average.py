@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .core import ConfigError, ModelError, RunError, write_atomic
-from .model.pretrained import check_finite, check_sums, write_model_files
+from .hashes import check_sums, write_model_files
+from .model.pretrained import check_finite
 from .training.history import read_json
 from .training.run import RunStage
 from .training.learner import Callback

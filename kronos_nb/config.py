@@ -74,6 +74,8 @@ def _check_zone(tz):
 # %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
 def _check_date(path, value):
     "Raise `ConfigError` unless pandas reads `value` as a moment"
+    if value is None: return
+    import pandas as pd   # slow to import, and most configurations name no moment
     try: pd.Timestamp(value)
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{path} must be a moment such as 2024-01-31, got {short_repr(value)}") from e

@@ -17,7 +17,8 @@ from . import __version__
 from .core import md_code, md_text, public_name, write_atomic
 from .config import Config
 from .display import date_text, interval_text, md_table, name_list
-from .model.pretrained import BUNDLED, PUBLISHED, sha256
+from .hashes import sha256
+from .model.pretrained import BUNDLED, PUBLISHED
 from .training.history import best_validation
 from .training.run import STAGES, Run, is_model
 

@@ -26,7 +26,7 @@ from kronos_nb.follow import stage_lines
 from kronos_nb.forecast import Forecaster
 from kronos_nb.hub_card import model_card
 from kronos_nb.judging.evaluation import Evaluation
-from kronos_nb.model import pretrained
+from kronos_nb import hashes
 from kronos_nb.model.pretrained import copy_model
 from kronos_nb.report import write_report
 from kronos_nb.settings import parse_yaml
@@ -192,14 +192,14 @@ def test_a_kill_while_a_model_is_replaced_leaves_one_that_loads(pair, tmp_path, 
     new = build_model('predictor', str(model))
     with torch.no_grad():
         next(new.parameters()).add_(1)
-    real, left = pretrained.write_atomic, []
+    real, left = hashes.write_atomic, []
 
     def dying(path, content):
         if not left:
             raise KeyboardInterrupt
         left.pop()
         return real(path, content)
-    monkeypatch.setattr(pretrained, 'write_atomic', dying)
+    monkeypatch.setattr(hashes, 'write_atomic', dying)
     for writes in range(4):
         left[:] = [None]*writes
         with contextlib.suppress(KeyboardInterrupt):

@@ -20,7 +20,7 @@ from kronos_nb.display import (
     COLORS, date_text, figure, legend_beside, md_key, md_table, p_value, percent, plain_text, png, save_figure,
     show_card,
 )
-from ..model.pretrained import sha256
+from ..hashes import sha256
 from ..training.history import read_json
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json
 from ..config import Config
-from ..model.pretrained import check_sums
+from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-007
