@@ -761,10 +761,10 @@ def _base_of(a, f):
     if a.base:
         return None if a.base == 'none' else Forecaster.from_pretrained(a.base)
     run = _run_of(a.model)
-    inits = inits_of(run.config, run) if run else dict(predictor='scratch')
-    if inits['predictor'] == 'scratch':
-        return None
     try:
+        inits = inits_of(run.config, run) if run else dict(predictor='scratch')
+        if inits['predictor'] == 'scratch':
+            return None
         return Forecaster.from_pretrained(inits['tokenizer'], inits['predictor'],
             normalizer=f.normalizer, max_context=f.max_context)
     except KronosError as e:
@@ -806,6 +806,9 @@ def _model_and_bars(a):
     cfg = run.config if run else Config()
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    if not run:   # a model alone knows the windows that it was trained on
+        said = {k: f.predictor.extra.get(k) for k in ('lookback_window', 'predict_window')}
+        cfg = cfg.replace(data={k: v for k, v in said.items() if v})
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #529fac2e
@@ -861,12 +864,13 @@ def _forecast_folder(a, symbols) -> Path:
 def _write_forecasts(found: dict, out: Path):
     "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
     import pandas as pd
+    from kronos_nb.core import safe_name
     from kronos_nb.display import save_figure
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for symbol, forecast in found.items():
         rows.append(_close_quantiles(forecast, symbol))
-        save_figure(forecast.plot(), out/f'forecast_{symbol}.png')
+        save_figure(forecast.plot(), out/f'forecast_{safe_name(symbol)}.png')
     table = pd.concat(rows, ignore_index=True)
     table.to_csv(out/'forecast.csv', index=False)
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')

@@ -15,8 +15,9 @@ from zoneinfo import ZoneInfo, available_timezones
 import yaml
 from fastcore.basics import patch
 
-from .core import FEATURES, ConfigError, check_choice, nearest, write_atomic
-from .settings import Sampling, Settings, format_setting, parse_duration, setting, span_text
+from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
+from .settings import (
+    Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
 from .config_compat import is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
@@ -70,6 +71,15 @@ def _check_zone(tz):
         hint = nearest(tz, available_timezones())
         raise ConfigError(f"data.tz must be the name of a zone such as Asia/Shanghai, or none; got {tz!r}{hint}") from e
 
+# %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
+def _check_date(path, value):
+    "Raise `ConfigError` unless pandas reads `value` as a moment"
+    if value is None: return
+    import pandas as pd   # slow to import, and most configurations name no moment
+    try: pd.Timestamp(value)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} must be a moment such as 2024-01-31, got {short_repr(value)}") from e
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-013
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_SplitConfig):
@@ -78,6 +88,7 @@ class DataConfig(_SplitConfig):
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
     def check(self):
         if self.tz is not None: _check_zone(self.tz)
+        for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")
@@ -359,7 +370,7 @@ def _part(key, value) -> tuple[str, dict]:
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
-        raise ConfigError(f"{group!r} is a group of settings, got {value!r}; it holds: {', '.join(fields)}")
+        raise ConfigError(f"{group!r} is a group of settings, got {short_repr(value)}; it holds: {', '.join(fields)}")
     part = {name: value} if name else value
     check_keys(part, fields, f'config.{group}')
     return group, part
@@ -524,8 +535,9 @@ def _read_yaml(path) -> dict:
     if not Path(path).is_file():
         known = ', '.join(PRESET_NAMES)
         raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {known}")
-    try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
+    found = read_yaml(path)
+    if found is None: raise ConfigError(f"{str(path)!r} is empty; write the changes into it, or use Config.preset")
+    return found
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-076
 @patch(cls_method=True)

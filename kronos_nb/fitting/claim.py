@@ -55,6 +55,17 @@ def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
+
+def _kept_settings(run: Run) -> Config:
+    "Return the settings that a run was started with"
+    if 'settings' in run.facts:
+        try: return Config().replace(**run.facts['settings'])
+        except (ConfigError, TypeError) as e:
+            raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
+    return Run(run.folder).config   # of its own: `run` reads the settings after they are written
+
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
 def _has_begun(run: Run) -> bool:
     "Return whether a run has written more than its facts"
@@ -69,13 +80,13 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
     "Raise unless the folder holds this run: the same settings, the same bars"
     there, was = str(run.folder), run.facts
-    diff = _differences(cfg, Run(run.folder).config)   # of its own: `run` reads the settings after they are written
+    diff = _differences(cfg, _kept_settings(run))
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
@@ -105,7 +116,7 @@ def claim_folder(
     if not _has_begun(run): _check_empty(run)
     elif resume: _check_same(run, cfg, data)
     else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
-    write_json(run.facts_file, run_facts(cfg, data))
+    write_json(run.facts_file, run_facts(cfg, data) | dict(settings=_deciding(cfg)))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())

@@ -299,7 +299,9 @@ def _choose(stage: Stage, learn: Learner, best: Best):
     def score(weights):
         seen.append(validate(weights))
         return sign*seen[-1][k.monitor]
-    candidates = dict(best=stage.files.best_model, last=plain_state(learn.model.model), **_averages(stage, learn))
+    kept = weights_of(stage.files.best_model)
+    kept.origin = 'the best validation'   # no path: cards quote it
+    candidates = dict(best=kept, last=plain_state(learn.model.model), **_averages(stage, learn))
     choice = choose_weights(candidates, score)
     choice.table['difference'] *= sign
     for name in {'val_loss', k.monitor}: choice.table[name] = [m[name] for m in seen]
@@ -359,6 +361,9 @@ def _write_weights(stage: Stage, folder, weights, origin):
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-063
 def _keep_choice(stage: Stage, learn: Learner, best: Best):
     "Choose the weights and write the choice"
+    if best.value is None:
+        raise RunError(f"no validation of the {stage.name} gave a finite {best.monitor}, so there are no weights to "
+            f"keep. Lower {stage.name}.lr, or set runtime.precision=fp32, and train in another folder")
     choice, files = _choose(stage, learn, best), stage.files
     if not learn.backend.is_main: return
     if choice.name != 'best': _write_weights(stage, files.averaged, choice.weights, choice.origin)
