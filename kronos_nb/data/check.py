@@ -118,22 +118,29 @@ def _slot_table(t, step):
     return held, at
 
 # %% ../../nbs/api/1_data/12_check.ipynb #60ca593f
-def _alone(held, weekend):
-    "Return which slots are traded where no other week tells: a quarter of the workdays, or of the weekend's days"
-    out = np.zeros(held.shape, bool)
+def _alone(held, span, weekend):
+    "Return which slots are traded where no other week tells: those filled on a quarter of the other days of their kind"
+    inside = np.zeros(held.shape, bool)
+    inside.ravel()[slice(*span)] = True
+    out = np.zeros(held.shape, bool) # a weekend without any bar is closed
     for kind in (weekend, ~weekend):
-        seen = held[kind & held.any(1)]
-        if len(seen): out[kind] = seen.mean(0) > .25
+        seen = kind & held.any(1)
+        others = (inside & seen[:, None]).sum(0) - 1
+        if seen.any(): out[kind] = 4 * held[seen].sum(0) > np.where(others > 0, others, -1)
     return out
 
-def _traded(held, first):
-    "Return which slots (D, S) the market trades; `first` is the number of the first day"
-    before, after = held_before(held), [o[::-1] for o in held_before(held[::-1])]
-    sides = [often(*side) | (side[1] == 0)[:, None] for side in (before, after)]
-    alone = (before[1] == 0) & (after[1] == 0)
-    weekend = (first + 3 + np.arange(len(held))) % 7 > 4 # the epoch was a Thursday
-    out = sides[0] & sides[1]
-    if alone.any(): out[alone] = _alone(held, weekend)[alone]
+# %% ../../nbs/api/1_data/12_check.ipynb #b2d828ed
+def _traded(held, first, span):
+    "Return which slots (D, S) the market trades; `first` is the number of the first day, `span` the slots of the bars"
+    out, count, known = True, 0, 0
+    for way in (slice(None), slice(None, None, -1)): # before and after
+        near, near_known = (o[way] for o in held_before(held[way], 2))
+        far, far_known = (o[way] for o in held_before(held[way]))
+        out = out & ((near > 0) | (near_known == 0)[:, None])
+        count, known = count + far, known + far_known
+    alone, weekend = known == 0, (first + 3 + np.arange(len(held))) % 7 > 4 # the epoch was a Thursday
+    out &= often(count, known)
+    if alone.any(): out[alone] = _alone(held, span, weekend)[alone]
     return out
 
 # %% ../../nbs/api/1_data/12_check.ipynb #7c5b168a
@@ -155,7 +162,8 @@ def _gaps(t, step):
     if not step or not len(at): return at[:0]
     before, after = t[at - 1], t[at]
     held, slot = _slot_table(t, step)
-    traded = np.r_[0, np.cumsum(_traded(held, t[0] // _DAY).ravel(), dtype=np.int32)]
+    traded = _traded(held, t[0] // _DAY, (slot[0], slot[-1] + 1)).ravel()
+    traded = np.r_[0, np.cumsum(traded, dtype=np.int32)]
     missing = traded[slot[at]] - traded[slot[at - 1] + 1]
     short = after - before <= _LONGEST_CLOSURE
     closed = (missing <= 0) & short
