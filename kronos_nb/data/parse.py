@@ -8,10 +8,12 @@ __all__ = ['COLUMNS', 'time_stamps']
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-002
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from zoneinfo import ZoneInfo, available_timezones
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import FEATURES, PRICES, STAMPS, DataError, check_choice, nearest
 
@@ -103,114 +105,283 @@ def match_columns(
     for name in extra: found.setdefault(name, _extra_column(name, by_key, found))
     return found, [c for c in columns if c not in found.values()]
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #f4299d8a
+def plain_column(
+    s: pd.Series,
+) -> pd.Series: # The same cells; NumPy's dtypes, dates with a zone, or text
+    "Return a column without the dtypes of Arrow and the nullable ones"
+    if isinstance(s.dtype, pd.ArrowDtype):
+        import pyarrow as pa
+        return pd.Series(pa.array(s).to_pandas().array, s.index, name=s.name)
+    if not isinstance(s.dtype, pd.api.extensions.ExtensionDtype) or s.dtype.kind not in 'iufb': return s
+    dtype = 'float64' if s.isna().any() else s.dtype.kind + str(s.dtype.itemsize)
+    return pd.Series(s.to_numpy(dtype, na_value=np.nan) if dtype == 'float64' else s.to_numpy(dtype), s.index, name=s.name)
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-034
 _NAT = np.datetime64('NaT', 'ns')
-_DIGITS = ((19e6, 22e6, '%Y%m%d'), (19e10, 22e10, '%Y%m%d%H%M'), # from, below, format
-           (19e12, 22e12, '%Y%m%d%H%M%S'), (19e15, 22e15, '%Y%m%d%H%M%S%f'))
+_DIGITS = ((19e6, 22e6, 0), (19e10, 22e10, 4), (19e12, 22e12, 6), (19e15, 22e15, 9)) # from, below, digits of the time
 _EPOCHS = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1)) # from, below, ns per unit
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-035
-def _parse_digits(v, out):
-    "Fill `out` where `v` is written as digits of a date, and return where that is"
-    wall = np.zeros(len(v), bool)
-    for low, below, fmt in _DIGITS:
-        here = (v >= low) & (v < below)
-        wall |= here
-        if not here.any(): continue
-        text = pd.Series(v[here]).astype('int64').astype(str)
-        out[here] = pd.to_datetime(text, format=fmt, errors='coerce').to_numpy('M8[ns]')
-    return wall
+def _from_digits(v, k):
+    "Return stamps of whole numbers YYYYMMDD followed by `k` digits of HHMMSSmmm; NaT where there is no such moment"
+    date, clock = v // 10**k, v % 10**k * 10**(9 - k)
+    y, m, d = date // 10_000, date // 100 % 100, date % 100
+    hour, minute, ms = clock // 10**7, clock // 10**5 % 100, clock % 10**5
+    month = ((y - 1970) * 12 + m - 1).astype('M8[M]')
+    day = month.astype('M8[D]') + (d - 1)
+    real = (m >= 1) & (m <= 12) & (d >= 1) & (day.astype('M8[M]') == month)
+    real &= (hour < 24) & (minute < 60) & (ms < 60_000)
+    out = day.astype('M8[ns]') + (hour * 3_600_000 + minute * 60_000 + ms) * np.timedelta64(10**6, 'ns')
+    return np.where(real, out, _NAT)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-036
-def _from_numbers(v, tz):
-    "Return UTC stamps of numbers: digits are a wall clock in `tz`, the rest are epochs"
-    out = np.full(len(v), _NAT)
-    wall = _parse_digits(v, out)
+def _from_numbers(v):
+    "Return stamps of numbers, and the mask of those that are digits of a wall clock; the rest are epochs"
+    out, wall = np.full(len(v), _NAT), np.zeros(len(v), bool)
+    for low, below, k in _DIGITS:
+        here = (v >= low) & (v < below)
+        wall |= here
+        if here.any(): out[here] = _from_digits(v[here].astype('int64'), k)
     for low, below, ns in _EPOCHS:
         here = (v >= low) & (v < below) & ~wall
         if here.any(): out[here] = (v[here].astype('int64') * ns).view('M8[ns]')
-    if wall.any(): out[wall] = _localise(out[wall], tz)
-    return out
+    return out, wall
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-038
-def _localise(t, tz):
-    "Return the wall clock of `tz`, datetime64[ns], as naive UTC"
-    if tz in (None, 'UTC'): return t
-    try:
-        local = pd.Series(t).dt.tz_localize(tz, ambiguous='infer', nonexistent='shift_forward')
-        return local.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]')
-    except Exception as e:
-        raise DataError(f"tz: the stamps cannot be read as a clock of {tz!r} ({e}). "
-                        "Pass the zone they were recorded in, such as 'America/New_York', or None for UTC") from e
+def session_dates(
+    t, # (T,) datetime64 of one symbol
+) -> bool:
+    "Return whether all stamps are dates, without a time of day"
+    t = np.asarray(t, 'M8[ns]')
+    return bool(len(t)) and bool(((t.view('i8') % (86400 * 10**9) == 0) | np.isnat(t)).all())
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #d2d17dd9
+def check_zone(
+    tz, # Name of a zone; None is allowed
+):
+    "Return `tz`; raise where it is no zone"
+    if tz is None: return None
+    try: ZoneInfo(tz)
+    except (KeyError, ValueError, OSError, TypeError) as e:
+        raise DataError(f"tz must be the name of a zone such as 'Asia/Shanghai', or None for UTC; got {tz!r}"
+                        f"{nearest(tz, available_timezones())}") from e
+    return tz
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
+_MOVED = 'stamps do not exist on the clock of tz, which went forward; each is moved to the next that does'
+
+def _localise(wall, tz):
+    "Return the clock of `tz`, datetime64[ns], as naive UTC, the mask of hours that occur twice, and notes"
+    wall = pd.DatetimeIndex(wall)
+    local = wall.tz_localize(tz, ambiguous='NaT', nonexistent='shift_forward')
+    twice = np.array(local.isna() & ~wall.isna())
+    t = local.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]').copy()
+    if twice.any():
+        first = wall[twice].tz_localize(tz, ambiguous=np.ones(twice.sum(), bool))
+        t[twice] = first.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]')
+    moved = int((local.tz_localize(None)[~twice] > wall[~twice]).sum())
+    return t, twice, [f'{moved} {_MOVED}'] if moved else []
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #174c217a
+def _second_hours(t, tz):
+    "Return the second candidate of stamps whose clock time occurs twice"
+    wall = pd.DatetimeIndex(t).tz_localize('UTC').tz_convert(tz).tz_localize(None)
+    late = wall.tz_localize(tz, ambiguous=np.zeros(len(t), bool))
+    return late.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4292b0f9
+def _stretches(t, code, at):
+    "Return rows `at` cut where the symbol or the night of the change does"
+    apart = (np.diff(code[at]) != 0) | (abs(np.diff(t[at].view('i8'))) > 12 * 3600 * 10**9)
+    return np.split(at, np.flatnonzero(apart) + 1)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #3c8fd947
+def settle_twice(
+    t: np.ndarray,     # (T,) datetime64[ns] UTC, the first of two hours where the clock shows one twice
+    code: np.ndarray,  # (T,) number of the symbol, ascending
+    twice: np.ndarray, # (T,) mask of these hours
+    tz: str,
+    ambiguous=None,    # 'first' or 'last' where the order of the bars does not tell; None raises DataError
+    names=('',),       # Symbols by number
+) -> np.ndarray: # (T,) the second hour where the bars say so
+    "Return stamps with each hour that occurs twice in its place"
+    at = np.flatnonzero(twice)
+    if not len(at): return t
+    t, late = t.copy(), _second_hours(t[at], tz)
+    for rows in _stretches(t, code, at):
+        ends = np.searchsorted(code, code[rows[0]]), np.searchsorted(code, code[rows[0]], 'right') - 1
+        if t[ends[1]] < t[ends[0]]: rows = rows[::-1]
+        back = np.flatnonzero(np.diff(t[rows].view('i8')) <= 0) + 1
+        if not len(back) and ambiguous is None: raise DataError(_undecided_hour(t[rows[0]], tz, names[code[rows[0]]]))
+        begin = back[0] if len(back) else 0 if ambiguous == 'last' else len(rows)
+        t[rows[begin:]] = late[np.searchsorted(at, rows[begin:])]
+    return t
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #58e8081c
+def _undecided_hour(t, tz, name):
+    clock = pd.Timestamp(t, tz='UTC').tz_convert(tz).tz_localize(None)
+    return (f"{name or 'the bars'}: {clock} occurs twice on the clock of {tz}, which went back, and only one of the two "
+            "is there. Pass ambiguous='first' or ambiguous='last' to say which")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-041
-_TWO_ORDERS = r'\s*(\d{1,2})[/.\-](\d{1,2})[/.\-]\d{4}'
+class Undecided(DataError):
+    "What was read so far can be meant in two ways; the rest of the file may tell"
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #9aecc934
+_TWO_ORDERS = r'^\s*(\d{1,2})[/.\-](\d{1,2})[/.\-](\d{4}|\d{2})(?!\d)(.*)$' # such as 03/04/2024 09:30
+
+def _is_two_orders(cell): return re.match(_TWO_ORDERS, cell) is not None
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-042
-def _day_first(text, dayfirst):
-    "Return whether dates such as 13/02/2024 put the day first"
-    if dayfirst is not None or not text.head(100).str.match(_TWO_ORDERS).any(): return bool(dayfirst)
-    parts = text.str.extract('^' + _TWO_ORDERS).dropna().astype(int)
-    if (parts > 12).any(axis=None): return bool((parts[0] > 12).any())
-    raise DataError(f"dayfirst: {text[parts.index[0]]!r} can be read day first or month first, and so can every date "
-                    "of the column. Pass dayfirst=True or dayfirst=False")
+def _day_first(parts, shown, dayfirst):
+    "Return whether the day comes first in dates of which `parts` holds the two numbers and the year"
+    if dayfirst is not None: return bool(dayfirst)
+    if (parts[2].str.len() == 2).any():
+        raise DataError(f"dayfirst: {shown!r} has a year of two digits. Pass dayfirst=True or dayfirst=False")
+    above = (parts[[0, 1]].astype(int) > 12).any()
+    if above.all():
+        raise DataError(f"dayfirst: some dates put the day first and some the month, such as {shown!r}. Read them apart")
+    if above.any(): return bool(above[0])
+    raise Undecided(f"dayfirst: {shown!r} can be read day first or month first, and so can every date of the column. "
+                    "Pass dayfirst=True or dayfirst=False")
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #12b0a551
+def _year_first(text, dayfirst):
+    "Return dates that end with the year as text that begins with it, and whether the day came first"
+    parts = text.str.extract(_TWO_ORDERS)
+    dayfirst = _day_first(parts, text.iloc[0], dayfirst)
+    a, b, year, rest = (parts[i].str.zfill(2) for i in range(4))
+    short = year.str.len() == 2
+    year = year.where(~short, np.where(year < '70', '20', '19') + year)
+    month, day = (b, a) if dayfirst else (a, b)
+    return year + '-' + month + '-' + day + parts[3].str.replace('GMT', '', regex=False), dayfirst
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-045
-_OFFSET = r':\d\d(?:\.\d+)?\s*(?:Z|UTC|[+-]\d\d:?\d\d)$'
+_ZONE = r'\s*(?:Z|UTC|(?:UTC|GMT)?[+-]\d\d(?::?\d\d)?)$'
+_OFFSET = r':\d\d(?:\.\d+)?' + _ZONE
 
 def _has_offset(text): return text.str.contains(_OFFSET, regex=True).to_numpy(bool)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-046
-def _parse_text(text, day, **kw):
+def _parse_text(text, **kw):
     "Return datetime64[ns] of text cells, offsets applied; NaT where unreadable"
     with warnings.catch_warnings():
         warnings.simplefilter('error') # pandas warns where no format fits the first cell and it would guess each one
-        try: out = pd.to_datetime(text, errors='coerce', utc=True, dayfirst=day, **kw)
+        try: out = pd.to_datetime(text, errors='coerce', utc=True, **kw)
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
     return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-049
-def _mixed_zones(text):
+def _rarer(zoned, filled):
     "Return a mask of the rarer kind of stamps, with or without an offset"
-    zoned, filled = _has_offset(text), (text != '').to_numpy(bool)
-    return zoned if zoned.sum() <= filled.sum() / 2 else filled & ~zoned
+    return zoned & filled if (zoned & filled).sum() <= filled.sum() / 2 else filled & ~zoned
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-050
-def _parse_rest(text, tz, day):
-    "Return UTC stamps of text cells in any format"
-    out, naive = _parse_text(text, day, format='mixed'), ~_has_offset(text)
-    out[naive] = _localise(out[naive], tz)
-    return out
+def _fill(out, text, where, **kw):
+    "Parse the cells in the mask `where` into `out`"
+    if where.any(): out[where] = _parse_text(text[where], **kw)
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-052
-def _from_text(text, tz, dayfirst):
-    "Return UTC stamps of a text series, and the mask of mixed zones"
-    day, mixed = _day_first(text, dayfirst), np.zeros(len(text), bool)
+# %% ../../nbs/api/1_data/10_parse.ipynb #cell-051
+def _from_text(text, dayfirst):
+    "Return stamps of text, offsets applied; the mask of cells with an offset; the order of its dates, as far as known"
     first = next((cell for cell in text if cell), '')
-    out = _parse_text(text, day)
-    if not re.search(_OFFSET, first): out = np.array(_localise(out, tz))
-    left = np.isnat(out)
-    if left.any():
-        out[left] = _parse_rest(text[left], tz, day)
-        mixed = _mixed_zones(text.where(~np.isnat(out), ''))
-    return out, mixed
+    out, rest = np.full(len(text), _NAT), np.array(text != '', bool)
+    zoned = np.full(len(text), re.search(_OFFSET, first) is not None)
+    if not _is_two_orders(first): out = _parse_text(text)
+    rest &= np.isnat(out)
+    if not rest.any(): return out, zoned, dayfirst
+    zoned[rest], turned = _has_offset(text[rest]), rest.copy()
+    turned[rest] = text[rest].str.match(_TWO_ORDERS)
+    if turned.any():
+        iso, dayfirst = _year_first(text[turned], dayfirst)
+        text = text.where(~turned, iso.reindex(text.index))
+        _fill(out, text, turned)
+    _fill(out, text, rest & np.isnat(out), format='mixed')
+    return out, zoned, dayfirst
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-054
-def _text_of(s):
-    "Return a column as text without blanks at the ends; a missing cell is ''"
-    return s.astype(object).where(s.notna(), '').astype(str).str.strip()
+@dataclass
+class Clock:
+    "How the stamps of one file are read; what is None is found out and then kept"
+    tz: str = None        # Zone of stamps without one; None is UTC
+    dayfirst: bool = None # Whether 03/04/2024 is in April
+    dates: bool = None    # Whether stamps are sessions without a time of day
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #2e5a8fdd
+@dataclass
+class Stamps:
+    "Stamps of one column"
+    t: np.ndarray     # (T,) datetime64[ns] in UTC, NaT where unreadable; the first of two hours where the clock goes back
+    mixed: np.ndarray # (T,) mask of the rarer kind, with or without an offset
+    twice: np.ndarray # (T,) mask of hours that occur twice
+    notes: list       # What was assumed
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
+_SESSIONS = 'stamps are dates without a time of day: sessions, which no zone moves'
+
+@patch
+def to_utc(self: Clock, wall):
+    "Return the wall clock as UTC, the mask of hours that occur twice, and notes"
+    none = np.zeros(len(wall), bool)
+    if self.tz in (None, 'UTC') or not len(wall): return wall, none, []
+    dates = session_dates(wall)
+    if self.dates is None: self.dates = dates
+    if self.dates and not dates:
+        raise DataError("tz: the first stamps are dates and later ones have a time of day. Read the two kinds apart")
+    return (wall, none, [_SESSIONS]) if self.dates else _localise(wall, check_zone(self.tz))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #61df64a9
+@patch
+def stamps(self: Clock, out, naive, mixed=None):
+    "Return `Stamps` of moments of which those in the mask `naive` are a wall clock"
+    twice, notes = np.zeros(len(out), bool), []
+    if naive.any():
+        out = out.copy()
+        out[naive], twice[naive], notes = self.to_utc(out[naive])
+    return Stamps(_sane(out), np.zeros(len(out), bool) if mixed is None else mixed, twice, notes)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #43792d34
+@patch
+def zoned(self: Clock, utc, wall):
+    "Return `Stamps` of moments whose own wall clock is known"
+    if session_dates(wall) and not session_dates(utc):
+        return replace(self.stamps(wall, np.zeros(len(wall), bool)), notes=[_SESSIONS])
+    return self.stamps(utc, np.zeros(len(utc), bool))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-055
-def _stamps(s, tz, dayfirst):
-    "Return UTC stamps of a column, and the mask of mixed zones"
-    unmixed = np.zeros(len(s), bool)
+def _text_of(s):
+    "Return a column as text without blanks at the ends; a missing cell is ''"
+    if isinstance(s.dtype, pd.StringDtype): return s.fillna('').str.strip()
+    return s.astype(object).where(s.notna(), '').astype(str).str.strip()
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #755f0266
+@patch
+def of_text(self: Clock, text):
+    "Return `Stamps` of text, of which some cells may be numbers"
+    number = pd.to_numeric(text, errors='coerce')
+    numeric = number.notna().to_numpy()
+    if numeric.all(): return self.stamps(*_from_numbers(number.to_numpy()))
+    out, zoned, self.dayfirst = _from_text(text.where(~numeric, ''), self.dayfirst)
+    filled = np.array(text != '', bool) & ~numeric
+    if zoned[filled].all() and not numeric.any() and filled.any():
+        return self.zoned(out, _parse_text(text.str.replace(_ZONE, '', regex=True)))
+    out[numeric], wall = _from_numbers(number[numeric].to_numpy())
+    zoned[numeric] = ~wall
+    return self.stamps(out, ~zoned & ~np.isnat(out), _rarer(zoned, filled))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #59706259
+def read_stamps(
+    s: pd.Series,  # (T,) numbers, text, dates, with or without a zone
+    clock: Clock,
+) -> Stamps:
+    "Return the stamps of a column"
+    s = plain_column(s).reset_index(drop=True)
     if isinstance(s.dtype, pd.DatetimeTZDtype):
-        return s.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]'), unmixed
-    if s.dtype.kind == 'M': return _localise(s.to_numpy('M8[ns]'), tz), unmixed
-    if s.dtype.kind in 'iufb': return _from_numbers(s.to_numpy('float64'), tz), unmixed
-    text = _text_of(s)
-    if pd.to_numeric(text.head(1000), errors='coerce').notna().mean() <= .5: return _from_text(text, tz, dayfirst)
-    return _from_numbers(pd.to_numeric(text, errors='coerce').to_numpy('float64'), tz), unmixed
+        return clock.zoned(*(o.dt.tz_localize(None).to_numpy('M8[ns]') for o in (s.dt.tz_convert('UTC'), s)))
+    if s.dtype.kind == 'M': return clock.stamps(s.to_numpy('M8[ns]'), s.notna().to_numpy())
+    if s.dtype.kind in 'iufb': return clock.stamps(*_from_numbers(s.to_numpy()))
+    return clock.of_text(_text_of(s))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-056
 _FIRST, _LAST = np.array(['1800', '2090'], 'M8[ns]')
@@ -222,23 +393,44 @@ def _sane(t):
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-057
 def to_utc(
-    values,         # (T,) stamps: numbers, text, dates, with or without a zone
+    values,         # (T,) stamps of one symbol: numbers, text, dates, with or without a zone
     tz=None,        # Zone of stamps without one, such as 'Asia/Shanghai'; None takes them as UTC
     dayfirst=None,  # How to read 03/04/2024; None finds out or raises DataError
+    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, where the order of the bars does not tell
 ) -> tuple[np.ndarray, np.ndarray]: # (T,) datetime64[ns] in UTC, NaT where unreadable; (T,) mask of mixed zones
     "Return stamps as naive UTC"
-    s = pd.Series(values).reset_index(drop=True)
+    s = pd.Series(values)
     if not len(s): return np.empty(0, 'M8[ns]'), np.zeros(0, bool)
-    out, mixed = _stamps(s, tz, dayfirst)
-    return _sane(out), mixed
+    stamps = read_stamps(s, Clock(tz, dayfirst))
+    return settle_twice(stamps.t, np.zeros(len(s), int), stamps.twice, tz, ambiguous), stamps.mixed
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #053b2261
+def market_clock(
+    t,       # (T,) datetime64, UTC, of one symbol
+    tz=None, # Zone of the exchange; None leaves the stamps
+) -> np.ndarray: # (T,) datetime64[ns], the wall clock there; dates stay dates
+    "Return stamps as the clock of a market"
+    t = np.asarray(t, 'M8[ns]')
+    if tz in (None, 'UTC') or session_dates(t): return t
+    return pd.DatetimeIndex(t).tz_localize('UTC').tz_convert(check_zone(tz)).tz_localize(None).to_numpy('M8[ns]')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #f6a47095
+def from_market_clock(
+    t,              # (T,) datetime64, the wall clock of a market, of one symbol in order
+    tz=None,        # Zone of the exchange; None leaves the stamps
+    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, where the order does not tell; None raises DataError
+) -> np.ndarray: # (T,) datetime64[ns], UTC
+    "Return the clock of a market as stamps in UTC"
+    return to_utc(np.asarray(t, 'M8[ns]'), tz, ambiguous=ambiguous)[0]
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-061
 def time_stamps(
-    timestamps,      # (T,) datetime64, UTC
+    timestamps,      # (T,) datetime64, UTC, of one symbol where `tz` is given
     dtype=np.int64,  # int8 holds every value, and datasets store that
+    tz=None,         # Zone whose clock is read; None reads UTC
 ) -> np.ndarray: # (T, 5): minute 0-59, hour 0-23, weekday 0-6 from Monday, day 1-31, month 1-12
     "Return the calendar features of each bar, in the order of `STAMPS`"
-    t = np.asarray(timestamps, dtype='M8[ns]')
+    t = market_clock(timestamps, tz)
     minute, day, month = t.astype('M8[m]').view('i8'), t.astype('M8[D]'), t.astype('M8[M]')
     out = np.empty((len(t), len(STAMPS)), dtype)
     out[:, 0] = minute % 60
