@@ -148,12 +148,15 @@ _LONGEST_CLOSURE = 11 * _DAY
 
 def _like_closures(before, after, closed):
     "Return a mask of the breaks whose clock times, or both an hour later or earlier, are mostly those of closures"
-    pairs, which, n = np.unique(np.stack([before, after], 1) % _DAY, axis=0, return_inverse=True, return_counts=True)
+    clock = np.stack([before, after], 1) % _DAY
+    pairs, which, n = np.unique(clock, axis=0, return_inverse=True, return_counts=True)
     which = which.ravel()
     usual = pairs[2 * np.bincount(which, closed, len(pairs)) >= n]
     moved = np.concatenate([(usual + hours * _HOUR) % _DAY for hours in (0, 1, -1)])
     known = set(map(tuple, moved))
-    return np.array([tuple(p) in known for p in pairs])[which]
+    # clocks may change over a weekend, which then ends like another closure than it begins
+    weekend = (after - before > _DAY) & np.isin(clock[:, 0], usual[:, 0]) & np.isin(clock[:, 1], usual[:, 1])
+    return np.array([tuple(p) in known for p in pairs])[which] | weekend
 
 # %% ../../nbs/api/1_data/12_check.ipynb #9aacc153
 def _gaps(t, step):
