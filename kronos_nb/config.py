@@ -31,7 +31,7 @@ class _SourceConfig(Settings):
     max_rows: int | None = setting(None, "read at most this many rows", lo=1, unit='rows')
     tz: str | None = setting(None, "zone of stamps without one in files, such as America/New_York; none: UTC")
     market_tz: str | None = setting(
-        None, "zone whose clock the models read, such as Asia/Shanghai; none: UTC as in the bars")
+        None, "zone of the exchange, whose clock the models read, such as Asia/Shanghai; none: tz, else UTC")
     layout: dict = setting(dict, "how to read files: columns, dayfirst, decimal, units, bar_end and what else "
                            "read_klines takes")
     allow_negative_prices: bool = setting(False, "take prices of zero and below, such as spreads; off: they are errors")
@@ -57,10 +57,13 @@ class _WindowConfig(_SourceConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
 @dataclass(frozen=True, kw_only=True)
 class _SplitConfig(_WindowConfig):
-    train: float = setting(.7, "share of each symbol's bars to train on", lo=0.01, hi=1.)
+    train: float = setting(.7, "share of the bars to train on, the earliest", lo=0.01, hi=1.)
     val: float = setting(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
+    split: str = setting(
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one may "
+        "train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
@@ -89,6 +92,8 @@ class DataConfig(_SplitConfig):
     "Which bars, and how they become windows"
     @property
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
+    @property
+    def clock(self) -> str | None: return self.market_tz or self.tz
     @property
     def reading(self) -> dict:
         "Arguments of `read_klines` that say how files are read"
