@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'load_bars', 'least_text', 'offer', 'Prepared', 'prepare']
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-002
 import hashlib, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from fastcore.basics import patch
@@ -86,7 +86,7 @@ def offer(
 ) -> str: # A sentence
     "Return the windows that fit bars, as settings to add"
     good, _ = repair_klines(bars, features=d.features)
-    room = find_room(good, d.train, d.val, d.test, d.max_gap) if len(good) else None
+    room = find_room(good, d.train, d.val, d.test, d.max_gap, d.split) if len(good) else None
     fitting = room and fitting_windows(room, (d.lookback_window, d.predict_window))
     if fitting:
         return (f"Windows that fit: {fitting.options}. Or leave the preset out, and all settings are fitted to the "
@@ -95,15 +95,23 @@ def offer(
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d5b6c497
 def _too_short(bars, report, d):
-    "Return the error for symbols that are shorter than one window"
+    "Return the error for bars whose symbols are all shorter than one window"
     window, rows = d.lookback_window + d.predict_window, report.summary
     short = rows[rows.bars < window]
     what = (f"a window is data.lookback_window + data.predict_window = {d.lookback_window} + {d.predict_window} = "
             f"{window} bars")
     names = name_list(f'{o.symbol} {o.bars}' for o in short.itertuples())
-    if len(short) == len(rows): return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}")
-    return DataError(f"{what}, and {len(short)} of {len(rows)} symbols have fewer bars: {names}. "
-                     "Set data.repair=standard to leave them out, or shorten the windows")
+    return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}")
+
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #eb7e9d7b
+def _leave_out_short(bars, report, d):
+    "Return the bars of the symbols that hold a window, no changes, and the report, which names the others"
+    window, short = d.lookback_window + d.predict_window, report.issues[report.issues.rule == 'too_short']
+    if len(short) == len(report.summary): raise _too_short(bars, report, d)
+    bars = bars[~bars.symbol.isin(short.symbol)].reset_index(drop=True)
+    kept = check_klines(bars, window, features=d.features)
+    issues = pd.concat([short.assign(level='warning'), kept.issues], ignore_index=True)
+    return bars, pd.DataFrame(), replace(kept, issues=issues)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #6ea3201b
 def _all_dropped(bars, changes):
@@ -132,7 +140,7 @@ def _check_bars(bars, d):
     if report.ok: return bars, changes, report
     bad = report.issues[report.issues.level == 'error']
     dirt = bad[bad.rule != 'too_short']
-    if dirt.empty: raise _too_short(bars, report, d)
+    if dirt.empty: return _leave_out_short(bars, report, d)
     raise DataError(f"the bars have errors: {_errors_text(dirt)}. Set data.repair=standard to repair what can be "
                     "repaired, or repair them yourself with repair_klines")
 
@@ -162,7 +170,7 @@ def cut_windows(split, part, d, stride, statistics='auto'):
     bars, normalizer = getattr(split, part), NORMALIZERS[d.normalizer](clip=d.clip)
     try:
         return WindowDataset(bars, d.lookback_window, d.predict_window, normalizer, stride, d.max_gap,
-                             statistics=statistics, features=d.features)
+                             statistics=statistics, features=d.features, market_tz=d.clock)
     except DataError as e: raise _no_window(split, part, d) from e
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-025
@@ -194,6 +202,7 @@ class Prepared:
     split: Split
     train: WindowDataset
     val: WindowDataset | None # None without a validation part
+    notes: list = field(default_factory=list) # Arguments of `Learner.note`
     @property
     def hash(self) -> str:
         "Return the SHA-256 of features, timestamps and symbols"
@@ -209,7 +218,29 @@ def checked_split(data, cfg: Config) -> tuple: # Bars, changes, report, Split
     _check_symbols(bars, data, cfg)
     if not d.val: _check_no_validation(cfg)
     bars, changes, report = _check_bars(bars, d)
-    return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo)
+    return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
+
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
+def _overlap_text(split) -> str:
+    "Return what shares of each symbol's own bars do to the order in time; '' where nothing"
+    rows = split.summary
+    ends, begins = rows[rows.part == 'train']['last'].max(), rows[rows.part == 'test']['first'].min()
+    if not ends >= begins: return '' # without a test part there is no beginning
+    return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days on "
+            "which another is judged; data.split=date keeps them apart")
+
+def _notes(report, split, d):
+    "Yield notes on symbols that are left out or lack a part, on the order in time and on the context"
+    short = report.issues[report.issues.rule == 'too_short']
+    if len(short):
+        names = name_list(f"{o['symbol']} ({o['count']})" for o in short.to_dict('records'))
+        yield dict(kind='left_out', text=f"left out, because a window has more bars: {names}")
+    for part, symbols in split.absent.items():
+        yield dict(kind='absent', text=f"no bars in the {part} part: {name_list(symbols)}", part=part)
+    if overlap := _overlap_text(split): yield dict(kind='split', text=overlap)
+    if d.lookback_window > d.max_context:
+        yield dict(kind='context', text=f"data.lookback_window is {d.lookback_window} and data.max_context is "
+                   f"{d.max_context}: forecasts read the last {d.max_context} bars of a lookback")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-032
 def prepare(
@@ -219,7 +250,10 @@ def prepare(
     "Read, check and split bars, and cut the parts into windows"
     d, (bars, changes, report, split) = cfg.data, checked_split(data, cfg)
     _add_sections(report, changes, d)
-    return Prepared(bars, changes, report, split, cut_windows(split, 'train', d, d.stride), _cut_validation(split, d))
+    notes = list(_notes(report, split, d))
+    if notes: report.sections.append(ReportSection('Notes', '\n'.join(f"- {o['text']}" for o in notes), name='notes'))
+    train = cut_windows(split, 'train', d, d.stride)
+    return Prepared(bars, changes, report, split, train, _cut_validation(split, d), notes)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-034
 @patch
