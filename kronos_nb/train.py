@@ -219,7 +219,8 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
     "Return the model before fine-tuning; None where training began from scratch"
     if inits['predictor'] == 'scratch': return None
     models = [build_model(name, inits[name]).eval() for name in STAGES]
-    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context)
+    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context,
+        market_tz=data.train.market_tz)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
