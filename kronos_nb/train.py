@@ -352,6 +352,7 @@ def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
     due = [files for files, _ in _plan(cfg, run) if cfg.runtime.only in (None, files.name)]
     if not all(files.finished for files in due): return False
     if not judge or not run.stage('predictor').has_model: return True
+    if cfg.evaluate != Run(run.folder).config.evaluate: return False   # trained, and to be judged anew
     return run.report_file.is_file() and (run.judged or not cfg.data.test)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-058

@@ -65,12 +65,13 @@ def _days_open(day, seen, weight):
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-021
 def _hours_open(day, bar, could, weight):
-    "Return the share (7, C) of days that had a bar at each clock time; of all workdays where a weekday shows nothing"
+    """Return the share (7, C) of days that had a bar at each clock time, of all workdays where a weekday shows nothing,
+    and the share (C,) of all workdays"""
     def share(days):
         yes, all_ = ((weight[days, None] * o[days]).sum(0) for o in (bar, could))
         return np.divide(yes, all_, out=np.full(bar.shape[1], np.nan), where=could[days].any(0))
-    each = np.stack([share(day % 7 == d) for d in range(7)])
-    return np.where(np.isnan(each), share(day % 7 < 5), each)
+    each, work = np.stack([share(day % 7 == d) for d in range(7)]), share(day % 7 < 5)
+    return np.where(np.isnan(each), work, each), work
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #53a63001
 def _still_usual(day, bar, could):
@@ -88,8 +89,9 @@ def _opening_hours(t):
     clock, day, bar, could = _week(t)
     weight = .5 ** ((day[-1] - day) / 7)
     days = _days_open(day, bar.any(1), weight)
-    hours = ~(_hours_open(day, bar, could, weight) < .5) | _still_usual(day, bar, could)
-    around_the_clock = len(clock) * _bar_step(t) >= _DAY and hours[:5].all()
+    each, work = _hours_open(day, bar, could, weight)
+    hours = ~(each < .5) | _still_usual(day, bar, could)
+    around_the_clock = len(clock) * _bar_step(t) >= _DAY and (work >= .5).all()
     days_open = np.where(np.isnan(days), around_the_clock, days).astype(bool)
     return clock, days_open[:, None] & hours, bool(np.isnan(days[5:]).any())
 

@@ -151,7 +151,7 @@ def _like_closures(before, after, closed):
     clock = np.stack([before, after], 1) % _DAY
     pairs, which, n = np.unique(clock, axis=0, return_inverse=True, return_counts=True)
     which = which.ravel()
-    usual = pairs[2 * np.bincount(which, closed, len(pairs)) >= n]
+    usual = pairs[2 * np.bincount(which, closed, len(pairs)) > n]
     moved = np.concatenate([(usual + hours * _HOUR) % _DAY for hours in (0, 1, -1)])
     known = set(map(tuple, moved))
     # clocks may change over a weekend, which then ends like another closure than it begins
