@@ -21,6 +21,7 @@ from .read import read_log, read_report
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-005
 RULES = dict( # rule: (level, what it means)
     missing_column=('error', 'a column of the canonical frame is absent'),
+    no_bars=('error', 'there are no bars at all'),
     not_numbers=('error', 'cells hold something that is no number'),
     bad_timestamp=('error', 'the timestamp is unreadable'),
     nan=('error', 'a feature is NaN'),
@@ -30,9 +31,15 @@ RULES = dict( # rule: (level, what it means)
     price_not_positive=('error', 'a price is zero or negative'),
     high_low=('error', 'high or low do not contain open and close'),
     negative_volume=('error', 'volume or amount is negative'),
-    too_short=('error', 'fewer bars than one window'),
+
+    too_short=('error', 'fewer bars than one window; a warning where other symbols have enough'),
+)
+
+# %% ../../nbs/api/1_data/12_check.ipynb #d36b7fbe
+RULES |= dict(
     mixed_zones=('warning', 'some stamps carry a zone, some do not'),
     small_unit=('warning', 'a feature moves so little in its unit that the reference\'s epsilon would distort its scale'),
+    unfinished=('warning', 'the last bar is off the grid of the others: was it still open?'),
     no_volume=('warning', 'volume is zero throughout'),
     zero_volume=('warning', 'no volume although the price moved'),
     outage=('warning', 'a bar without trades: flat and without volume'),
@@ -40,6 +47,7 @@ RULES = dict( # rule: (level, what it means)
     gap=('warning', 'bars are missing after this one, and the market was not closed'),
     mixed_intervals=('warning', 'the bars change from one interval to another; windows are cut there'),
     missing_session=('warning', 'most other symbols have this bar'),
+    ended=('warning', 'ends long before the other symbols: delisted, renamed or not updated?'),
     split_like=('warning', 'overnight jump by a simple ratio: a split that is not adjusted?'),
     jump=('warning', 'a large move from one close to the next'),
 )
@@ -249,7 +257,7 @@ def _order_rules(b):
     return dict(bad_timestamp=nat, duplicate=again, disorder=back)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-029
-def _bar_rules(b):
+def _bar_rules(b, negative_prices=False):
     "Return masks of bars that are wrong or suspicious by themselves"
     o, h, l, c, v, a = b.x[:, :6].T
     flat = (o == c) & (h == l) & (o == h)
@@ -257,7 +265,7 @@ def _bar_rules(b):
     return dict(
         nan=np.isnan(b.x).any(1),
         inf=np.isinf(b.x).any(1),
-        price_not_positive=(b.x[:, :4] <= 0).any(1),
+        price_not_positive=(b.x[:, :4] <= 0).any(1) & (not negative_prices),
         high_low=(h < np.fmax(np.fmax(o, c), l)) | (l > np.fmin(o, c)),
         negative_volume=(v < 0) | (a < 0),
         zero_volume=(v == 0) & ~flat & ~silent,
@@ -283,9 +291,10 @@ def _move_rules(b, jump, stale_run):
     return dict(stale=np.bincount(run)[run] >= stale_run, split_like=split, jump=large)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-036
-def _issue(rule, symbol, count, stamps, detail=''):
+def _issue(rule, symbol, count, stamps, detail='', level=None):
     first = [pd.Timestamp(t) for t in stamps[:3]]
-    return dict(rule=rule, level=RULES[rule][0], symbol=symbol, count=int(count), first=first, detail=detail)
+    level = level or RULES[rule][0]
+    return dict(rule=rule, level=level, symbol=symbol, count=int(count), first=first, detail=detail)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-037
 def _which_features(rule, x, features):
@@ -358,6 +367,17 @@ def _missing_sessions(stamps):
         if len(lost): out[name] = lost
     return out
 
+# %% ../../nbs/api/1_data/12_check.ipynb #f9a3e045
+def _off_grid(t, step, look=20):
+    "Return whether the last stamp is off the grid of the `look` stamps before it"
+    if len(t) <= look or not step: return False
+    t = t[-look - 1:].view('i8')
+    grid = t % min(step, _DAY)
+    usual, last = np.unique(grid[:-1]), grid[-1]
+    odd = len(usual) <= 3 and (abs(usual - last) % _HOUR).min() > 0
+    d = np.diff(t)
+    return bool(odd or d[-1] < .9 * min(step, d[:-1].min()))
+
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-049
 def _gap_issue(name, t, step):
     "Return how many gaps the stamps `t` have and how many bars they lack, and the issue, or None"
@@ -389,20 +409,35 @@ def _interval_issue(name, t):
 def _symbol_issues(b, window):
     "Return issues of whole symbols, and the summary of each"
     rows, summary, stamps = [], [], {}
+    enough = window and np.bincount(b.code).max(initial=0) >= window
     for name, s in b.groups():
         n, t = s.stop - s.start, np.sort(b.t[s][~np.isnat(b.t[s])])
         t = t[np.r_[True, t[1:] != t[:-1]][:len(t)]]
         row, gaps = _symbol_row(name, t, n)
         if gaps: rows.append(gaps)
         rows += _interval_issue(name, t)
-        if window and n < window: rows.append(_issue('too_short', name, n, [], f'a window has {window}'))
         small = _small_features(b.x[s], b.features) if n else []
         if small: rows.append(_issue('small_unit', name, n, t, ', '.join(small)))
+        if _off_grid(t, bar_interval(t)): rows.append(_issue('unfinished', name, 1, t[-1:]))
+        short = f'a window has {window}', 'warning' if enough else 'error'
+        if window and n < window: rows.append(_issue('too_short', name, n, [], *short))
         if n and not b.x[s, 4].any(): rows.append(_issue('no_volume', name, n, []))
         summary.append(row)
         stamps[name] = t
     rows += [_issue('missing_session', name, len(t), t) for name, t in _missing_sessions(stamps).items()]
-    return rows, pd.DataFrame(summary, columns=_SUMMARY)
+    return rows + _ended(stamps), pd.DataFrame(summary, columns=_SUMMARY)
+
+# %% ../../nbs/api/1_data/12_check.ipynb #6d3ef80c
+def _ended(stamps):
+    "Return issues of symbols that end long before a quarter of the symbols does"
+    last = {name: t[-1] for name, t in stamps.items() if len(t)}
+    if len(last) < 2: return []
+    reached = np.sort(list(last.values()))[::-1][max(-(-len(last) // 4) - 1, 0)]
+    rows = []
+    for name, t in last.items():
+        patience = max(20 * bar_interval(stamps[name]), 20 * _DAY)
+        if reached - t > np.timedelta64(patience, 'ns'): rows.append(_issue('ended', name, 1, [t]))
+    return rows
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-055
 @dataclass
@@ -441,6 +476,7 @@ def _headline(report):
     "Return how many bars, symbols, errors and warnings there are"
     n = report.issues.groupby('level')['count'].sum()
     errors, warnings = (int(n.get(level, 0)) for level in ('error', 'warning'))
+
     bars, symbols = int(report.summary.bars.sum()), len(report.summary)
     return f'{bars:,} bars of {symbols} symbols: {errors:,} errors, {warnings:,} warnings.'
 
@@ -448,8 +484,8 @@ def _headline(report):
 @patch
 def to_markdown(self: KlineReport) -> str:
     "Return all tables, with a sentence on each rule that was broken"
-    broken = set(self.issues['rule'])
-    rules = [f'- `{rule}` ({level}): {text}' for rule, (level, text) in RULES.items() if rule in broken]
+    broken = dict(zip(self.issues['rule'], self.issues['level']))
+    rules = [f'- `{rule}` ({broken[rule]}): {text}' for rule, (_, text) in RULES.items() if rule in broken]
     parts = ['# Data report', _headline(self), '## Issues', md_table(self.issues), '\n'.join(rules), '## Symbols',
              md_table(self.summary), '## Files', md_table(self.source), *(s.to_markdown() for s in self.sections)]
     return '\n\n'.join(part for part in parts if part) + '\n'
@@ -538,10 +574,10 @@ def save(
     return write_atomic(folder/'data_report.md', text)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-070
-def _row_issues(b, jump, stale_run):
+def _row_issues(b, jump, stale_run, negative_prices):
     "Return issues of the rules on bars that the columns allow"
     if not len(b.t) or set(b.missing) & {'timestamps', *PRICES}: return []
-    masks = _order_rules(b) | _bar_rules(b) | _move_rules(b, jump, stale_run)
+    masks = _order_rules(b) | _bar_rules(b, negative_prices) | _move_rules(b, jump, stale_run)
     if set(b.missing) & {*b.features[4:]}:
         for rule in ('nan', 'zero_volume', 'outage'): del masks[rule]
     return [row for rule, mask in masks.items() if mask.any() for row in _issues(rule, mask, b)]
@@ -553,6 +589,7 @@ def check_klines(
     jump=.25,           # |log return| from close to close that deserves a look
     stale_run=10,       # Bars with the same four prices that make a stale run
     features=FEATURES,  # Columns that must hold numbers: the six and extra ones
+    allow_negative_prices=False, # Prices of zero and below are no errors
 ) -> KlineReport:
     """Check bars against every rule of `RULES`
 
@@ -560,7 +597,8 @@ def check_klines(
     """
     b = bar_arrays(bars, features)
     rows = [_issue('missing_column', 'all', len(bars), [], c) for c in b.missing]
-    rows += _text_issues(b, read_log(bars) or []) + _row_issues(b, jump, stale_run)
+    if not len(bars): rows.append(_issue('no_bars', 'all', 1, []))
+    rows += _text_issues(b, read_log(bars) or []) + _row_issues(b, jump, stale_run, allow_negative_prices)
     more, summary = _symbol_issues(b, window) if len(bars) else ([], pd.DataFrame(columns=_SUMMARY))
     issues = pd.DataFrame(rows + more, columns=['rule', 'level', 'symbol', 'count', 'first', 'detail'])
     issues = issues.sort_values('rule', key=lambda s: s.map(list(RULES).index), kind='stable', ignore_index=True)

@@ -22,16 +22,21 @@ COLUMNS = ('symbol', 'timestamps') + FEATURES
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-010
 _NAMES = dict(
-    symbol='symbol ticker ts_code stock_code code instrument tic name asset '
-           '\u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801',
-    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time trade_time trade_date date time '
-               'unix \u65e5\u671f \u65f6\u95f4 \u4ea4\u6613\u65e5\u671f \u4ea4\u6613\u65f6\u95f4',
+    symbol='symbol ticker ts_code stock_code code instrument tic name asset asset_id securitiescode security_code '
+           'secucode sec_code stkcd windcode wind_code order_book_id instid inst_id instrument_name pair contract '
+           'instrument_id \u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801 \u5408\u7ea6\u4ee3\u7801',
+    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time window_start ts_event gmt_time '
+               'local_time trade_time trade_date date time day unix ts bob begin t '
+               '\u65e5\u671f \u65f6\u95f4 \u4ea4\u6613\u65e5\u671f \u4ea4\u6613\u65f6\u95f4',
     open='open open_price openprice o \u5f00\u76d8 \u5f00\u76d8\u4ef7',
     high='high high_price highprice h \u6700\u9ad8 \u6700\u9ad8\u4ef7',
     low='low low_price lowprice l \u6700\u4f4e \u6700\u4f4e\u4ef7',
-    close='close close_price closeprice c price \u6536\u76d8 \u6536\u76d8\u4ef7',
-    volume='volume vol vol. base_volume v trade_volume tick_volume tickvol \u6210\u4ea4\u91cf',
-    amount='amount amt quote_volume quote_asset_volume money value \u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d',
+    close='close close_price closeprice c close/last price \u6536\u76d8 \u6536\u76d8\u4ef7',
+    volume='volume vol vol. real_volume base_volume v trade_volume \u6210\u4ea4\u91cf '
+           '\u6210\u4ea4\u91cf(\u624b) \u6210\u4ea4\u91cf(\u80a1)',
+    tick_volume='tick_volume tickvol',
+    amount='amount amt quote_volume quote_asset_volume volccyquote vol_ccy_quote dollar_volume money value '
+           '\u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d \u6210\u4ea4\u989d(\u5143) turnover',
     adj_close='adj_close adjclose adjusted_close adj._close')
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-011
@@ -40,7 +45,7 @@ EXCHANGE_COLUMNS = ('open_time open high low close volume close_time quote_volum
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-012
 EXTRA_NAMES = dict(
-    trades='trades count number_of_trades num_trades trade_count n_trades',
+    trades='trades count number_of_trades num_trades trade_count n_trades transactions n',
     taker_buy_volume='taker_buy_volume taker_buy_base_volume taker_buy_base_asset_volume taker_buy_base',
     taker_buy_quote_volume='taker_buy_quote_volume taker_buy_quote_asset_volume taker_buy_quote taker_buy_amount')
 
@@ -58,12 +63,16 @@ def _known_columns(by_key):
     return {ours: theirs[0] for ours, theirs in matches.items() if theirs}
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
+_UNIT = r'(?i:volume)[ _]\(?([A-Z0-9]{2,10}|Currency)\)?'
+
 def _add_unnamed(columns, found):
-    "Add volumes that are named by their unit, and stamps in a column without a name"
-    by_unit = [c for c in columns if re.fullmatch(r'volume_\w+', column_key(c))]
-    for ours, theirs in zip(('volume', 'amount'), by_unit): found.setdefault(ours, theirs)
+    "Add volumes that are named by their unit, stamps in a column without a name, and the tick volume"
+    by_unit = [c for c in columns if re.fullmatch(_UNIT, str(c))]
+    if 'volume' not in found:
+        for ours, theirs in zip(('volume', 'amount'), by_unit): found.setdefault(ours, theirs)
     blank = [c for c in columns if column_key(c) in ('', 'index') or column_key(c).startswith('unnamed')]
     if blank: found.setdefault('timestamps', blank[0])
+    if 'tick_volume' in found and 'volume' not in found: found['volume'] = found.pop('tick_volume')
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-021
 def _quoted(columns): return ', '.join(map(repr, columns))
@@ -82,27 +91,36 @@ def _extra_column(name, by_key, found):
     return theirs
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-024
-def _check_given(given, columns, extra):
-    "Raise unless `given` maps columns that exist to names of ours"
+def _given_columns(given, columns, extra):
+    "Return {their name: our name} of `columns`, which may be a list; raise where it names what is not there"
+    if not given: return {}
+    known = (*COLUMNS, 'tick_volume', 'adj_close', *extra)
+    if not isinstance(given, dict):
+        if len(given) != len(columns):
+            raise DataError(f"columns names {len(given)} columns, and the table has {len(columns)}: {_quoted(columns)}")
+        return {theirs: ours for theirs, ours in zip(columns, given) if ours in known}
     for theirs, ours in given.items():
-        check_choice('a name on the right of columns', ours, (*COLUMNS, 'adj_close', *extra))
+        check_choice('a name on the right of columns', ours, known)
         if theirs not in columns:
             raise DataError(f"columns names {theirs!r}; found {_quoted(columns)}{nearest(theirs, columns)}")
+    return given
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-025
 def match_columns(
     columns,    # Column names as found
-    given=None, # {'their name': 'our name'}, overrules the table of names; None is empty
+    given=None, # {'their name': 'our name'}, or a list of ours in order; overrules the table of names
     extra=(),   # Further columns to keep, by our name or theirs
 ) -> tuple[dict, list]: # {our name: their name}; columns that are not used
     "Return which column of a table serves as which of ours"
-    columns, given = list(columns), given or {}
-    _check_given(given, columns, extra)
+    columns = list(columns)
+    given = _given_columns(given, columns, extra)
     by_key = {}
     for c in columns: by_key.setdefault(column_key(c), c)
-    found = _known_columns(by_key) | {ours: theirs for theirs, ours in given.items()}
+    found = {ours: theirs for ours, theirs in _known_columns(by_key).items() if theirs not in given}
+    found |= {ours: theirs for theirs, ours in given.items()}
     _add_unnamed(columns, found)
-    for name in extra: found.setdefault(name, _extra_column(name, by_key, found))
+    for name in extra:
+        if name not in found or name in COLUMNS: found[name] = _extra_column(name, by_key, found)
     return found, [c for c in columns if c not in found.values()]
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #f4299d8a
@@ -316,6 +334,7 @@ class Stamps:
     mixed: np.ndarray # (T,) mask of the rarer kind, with or without an offset
     twice: np.ndarray # (T,) mask of hours that occur twice
     notes: list       # What was assumed
+    naive: bool       # Whether some have neither an offset nor are epochs
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
 _SESSIONS = 'stamps are dates without a time of day: sessions, which no zone moves'
@@ -339,7 +358,8 @@ def stamps(self: Clock, out, naive, mixed=None):
     if naive.any():
         out = out.copy()
         out[naive], twice[naive], notes = self.to_utc(out[naive])
-    return Stamps(_sane(out), np.zeros(len(out), bool) if mixed is None else mixed, twice, notes)
+    mixed = np.zeros(len(out), bool) if mixed is None else mixed
+    return Stamps(_sane(out), mixed, twice, notes, bool(naive.any()))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #43792d34
 @patch
@@ -440,39 +460,77 @@ def time_stamps(
     out[:, 4] = month.view('i8') % 12 + 1
     return out
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #73783673
+def bar_interval(
+    timestamps, # (T,) datetime64, sorted
+) -> int: # ns; 0 for fewer than two bars
+    "Return the commonest distance between bars"
+    d = np.diff(np.asarray(timestamps, 'M8[ns]').view('i8'))
+    d = d[d > 0]
+    if not len(d): return 0
+    distances, counts = np.unique(d, return_counts=True)
+    return int(distances[counts.argmax()])
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-065
 _BLANK = ('', '-', '--', 'nan', 'null', 'none', 'na', 'n/a', '<na>')
+_SUFFIX = dict(K=1e3, M=1e6, B=1e9, T=1e12) | {'\u4e07': 1e4, '\u4ebf': 1e8}
+_NUMBER = r'[-+]?(?:\d+|\d{1,3}(?:,\d{2,3})*,\d{3})?(?:\.\d*)?(?:[eE][-+]?\d+)?' # thousands apart by commas
 
-def _written_numbers(text):
-    "Return the numbers in cells such as '1.5K' and '2,000'"
-    unit = text.str[-1:].str.upper().map(dict(K=1e3, M=1e6, B=1e9)).astype('float64')
-    digits = text.where(unit.isna(), text.str[:-1]).str.replace(',', '', regex=False)
-    return pd.to_numeric(digits, errors='coerce').to_numpy('float64') * unit.fillna(1.).to_numpy()
+# %% ../../nbs/api/1_data/10_parse.ipynb #a91d54b6
+def _bare(text):
+    "Return cells without currency signs, blanks and apostrophes, and the factor of their suffix"
+    text = text.str.replace(r"[\s'\u2019$\u20ac\u00a3\u00a5]", '', regex=True)
+    unit = text.str[-1:].str.upper().map(_SUFFIX).astype('float64')
+    return text.where(unit.isna(), text.str[:-1]), unit.fillna(1.).to_numpy()
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #599e782b
+def _written_numbers(text, decimal='.'):
+    "Return the numbers in cells such as '1.5K' and '2,000'; NaN where a cell is none"
+    digits, unit = _bare(text)
+    if decimal == ',': digits = digits.str.translate(str.maketrans(',.', '.,'))
+    digits = digits.where(digits.str.fullmatch(_NUMBER), '')
+    return pd.to_numeric(digits.str.replace(',', '', regex=False), errors='coerce').to_numpy('float64') * unit
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-066
 def to_float(
-    s: pd.Series, # (T,) one column
+    s: pd.Series,  # (T,) one column
+    decimal='.',   # Decimal mark of text: '.' or ','
 ) -> tuple[np.ndarray, np.ndarray]: # (T,) float64; (T,) mask of the cells that hold something that is no number
     "Return a column as floats"
+    s = plain_column(s)
     if s.dtype.kind in 'iuf': return s.to_numpy('float64', na_value=np.nan), np.zeros(len(s), bool)
-    out = pd.to_numeric(s, errors='coerce').astype('float64')
-    lost = (out.isna() & s.notna()).to_numpy()
-    if not lost.any(): return out.to_numpy(), lost
-    text, out, bad = s[lost].astype(str).str.strip(), out.to_numpy().copy(), lost.copy()
-    out[lost] = _written_numbers(text)
+    plain = pd.to_numeric(s, errors='coerce').astype('float64')
+    lost = np.array(s.notna() & (plain.isna() if decimal == '.' else True), bool)
+    if not lost.any(): return plain.to_numpy(), lost
+    text, out, bad = s[lost].astype(str).str.strip(), plain.to_numpy().copy(), lost.copy()
+    out[lost] = _written_numbers(text, decimal)
     bad[lost] = np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()
     return out, bad
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-069
-def _numbers(raw, found, names):
-    "Return {our name: float64 values} and {their name: mask of cells that are no numbers}"
-    values, bad = {}, {}
-    for ours in [name for name in dict.fromkeys(names) if name in found]:
-        values[ours], mask = to_float(raw[found[ours]])
-        if mask.any(): bad[found[ours]] = mask
-    return values, bad
+# %% ../../nbs/api/1_data/10_parse.ipynb #5c45c63e
+def _shows(decimal, other):
+    "Return the pattern of cells that only this decimal mark explains, where `other` may set thousands apart"
+    groups = rf'\d{{1,3}}(?:{other}\d{{3}})'
+    return (rf'[-+]?(?:{groups}+{decimal}\d*|{groups}{{2,}}|\d*{decimal}\d{{1,2}}|\d+{decimal}\d{{4,}}|'
+            rf'0{decimal}\d+|\d{{4,}}{decimal}\d+)')
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-070
+_COMMA, _POINT = _shows(',', r'\.'), _shows(r'\.', ',')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0114c552
+def _decimal_mark(cells, point_seen=False):
+    "Return the decimal mark of numbers as text; raise where both or none would explain them"
+    bare = _bare(cells)[0]
+    comma, point = cells[bare.str.fullmatch(_COMMA)], cells[bare.str.fullmatch(_POINT)]
+    if len(comma) and (len(point) or point_seen):
+        raise DataError(f"decimal: {comma.iloc[0]!r} has a decimal comma, and other cells have a decimal point. "
+                        "Pass decimal=',' or decimal='.'; the other cells then count as no numbers")
+    if len(comma) or len(point) or point_seen: return ',' if len(comma) else '.'
+    commas = cells[bare.str.fullmatch(r'[-+]?\d{1,3},\d{3}')]
+    if not len(commas): return '.'
+    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can every "
+                    "number of the file that has a comma. Pass decimal=',' or decimal='.'")
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #281eaa3a
 def _feature_rows(values, names, n):
     "Return (F, T) float64 features, volume and amount filled where the table has none, and notes on that"
     x, notes = np.zeros((len(names), n)), []
@@ -514,12 +572,24 @@ def unfold(
     return raw.reset_index(names) if names else raw
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-079
-def _stamp_column(raw, found):
-    "Return the stamps, with a separate time of day added where the table has one"
-    day = raw[found['timestamps']]
-    clock = next((c for c in raw.columns if column_key(c) == 'time' and c != found['timestamps']), None)
-    if clock is None or not len(raw) or ':' in str(day.iloc[0]) or ':' not in str(raw[clock].iloc[0]): return day
-    return _text_of(day) + ' ' + _text_of(raw[clock])
+_TIMES = ('time', '\u65f6\u95f4', '\u4ea4\u6613\u65f6\u95f4') # columns that may hold the time of day alone
+
+def _digits_time(clock):
+    "Return digits such as 935, 0935 or 093500 as HH:MM or HH:MM:SS"
+    clock = clock.str.replace(r'\.0$', '', regex=True)
+    width = 4 if clock.str.len().max() <= 4 else 6
+    clock = clock.str.zfill(width)
+    return clock.str[:2] + ':' + clock.str[2:4] + ('' if width == 4 else ':' + clock.str[4:])
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #2a61bd4a
+def _join_time(day, clock):
+    "Return text of days and times of day; where the time is a whole stamp, that alone"
+    clock, day = _text_of(plain_column(clock)), _text_of(plain_column(day))
+    first = next((cell for cell in clock if cell), '')
+    if re.fullmatch(r'\d{12,}', first): return clock
+    if re.fullmatch(r'[\d.]+', first): clock = _digits_time(clock)
+    if re.fullmatch(r'\d{8}', day.iloc[0]): day = day.str[:4] + '-' + day.str[4:6] + '-' + day.str[6:]
+    return day + ' ' + clock
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-082
 @dataclass(frozen=True)
@@ -531,24 +601,32 @@ class ParseOptions:
     columns: dict = None
     adjust: bool = False
     extra: tuple = ()
+    decimal: str = None
+    units: dict = None
+    bar_end: bool = False
+    ambiguous: str = None
+    def __post_init__(self):
+        check_zone(self.tz)
+        for name, allowed in (('decimal', (None, '.', ',')), ('ambiguous', (None, 'first', 'last'))):
+            check_choice(name, getattr(self, name), allowed, DataError)
+        for name in self.units or (): check_choice('a name in units', name, ('volume', 'amount'), DataError)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-083
 @dataclass
 class ParsedTable:
-    "One table in our units, its rows in the order found"
-    symbols: pd.Series  # None where the table has no such column
+    "Rows of one table in our units, in the order found"
+    symbols: pd.Series  # Text; None where the table has no such column
     stamps: np.ndarray  # (T,) datetime64[ns], UTC
+    twice: np.ndarray   # (T,) mask of stamps whose hour occurs twice; the first is taken
     x: np.ndarray       # (F, T) float64
-    columns: dict       # {their name: our name}
-    ignored: list       # Columns that are not used
     notes: list         # What was filled or assumed
     odd: list           # (rule, text, (T,) mask) of what only the raw cells show
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-084
-def _odd_cells(stamps, mixed, bad):
+def _odd_cells(stamps, bad):
     "Return (rule, text, mask) of unreadable stamps, mixed zones and cells that are no numbers"
-    odd = [('bad_timestamp', 'unreadable timestamps', np.isnat(stamps)),
-           ('mixed_zones', 'stamps of the rarer kind, with or without a UTC offset', mixed)]
+    odd = [('bad_timestamp', 'unreadable timestamps', np.isnat(stamps.t)),
+           ('mixed_zones', 'stamps of the rarer kind, with or without a UTC offset', stamps.mixed)]
     odd += [('not_numbers', f'cells of {column!r} are not numbers', mask) for column, mask in bad.items()]
     return [o for o in odd if o[2].any()]
 
@@ -561,28 +639,186 @@ def _check_columns(columns, found, adjust):
         raise DataError(f"no column for {missing}; found {_quoted(columns)}. "
                         "Rename them or pass columns={'theirs': 'ours'}")
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #346ff4ca
+BAR_END = 'stamps mark the end of each bar; bar_end=True moves them to its start'
+_SERVER = "MetaTrader stamps are on the clock of the broker's server; tz takes its zone"
+_CONVENTIONS = ( # columns that tell a source, note
+    ('ts_code trade_time', BAR_END),       # tushare
+    ('day open close', BAR_END),           # Sina
+    ('\u65f6\u95f4 \u5f00\u76d8', BAR_END), # Eastmoney
+    ('date tickvol', _SERVER),
+    ('tick_volume real_volume', _SERVER))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
+_IDENTIFIER = r'(.*_)?(id|code|ticker|isin|cusip|permno|gvkey|figi|ric)'
+
+def _conventions(by_key, found, ignored, options):
+    "Return notes on what the columns tell about their source"
+    notes = [note for names, note in _CONVENTIONS if set(names.split()) <= set(by_key)
+             and not (note is BAR_END and options.bar_end or note is _SERVER and options.tz)]
+    if 'symbol' not in found and not options.symbol:
+        notes += [f"{c!r} looks like an identifier; columns={{{c!r}: 'symbol'}} reads it as the symbol"
+                  for c in ignored if re.fullmatch(_IDENTIFIER, column_key(c))]
+    return list(dict.fromkeys(notes))
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-086
-def _features(raw, found, options):
+class TableParser:
+    "Parse the pieces of one table"
+    def __init__(self, columns, options):
+        self.options, self.clock = options, Clock(options.tz, options.dayfirst)
+        self.found, self.ignored = match_columns(columns, options.columns, options.extra)
+        _check_columns(columns, self.found, options.adjust)
+        self.by_key = {column_key(c): c for c in columns}
+        self.time_of_day = next((self.by_key[k] for k in _TIMES if self.by_key.get(k) in self.ignored), None)
+        self.notes = _conventions(self.by_key, self.found, self.ignored, options)
+        self.decimal, self.units, self.ticks, self.points = options.decimal, options.units, None, False
+
+    @property
+    def helpers(self):
+        "Return columns that are read beside those that serve as ours"
+        return [c for c in (self.time_of_day, self.by_key.get('confirm')) if c in self.ignored]
+
+    @property
+    def columns(self): return {theirs: ours for ours, theirs in self.found.items()}
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #ae7ae743
+@patch
+def stamp_cells(self: TableParser, raw):
+    "Return the column of stamps, with a separate time of day added where the table has one"
+    day = raw[self.found['timestamps']]
+    if self.time_of_day is None or not len(raw) or ':' in str(day.iloc[0]): return day
+    text = _join_time(day, raw[self.time_of_day])
+    end = re.fullmatch(r'\d{12,}', text.iloc[0]) or self.time_of_day in _TIMES[1:]
+    if end and not self.options.bar_end: self.notes = list(dict.fromkeys([*self.notes, BAR_END]))
+    return text
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #3e3a6294
+@patch
+def settle_decimal(self: TableParser, raw, names):
+    "Find out the decimal mark of the columns `names`, from the cells that pandas left as text"
+    if self.decimal: return
+    columns = [plain_column(raw[self.found[name]]) for name in names]
+    text = [s[s.notna()].astype(str).str.strip() for s in columns if s.dtype.kind not in 'iuf']
+    text = pd.concat(text) if text else pd.Series(dtype=str)
+    if not text.str.contains(r',|\..*\.', regex=True).any(): return
+    fractions = any(s.dtype.kind == 'f' and (s % 1 > 0).any() for s in columns)
+    self.decimal = _decimal_mark(text, fractions or self.points)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #26dcb13f
+@patch
+def numbers(self: TableParser, raw):
+    "Return {our name: float64 values} and {their name: mask of cells that are no numbers}"
+    names = (*FEATURES, 'tick_volume', *self.options.extra, *(['adj_close'] if self.options.adjust else []))
+    names = [name for name in dict.fromkeys(names) if name in self.found]
+    self.settle_decimal(raw, names)
+    values, bad = {}, {}
+    for ours in names:
+        values[ours], mask = to_float(raw[self.found[ours]], self.decimal or '.')
+        if mask.any(): bad[self.found[ours]] = mask
+    return values, bad
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
+_TICKS = 'volume is 0 throughout: the number of price changes is used'
+
+@patch
+def pick_volume(self: TableParser, values):
+    "Use the tick volume where the volume is 0 throughout"
+    ticks = values.pop('tick_volume', None)
+    if ticks is None or not len(ticks): return
+    empty = not np.nan_to_num(values['volume']).any()
+    if self.ticks is None: self.ticks = empty and bool(np.nan_to_num(ticks).any())
+    if self.ticks and not empty:
+        volume = self.found['volume']
+        raise DataError(f"columns: {volume!r} is 0 in the first bars and not in later ones. "
+                        f"Pass columns={{{volume!r}: 'volume'}}, without the column of ticks, or read the parts alone")
+    if self.ticks:
+        values['volume'] = ticks
+        self.notes = list(dict.fromkeys([*self.notes, _TICKS]))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4a3d0b17
+@patch
+def scale_prices(self: TableParser, raw, values):
+    "Bring prices that are whole multiples of 1e-9 to units"
+    if not {'rtype', 'publisher_id'} <= set(self.by_key): return
+    if all(plain_column(raw[self.found[name]]).dtype.kind in 'iu' for name in PRICES):
+        for name in PRICES: values[name] = values[name] * 1e-9
+        self.notes = list(dict.fromkeys([*self.notes, 'prices in multiples of 1e-9']))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0f1c698c
+def _unit_ratio(values):
+    "Return the median of amount / (volume x mean price); NaN where it is unknown"
+    if not {'volume', 'amount'} <= set(values): return np.nan
+    with np.errstate(all='ignore'):
+        ratio = values['amount'] / (values['volume'] * np.mean([values[name] for name in PRICES], 0))
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    return float(np.median(ratio)) if len(ratio) else np.nan
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
+_UNITS = ({100: dict(volume=100), .1: dict(volume=100, amount=1000), .001: dict(amount=1000),
+           .01: dict(volume=100, amount=10_000), 1e-4: dict(amount=10_000)})
+
+@patch
+def settle_units(self: TableParser, values):
+    "Find out the units of volume and amount from the first rows, or say what their ratio is"
+    ratio = _unit_ratio(values)
+    if str(self.found.get('amount')).lower() == 'turnover' and not ratio >= .01:
+        del values['amount'] # a rate, or nothing to tell
+        if np.isfinite(ratio): self.notes.append("'turnover' is a rate, not money")
+    elif self.units is None and np.isfinite(ratio) and not .8 < ratio < 1.25:
+        units = next((units for known, units in _UNITS.items() if .8 < ratio / known < 1.25), None)
+        tushare = {'ts_code', 'trade_date', 'vol'} <= set(self.by_key) and units == _UNITS[.1]
+        self.units = units if tushare else {}
+        said = f'amount is {ratio:.3g} x volume x price'
+        if units: said += f": units={units} {'was applied' if tushare else 'makes it 1'}"
+        self.notes.append(said)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #f18cac77
+@patch
+def features(self: TableParser, raw):
     "Return (F, T) features, notes on what was made of them, and {their name: mask of cells that are no numbers}"
-    names = (*FEATURES, *options.extra)
-    values, bad = _numbers(raw, found, (*names, 'adj_close') if options.adjust else names)
-    x, notes = _feature_rows(values, names, len(raw))
-    if options.adjust:
+    values, bad = self.numbers(raw)
+    self.pick_volume(values)
+    self.scale_prices(raw, values)
+    self.settle_units(values)
+    for name, unit in (self.units or {}).items():
+        if name in values: values[name] = values[name] * float(unit)
+    x, notes = _feature_rows(values, (*FEATURES, *self.options.extra), len(raw))
+    if self.options.adjust:
         _adjust(x, values['adj_close'])
         notes.append('prices adjusted by adjusted close / close')
-    if options.tz is not None: notes.append(f'stamps without a zone read as {options.tz}')
     return x, notes, bad
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-087
-def parse_table(
+def symbol_text(
+    s: pd.Series,
+) -> pd.Series: # Text; UNKNOWN where empty
+    "Return a column of symbols as text: 000001 keeps its zeros, and NA stays a ticker"
+    s = plain_column(s)
+    if s.dtype.kind == 'f' and not (s.dropna() % 1).any(): s = s.astype('Int64').astype(object)
+    if s.dtype.kind == 'O' or s.isna().any(): s = s.astype(object).where(s.notna(), 'UNKNOWN')
+    s = s.astype(str)
+    return s.where(s != '', 'UNKNOWN') if (s == '').any() else s
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #daf93281
+@patch
+def zone_notes(self: TableParser, stamps):
+    "Return what is assumed about the zone of the stamps"
+    if self.options.tz is not None: return [f'stamps without a zone read as {self.options.tz}']
+    return ['stamps without a zone taken as UTC'] if stamps.naive and not session_dates(stamps.t) else []
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #99c066f4
+@patch
+def parse(self: TableParser,
     raw: pd.DataFrame, # Plain columns, as `unfold` returns them
-    options: ParseOptions,
 ) -> ParsedTable:
-    "Return the columns of one table as stamps and numbers"
-    found, ignored = match_columns(raw.columns, options.columns, options.extra)
-    _check_columns(raw.columns, found, options.adjust)
-    stamps, mixed = to_utc(_stamp_column(raw, found), options.tz, options.dayfirst)
-    x, notes, bad = _features(raw, found, options)
-    columns = {theirs: ours for ours, theirs in found.items()}
-    symbols = raw[found['symbol']] if 'symbol' in found else None
-    return ParsedTable(symbols, stamps, x, columns, ignored, notes, _odd_cells(stamps, mixed, bad))
+    "Return the rows of one piece as stamps and numbers"
+    stamps = read_stamps(self.stamp_cells(raw), self.clock)
+    x, notes, bad = self.features(raw)
+    odd = _odd_cells(stamps, bad)
+    if 'confirm' in self.by_key:
+        live = to_float(raw[self.by_key['confirm']])[0] == 0
+        if live.any(): odd.append(('unfinished', "'confirm' is 0: the bar was not finished", live))
+    symbols = symbol_text(raw[self.found['symbol']]) if 'symbol' in self.found else None
+    notes = [*notes, *self.zone_notes(stamps), *stamps.notes, *self.notes]
+    self.points = True # what was read so far has no decimal comma, unless `decimal` says so
+    return ParsedTable(symbols, stamps.t, stamps.twice, x, list(dict.fromkeys(notes)), odd)
