@@ -179,7 +179,7 @@ def evaluate(
     picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap)
     known = _extra(forecaster)
     check_untouched(picked[0], known.get('trained_on') if used is None else used, known.get('split') != 'symbol')
-    if baselines is None: baselines = default_baselines(bars, sizes[0])
+    if baselines is None: baselines = default_baselines(bars, sizes[0], known.get('negative_prices', False))
     return _evaluate(_by_name(forecaster, base, baselines), bars, picked, sizes, sampling, out_dir, progress)
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-038

@@ -38,7 +38,7 @@ RULES = dict( # rule: (level, what it means)
 # %% ../../nbs/api/1_data/12_check.ipynb #d36b7fbe
 RULES |= dict(
     mixed_zones=('warning', 'some stamps carry a zone, some do not'),
-    small_unit=('warning', 'a feature moves so little in its unit that the reference\'s epsilon would distort its scale'),
+    small_unit=('warning', "moves so little in its unit that the reference's epsilon would distort its scale"),
     unfinished=('warning', 'the last bar is off the grid of the others: was it still open?'),
     no_volume=('warning', 'volume is zero throughout'),
     zero_volume=('warning', 'no volume although the price moved'),

@@ -35,12 +35,12 @@ def load_bars(
     cfg: Config,
 ) -> pd.DataFrame: # Canonical bars
     "Read the bars of a run"
-    d = cfg.data
+    d, how = cfg.data, cfg.data.reading
     if data is None: data = list(d.source or ()) or 'sample'
-    if isinstance(data, str) and data == 'sample': data = sample_klines(list(d.symbols) if d.symbols else None)
+    if isinstance(data, str) and data == 'sample':
+        data, how = sample_klines(list(d.symbols) if d.symbols else None), dict(extra_features=how['extra_features'])
     if _is_read(data, d): return data
-    return read_klines(data, tz=d.tz, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows,
-                       extra_features=d.extra_features)
+    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **how)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #ebf1fb5c
 def _symbols_in(data, cfg) -> list:
@@ -93,6 +93,15 @@ def offer(
                 "bars: kronos-nb fit FILE, or fit(bars)")
     return least_text()
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #d2ded565
+def _check(bars, d):
+    "Return the report on bars, as the settings ask"
+    window = d.lookback_window + d.predict_window
+    return check_klines(bars, window, features=d.features, allow_negative_prices=d.allow_negative_prices)
+
+def _repaired(bars, d, **kwargs):
+    return repair_klines(bars, features=d.features, allow_negative_prices=d.allow_negative_prices, **kwargs)
+
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d5b6c497
 def _too_short(bars, report, d):
     "Return the error for bars whose symbols are all shorter than one window"
@@ -105,13 +114,13 @@ def _too_short(bars, report, d):
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #eb7e9d7b
 def _leave_out_short(bars, report, d):
-    "Return the bars of the symbols that hold a window, no changes, and the report, which names the others"
-    window, short = d.lookback_window + d.predict_window, report.issues[report.issues.rule == 'too_short']
+    "Return the bars of the symbols that hold a window, and the report, which names the others"
+    short = report.issues[report.issues.rule == 'too_short']
+    if not len(short): return bars, report
     if len(short) == len(report.summary): raise _too_short(bars, report, d)
-    bars = bars[~bars.symbol.isin(short.symbol)].reset_index(drop=True)
-    kept = check_klines(bars, window, features=d.features)
-    issues = pd.concat([short.assign(level='warning'), kept.issues], ignore_index=True)
-    return bars, pd.DataFrame(), replace(kept, issues=issues)
+    bars = bars[~bars.symbol.astype(str).isin(short.symbol)].reset_index(drop=True)
+    kept = _check(bars, d)
+    return bars, replace(kept, issues=pd.concat([short.assign(level='warning'), kept.issues], ignore_index=True))
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #6ea3201b
 def _all_dropped(bars, changes):
@@ -125,22 +134,23 @@ def _all_dropped(bars, changes):
 def _repair(bars, d):
     "Return repaired bars, what was changed, and their report; raise where nothing is left"
     window = d.lookback_window + d.predict_window
-    fixed, changes = repair_klines(bars, features=d.features)
+    fixed, changes = _repaired(bars, d)
     if not len(fixed): raise _all_dropped(bars, changes)
-    report = check_klines(fixed, window, features=d.features)
+    report = _check(fixed, d)
     if (report.summary.bars < window).all(): raise _too_short(fixed, report, d)
-    fixed, changes = repair_klines(bars, min_bars=window, features=d.features)
-    return fixed, changes, check_klines(fixed, window, features=d.features)
+    fixed, changes = _repaired(bars, d, min_bars=window)
+    return fixed, changes, _check(fixed, d)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-016
 def _check_bars(bars, d):
     "Return the bars, repaired where `d.repair` asks for it, what repair changed, and the report on them"
-    report, changes = check_klines(bars, d.lookback_window + d.predict_window, features=d.features), pd.DataFrame()
+    report, changes = _check(bars, d), pd.DataFrame()
     if not report.ok and d.repair == 'standard': bars, changes, report = _repair(bars, d)
-    if report.ok: return bars, changes, report
     bad = report.issues[report.issues.level == 'error']
     dirt = bad[bad.rule != 'too_short']
-    if dirt.empty: return _leave_out_short(bars, report, d)
+    if dirt.empty:
+        bars, report = _leave_out_short(bars, report, d)
+        return bars, changes, report
     raise DataError(f"the bars have errors: {_errors_text(dirt)}. Set data.repair=standard to repair what can be "
                     "repaired, or repair them yourself with repair_klines")
 

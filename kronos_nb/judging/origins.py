@@ -175,6 +175,19 @@ def _path_variance(paths, last):
     def one(p, l): return realised_var(np.maximum(p, .01 * l), np.full(len(p), l)).mean(0)   # at most -99 %
     return np.stack([one(p, l) for p, l in zip(paths, last)])
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #37320a00
+def _variances(paths, y, last, scale):
+    "Return the variance of the paths and the one that happened, (N, H) each, up to every bar"
+    positive = (last > 0) & (y > 0).all(-1)
+    if positive.all(): return _path_variance(paths, last), realised_var(y, last)
+    var, rvar = np.empty(y.shape), np.empty(y.shape)
+    if positive.any(): var[positive], rvar[positive] = _variances(*(o[positive] for o in (paths, y, last, scale)))
+    for i in np.flatnonzero(~positive):
+        moves = np.diff(np.concatenate([[last[i]], y[i]])) / scale[i]
+        each = np.diff(paths[i], axis=-1, prepend=last[i]) / scale[i]
+        var[i], rvar[i] = np.cumsum(each**2, -1).mean(0), np.cumsum(moves**2)
+    return var, rvar
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-034
 def _summarise(
     paths, # (N, S, H) closes
@@ -186,9 +199,10 @@ def _summarise(
     "Return what is kept of `N` forecasts"
     last_N1, scale_N1, q = np.asarray(last)[:, None], np.asarray(scale)[:, None], quantiles(paths)
     ranks = np.stack([pit(*o) for o in zip(paths, y, keys)])
+    var, rvar = _variances(paths, y, np.asarray(last), np.asarray(scale))
     out = dict(
         y=y, last=last_N1 + 0 * y, scale=scale_N1 + 0 * y, crps=crps(paths, y) / scale_N1, pit=ranks,
-        p_up=prob_up(paths, last), mean=paths.mean(1), var=_path_variance(paths, last), rvar=realised_var(y, last))
+        p_up=prob_up(paths, last), mean=paths.mean(1), var=var, rvar=rvar)
     return out | {c: q[:, i] for i, c in enumerate(QUANTILES)}
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-036
