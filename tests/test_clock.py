@@ -324,3 +324,29 @@ def test_the_leak_check_looks_across_symbols():
     assert 'splits' not in check_leaks(bars=bars, lookback_window=30, predict_window=5).found
     report = check_leaks(bars=bars, lookback_window=30, predict_window=5, splits=split_by_time(bars, by='symbol'))
     assert report.found == ['splits']
+
+
+# Prices that may be negative
+
+
+def spread(symbol='SPREAD', n=900):
+    "Bars of a spread that crosses zero"
+    walk, r = random_walks(n, (symbol,)), np.random.default_rng(0)
+    close = r.normal(size=n).cumsum() * .3
+    opens = np.r_[0., close[:-1]]
+    high, low = np.maximum(opens, close) + .1, np.minimum(opens, close) - .1
+    return walk.assign(open=opens, high=high, low=low, close=close)
+
+
+def test_negative_prices_are_judged_where_they_are_allowed(released):
+    bars = spread()
+    assert (bars.close < 0).any() and not check_klines(bars).ok
+    p = prepare(bars, Config.preset('quickstart', **SETTINGS, **{'data.allow_negative_prices': True}))
+    assert p.report.ok and np.isfinite(p.train.arrays(range(50))[0].numpy()).all()
+    with pytest.raises(DataError, match='above 0'): evaluate(released, bars, 50, 5, paths=20, origins=8, progress=False)
+    released.predictor.extra['negative_prices'] = True
+    try: e = evaluate(released, bars, 50, 5, paths=20, origins=8, progress=False)
+    finally: del released.predictor.extra['negative_prices']
+    table = e.metrics.select_dtypes('number')
+    assert np.isfinite(table.drop(columns=[c for c in table if c.startswith('ic') or c.startswith('rank')])).all(axis=None)
+    assert isinstance(e.sentence, str)
