@@ -126,7 +126,7 @@ class AugmentConfig(Settings):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class _WeightsConfig(Settings):
-    init: str = setting('scratch', "weights to begin with: a hub id, a folder, or scratch")
+    init: str = setting('scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
     trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")
@@ -428,8 +428,8 @@ def _both(**changes): return {f'{stage}.{k}': v for stage in ('tokenizer', 'pred
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-061
 PRESETS = dict(quickstart={
-    'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000,
-    'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
+    'tokenizer.init': 'bundled', 'predictor.init': 'bundled', 'data.symbols': ('GOOG',),
+    'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
     'data.embargo': 10, 'runtime.save_steps': 50, 'runtime.log_every': 4,
     **_both(size='tiny', epochs=4, batch_size=64, lr=5e-4, weight_decay=.05, average_last=3, warmup=.1, patience=3)})
 

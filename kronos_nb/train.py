@@ -391,9 +391,10 @@ def fit(
     >>> kn.fit('my.csv')
     >>> kn.fit('bars.csv', 'btc_optimized', predictor=dict(lr=1e-5)).report()
     """
-    cfg, run = settle(data, config, overrides, out_dir)
-    plan = is_own(data, config) and cfg.runtime.progress
+    own = is_own(data, config)
+    cfg, run, data = settle(data, config, overrides, out_dir)
     limit, machine = parse_duration(cfg.runtime.max_time, 'runtime.max_time'), machine_for(cfg.runtime)
     deadline = None if limit is None else time.monotonic() + limit
     with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
-        return _fit_run(data, cfg, run, _Session(deadline, list(callbacks), resume, judge, plan))
+        session = _Session(deadline, list(callbacks), resume, judge, own and cfg.runtime.progress)
+        return _fit_run(data, cfg, run, session)

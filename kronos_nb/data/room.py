@@ -75,8 +75,6 @@ class Windows:
     embargo: int # Between two parts
     @property
     def settings(self) -> dict: return {f'data.{name}': n for name, n in vars(self).items()}
-    @property
-    def options(self) -> str: return ' '.join(f'--set {name}={n}' for name, n in self.settings.items())
 
 # %% ../../nbs/api/1_data/19_room.ipynb #9593e0f5
 ORIGINS = 12     # forecasts without common bars that the test part must have room for

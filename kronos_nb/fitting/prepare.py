@@ -71,6 +71,17 @@ def _errors_text(bad) -> str:
     lines = '; '.join(_error_text(o) for o in bad.head(8).to_dict('records'))
     return lines + (f' and {len(bad) - 8} more' if len(bad) > 8 else '')
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #3de06093
+def _fitting(bars, d):
+    "Return windows that fit, with other shares of the split where these leave no room; None where nothing fits"
+    own = dict(zip(('train', 'val', 'test'), (d.train, d.val, d.test)))
+    even = dict(train=.6, val=.2, test=.2) if d.test else dict(train=.8, val=.2, test=0.)
+    for shares in (own, even):
+        room = find_room(bars, **shares, max_gap=d.max_gap)
+        if windows := fitting_windows(room, (d.lookback_window, d.predict_window)):
+            return windows.settings | {f'data.{k}': v for k, v in shares.items() if v != own[k]}
+    return None
+
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
 LEAST = 120   # bars of one symbol from which `own` finds windows for every part
 
@@ -86,12 +97,11 @@ def offer(
 ) -> str: # A sentence
     "Return the windows that fit bars, as settings to add"
     good, _ = repair_klines(bars, features=d.features)
-    room = find_room(good, d.train, d.val, d.test, d.max_gap, d.split) if len(good) else None
-    fitting = room and fitting_windows(room, (d.lookback_window, d.predict_window))
-    if fitting:
-        return (f"Windows that fit: {fitting.options}. Or leave the preset out, and all settings are fitted to the "
-                "bars: kronos-nb fit FILE, or fit(bars)")
-    return least_text()
+    found = _fitting(good, d) if len(good) else None
+    if found is None: return least_text()
+    options = ' '.join(f'--set {name}={value}' for name, value in found.items())
+    return (f"What fits: {options}. Or leave the preset out, and all settings are fitted to the bars: "
+            "kronos-nb fit FILE, or fit(bars)")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d2ded565
 def _check(bars, d):
