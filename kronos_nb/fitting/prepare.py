@@ -77,7 +77,7 @@ def _fitting(bars, d):
     own = dict(zip(('train', 'val', 'test'), (d.train, d.val, d.test)))
     even = dict(train=.6, val=.2, test=.2) if d.test else dict(train=.8, val=.2, test=0.)
     for shares in (own, even):
-        room = find_room(bars, **shares, max_gap=d.max_gap)
+        room = find_room(bars, **shares, max_gap=d.max_gap, by=d.split)
         if windows := fitting_windows(room, (d.lookback_window, d.predict_window)):
             return windows.settings | {f'data.{k}': v for k, v in shares.items() if v != own[k]}
     return None
