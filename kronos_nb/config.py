@@ -62,8 +62,8 @@ class _SplitConfig(_WindowConfig):
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
     split: str = setting(
-        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so one may train "
-        "later than another is judged", choices=('date', 'symbol'))
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one "
+        "may train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')

@@ -105,7 +105,8 @@ def session(freq, start, stop, zone=NEW_YORK, year=('2023-06-01', '2024-06-01'),
 
 
 MARKETS = dict(
-    share_5min=session('5min', 570, 960), share_30min=session('30min', 570, 960), coin_1h=session('h', 0, 1440, 'UTC', days=7),
+    share_5min=session('5min', 570, 960), share_30min=session('30min', 570, 960),
+    coin_1h=session('h', 0, 1440, 'UTC', days=7),
     coin_daily=pd.date_range('2022-01-01', periods=600), share_daily=pd.bdate_range('2022-01-03', periods=600),
     hourly_workdays=session('h', 0, 1440), lunch=session('30min', 570, 690, 'Asia/Shanghai').union(
         session('30min', 780, 900, 'Asia/Shanghai')))
@@ -348,5 +349,5 @@ def test_negative_prices_are_judged_where_they_are_allowed(released):
     try: e = evaluate(released, bars, 50, 5, paths=20, origins=8, progress=False)
     finally: del released.predictor.extra['negative_prices']
     table = e.metrics.select_dtypes('number')
-    assert np.isfinite(table.drop(columns=[c for c in table if c.startswith('ic') or c.startswith('rank')])).all(axis=None)
+    assert np.isfinite(table.drop(columns=[c for c in table if c.startswith(('ic', 'rank'))])).all(axis=None)
     assert isinstance(e.sentence, str)

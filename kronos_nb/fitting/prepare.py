@@ -246,8 +246,8 @@ def _overlap_text(split) -> str:
     rows = split.summary
     ends, begins = rows[rows.part == 'train']['last'].max(), rows[rows.part == 'test']['first'].min()
     if not ends >= begins: return '' # without a test part there is no beginning
-    return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days on "
-            "which another is judged; data.split=date keeps them apart")
+    return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days "
+            "on which another is judged; data.split=date keeps them apart")
 
 def _notes(report, split, d):
     "Yield notes on symbols that are left out or lack a part, on the order in time and on the context"

@@ -207,7 +207,7 @@ def leak_evaluation(
     rows: pd.DataFrame, # Of an `Evaluation`
     splits,             # Has `train` and `val`
 ):
-    "Count the forecasts that begin inside the bars of their symbol that trained or chose the model, or lie before the last"
+    "Count the forecasts that begin inside the bars that trained or chose the model, or lie before the last of them"
     late, said = 0, []
     for name in ('train', 'val'):
         part = getattr(splits, name)
