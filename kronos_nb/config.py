@@ -29,7 +29,12 @@ class _SourceConfig(Settings):
     start: str | None = setting(None, "bars from this moment on, YYYY-MM-DD")
     end: str | None = setting(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = setting(None, "read at most this many rows", lo=1, unit='rows')
-    tz: str | None = setting(None, "zone of stamps without one, such as America/New_York; none: UTC")
+    tz: str | None = setting(None, "zone of stamps without one in files, such as America/New_York; none: UTC")
+    market_tz: str | None = setting(
+        None, "zone of the exchange, whose clock the models read, such as Asia/Shanghai; none: tz, else UTC")
+    layout: dict = setting(dict, "how to read files: columns, dayfirst, decimal, units, bar_end and what else "
+                           "read_klines takes")
+    allow_negative_prices: bool = setting(False, "take prices of zero and below, such as spreads; off: they are errors")
     repair: str = setting(
         'off', "off stops at errors in the bars; standard repairs them and lists every change", choices=('off',
         'standard'))
@@ -52,10 +57,13 @@ class _WindowConfig(_SourceConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
 @dataclass(frozen=True, kw_only=True)
 class _SplitConfig(_WindowConfig):
-    train: float = setting(.7, "share of each symbol's bars to train on", lo=0.01, hi=1.)
+    train: float = setting(.7, "share of the bars to train on, the earliest", lo=0.01, hi=1.)
     val: float = setting(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
+    split: str = setting(
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one "
+        "may train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
@@ -65,11 +73,18 @@ class _SplitConfig(_WindowConfig):
         'shuffled', "balanced draws every symbol equally often", choices=('shuffled', 'balanced', 'sequential'))
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-012
-def _check_zone(tz):
+def _check_zone(name, tz):
     try: ZoneInfo(tz)
     except (KeyError, ValueError, OSError) as e:
         hint = nearest(tz, available_timezones())
-        raise ConfigError(f"data.tz must be the name of a zone such as Asia/Shanghai, or none; got {tz!r}{hint}") from e
+        raise ConfigError(f"data.{name} must be the name of a zone such as Asia/Shanghai, or none; "
+                          f"got {tz!r}{hint}") from e
+
+# %% ../nbs/api/0_ground/03_config.ipynb #7d3892e9
+_LAYOUT = ('columns', 'dayfirst', 'decimal', 'units', 'bar_end', 'ambiguous', 'adjust')
+
+def _check_layout(layout):
+    for name in layout: check_choice('a name in data.layout', name, _LAYOUT)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
 def _check_date(path, value):
@@ -86,9 +101,17 @@ class DataConfig(_SplitConfig):
     "Which bars, and how they become windows"
     @property
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
+    @property
+    def clock(self) -> str | None: return self.market_tz or self.tz
+    @property
+    def reading(self) -> dict:
+        "Arguments of `read_klines` that say how files are read"
+        return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
     def check(self):
-        if self.tz is not None: _check_zone(self.tz)
         for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
+        for name in ('tz', 'market_tz'):
+            if getattr(self, name) is not None: _check_zone(name, getattr(self, name))
+        _check_layout(self.layout)
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")

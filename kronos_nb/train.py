@@ -231,7 +231,8 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
     "Return the model before fine-tuning; None where training began from scratch"
     if inits['predictor'] == 'scratch': return None
     models = [build_model(name, inits[name]).eval() for name in STAGES]
-    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context)
+    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context,
+        market_tz=data.train.market_tz)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
@@ -399,6 +400,7 @@ def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
     due = [files for files, _ in _plan(cfg, run) if cfg.runtime.only in (None, files.name)]
     if not all(files.finished for files in due): return False
     if not judge or not run.stage('predictor').has_model: return True
+    if cfg.evaluate != Run(run.folder).config.evaluate: return False   # trained, and to be judged anew
     return run.report_file.is_file() and (run.judged or not cfg.data.test)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-058

@@ -67,6 +67,9 @@ def _learn(
     if n < _MIN_DATES:
         raise DataError(f"a calibration needs at least {_MIN_DATES} forecast origins, got {n}; "
                         "give more validation bars or raise origins")
+    if (rows[['y', 'q2.5']] <= 0).any(axis=None):
+        raise DataError("a calibration stretches the logarithm of prices, and these hold prices of 0 or less; "
+                        "set evaluate.calibrate=off")
     for level, low, high in BANDS:
         scores = _band_scores(rows, low, high)
         factors.append(_conformal_quantile(scores, int(level) / 100, n))

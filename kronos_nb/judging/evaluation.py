@@ -34,7 +34,7 @@ def _bar_losses(rows):
     y, last, scale = rows['y'], rows['last'], rows['scale']
     error, rise = abs(y - rows['q50']), (np.sign(y - last) + 1) / 2
     pinball = sum(quantile_score(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
-    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / last, mse_pct=(100 * error / last)**2)
+    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / abs(last), mse_pct=(100 * error / last)**2)
     out['quantile_loss'] = pinball / scale
     for level, lo, hi in BANDS:
         out[f'cover_{level}'] = (rows[lo] <= y) & (y <= rows[hi])
@@ -44,11 +44,16 @@ def _bar_losses(rows):
     return pd.DataFrame(out).astype(np.float64)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-009
+def _change(price, rows):
+    "Return a price as a change from the last close; of a close at or below 0, as a share of its size"
+    change = price / rows['last'] - 1
+    return change if (rows['last'] > 0).all() else change * np.sign(rows['last'])
+
 def _horizon_losses(rows):
     "Return what only the last bar of each forecast tells"
     end = rows[rows['h'] == rows['h'].max()]
     out = dict(vol_mae=100 * abs(np.sqrt(end['var']) - np.sqrt(end['rvar'])), qlike=qlike(end['var'], end['rvar']),
-               expected=end['mean'] / end['last'] - 1, realised=end['y'] / end['last'] - 1)
+               expected=_change(end['mean'], end), realised=_change(end['y'], end))
     at = pd.MultiIndex.from_arrays([end['date'], end['symbol']], names=['date', 'symbol'])
     return pd.DataFrame(out).astype(np.float64).set_axis(at)
 
