@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPELLINGS', 'SWITCHES', 'ELSEWHERE', 'parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit',
            'run_experiments', 'stopped', 'run_forecast', 'run_evaluate', 'run_monitor', 'run_compare', 'run_tune',
-           'run_average', 'run_report', 'run_push', 'run_bundle', 'run_check', 'main']
+           'run_average', 'run_report', 'run_push', 'run_bundle', 'run_check', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
 import argparse, dataclasses, os, signal, subprocess, sys
@@ -314,9 +314,20 @@ def _check_parser(sub):
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cf733bde
+def _studio_parser(sub):
+    "Add the command `studio`"
+    p = _command(sub, 'studio', run_studio, 'open the panels in a browser, on your own file', **_SHOW_DEFAULTS)
+    p.add_argument('data', nargs='*', help='files of bars; none: the bundled sample, and an upload button')
+    p.add_argument('--preset', help='start from a named preset; none: what suits the bars')
+    p.add_argument('--out', help='folder of the run; none: named after bars and preset')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8866, help='the next free one where it is taken')
+    p.add_argument('--no-browser', action='store_true', help='print the address and open nothing')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
 _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser,
-    _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser)
+    _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser, _studio_parser)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
@@ -815,6 +826,14 @@ def run_check(a):
     if a.out:
         print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #31c9fa5c
+def run_studio(a):
+    "Run `kronos-nb studio`"
+    from kronos_nb.app import serve_studio
+    if a.preset: check_choice('--preset', a.preset, PRESETS)
+    serve_studio(a.data, a.preset, a.out, a.ip, a.port, not a.no_browser)
+    return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-114
 def main(
