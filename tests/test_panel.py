@@ -3,6 +3,7 @@ import asyncio
 import html
 import importlib
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from kronos_nb.panel.data import save_upload
 from kronos_nb.panel.train import free_folder
 from kronos_nb.settings import Sampling
 from kronos_nb.training.learner import Callback
+from kronos_nb.training.run import Run
 
 SMALL = Config.preset('quickstart', **{
     'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
@@ -242,6 +244,28 @@ def test_pause_holds_the_run_and_a_second_panel_finds_it(tmp_path, opened):
     assert not panel.job.wait(300).interrupted
     assert panel.bar.value == 1.
     assert not FitJob.active
+
+
+LEAVE = """
+import sys, threading
+import kronos_nb.panel.train as train
+from kronos_nb.config import Config
+train._LAST_SECONDS = 60
+seen = threading.Event()
+job = train.FitJob('sample', Config.load(sys.argv[1]), sys.argv[2], every=0)
+job.listeners.append(lambda job: job.learn is not None and job.learn.step >= 3 and seen.set())
+job.start()
+seen.wait(300)
+"""
+
+
+def test_a_kernel_that_ends_stops_its_run_with_a_checkpoint(tmp_path):
+    SMALL.save(tmp_path/'small.yaml')
+    command = [sys.executable, '-c', LEAVE, str(tmp_path/'small.yaml'), str(tmp_path/'run')]
+    subprocess.run(command, check=True, timeout=300)
+    run = Run(tmp_path/'run')
+    assert run.state == 'interrupted'
+    assert list(run.stage('tokenizer').checkpoints.iterdir())
 
 
 def test_nothing_is_measured_beside_a_run(opened, monkeypatch):

@@ -6,7 +6,10 @@
 __all__ = ['FitJob', 'free_folder', 'plot_run', 'TrainPanel']
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-002
+import atexit
+import contextlib
 import html
+import os
 import threading
 import time
 from pathlib import Path
@@ -140,6 +143,17 @@ class FitJob(_JobThread):
         epoch, total = min(learn.epoch + 1, learn.epochs), learn.total_steps
         line = f'{state}: {self.stage}, epoch {epoch} of {learn.epochs}, step {learn.step} of {total}'
         return learn.step/total, line + _time_left(self, learn)
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #e8bfbaa1
+_LAST_SECONDS = 4.   # Jupyter kills a kernel that has not ended after five
+
+@atexit.register
+def _stop_at_exit():
+    "Stop the runs at work, and wait for their checkpoints"
+    jobs, end = list(AT_WORK.values()), time.monotonic() + _LAST_SECONDS
+    for job in jobs:
+        with contextlib.suppress(Exception): job.stop()   # its widgets may be gone
+    for job in jobs: job.thread.join(max(end - time.monotonic(), 0))
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #0ebd96a7
 def _holds_other(run: Run, cfg) -> bool:
@@ -287,12 +301,17 @@ def _folder_typed(self: TrainPanel, change):
     self.given = change['new'].strip() or None
     self.refresh()
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #22f08296
+_KEEP_OPEN = ("<div class='knb-note'>Keep this page open while it trains. Closing it stops the run with a checkpoint, "
+              "and the next time the first button continues it.</div>")
+
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-030
 @patch
 def _build(self: TrainPanel):
     self.error, self.status, self.chart = html_box(), html_box(), picture()
     self.findings, self.verdict = html_box('knb'), html_box('knb')
     fold, self.folded = folded('as code')
+    if 'VOILA_APP_PORT' in os.environ: self.status.value = _KEEP_OPEN
     if self.job is not None: self.follow(self.job)
     return panel_page(self._make_head(), self.status, self.error, self.chart, self.findings, self.verdict, fold)
 
