@@ -25,7 +25,7 @@ from .data.parse import time_stamps
 from .data.normalize import ZScore, normalizer_from_dict
 from .data.calendar import future_stamps
 from .model.layers import evaluating
-from .model.pretrained import PUBLISHED
+from .model.pretrained import BUNDLED, PUBLISHED
 from .model.tokenizer import KronosTokenizer
 from .model.predictor import CROSS_ROPE, Kronos
 from .training.run import BEST, Run, RunStage, is_model
@@ -527,6 +527,7 @@ def _tokenizer_of(model):
 def _hub_pair(source):
     "Return the hub ids of tokenizer and predictor that one hub id stands for"
     predictors = [k for k in PUBLISHED if 'Tokenizer' not in k]
+    if source == BUNDLED: return BUNDLED, BUNDLED
     if source in predictors: return f"NeoQuasar/Kronos-Tokenizer-{'2k' if source.endswith('mini') else 'base'}", source
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source) and not source.startswith('NeoQuasar/'):
         pair = re.sub('-(tokenizer|predictor)$', '', source)

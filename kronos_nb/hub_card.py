@@ -17,7 +17,7 @@ from . import __version__
 from .core import write_atomic
 from .config import Config
 from .display import date_text, interval_text, md_table, name_list
-from .model.pretrained import PUBLISHED
+from .model.pretrained import BUNDLED, PUBLISHED
 from .training.history import best_validation
 from .training.run import STAGES, Run, is_model
 
@@ -231,6 +231,7 @@ def _start(self: _Card):
     "Name the initial weights"
     base, own = self.base, self.run.base
     if base == 'scratch': return 'random weights (trained from scratch)'
+    if base == BUNDLED: return 'the small base that ships with kronos_nb, a toy trained on three daily shares'
     if base != 'base': return f'[{base}](https://huggingface.co/{base})' if _hub_id(base) else f'`{_public_name(base)}`'
     if own is None: return 'a base that the run trained itself'
     series = own.facts['series']
@@ -285,7 +286,9 @@ def training(self: _Card) -> str:
 def licences(self: _Card) -> str:
     "List the licences of weights, bars and code"
     base = self.base
-    terms = 'MIT, as published by NeoQuasar; keep its notice' if base in PUBLISHED else 'see their source'
+    known = dict.fromkeys(PUBLISHED, 'MIT, as published by NeoQuasar; keep its notice')
+    known[BUNDLED] = 'Apache 2.0, trained on bars in the public domain'
+    terms = known.get(base, 'see their source')
     initial = f'- Initial weights ({_public_name(base)}): {terms}.\n'
     own = '- Initial weights: a base that the run trained itself, on bars of the same source.\n'
     mine = self.licence or '**not stated**. The publisher decides, and must respect the licences below'

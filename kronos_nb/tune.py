@@ -24,6 +24,7 @@ from .config import SECTIONS, Config, check_keys
 from .display import COLORS, figure
 from .data.read import extra_columns
 from .model.pretrained import find_files
+from .training.history import read_json
 from .training.run import Run
 from .training.learner import Callback, Learner
 from .training.task import PredictorTask, WindowSource, build_model
@@ -32,7 +33,8 @@ from .forecast import Forecaster
 from .judging.baselines import LastValue
 from .evaluate import evaluate
 from .fitting.prepare import load_bars, prepare
-from .train import FitResult, fit, resolve
+from .own import config_for, free_folder, name_of
+from .train import FitResult, fit
 from .estimate import architecture
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-007
@@ -242,10 +244,10 @@ def _average_runs(method, heads, loss):
     return soup, pd.DataFrame(rows)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-038
-def _copy_model(source, folder):
-    "Copy the files of a model from a folder or the hub"
+def _copy_tokenizer(source, folder):
+    "Copy the files of a tokenizer from a folder or the hub"
     folder.mkdir(parents=True)
-    for f in find_files(source):
+    for f in find_files(source, kind='tokenizer'):
         shutil.copyfile(f, folder/f.name)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-039
@@ -277,7 +279,7 @@ def soup_runs(
     first = next(iter(named.values()))
     soup, table = _average_runs(method, heads, on_validation(_validation(first, first.config, data)))
     soup.save(made.stage('predictor').best_model)
-    _copy_model(first.tokenizer(), made.stage('tokenizer').best_model)
+    _copy_tokenizer(first.tokenizer(), made.stage('tokenizer').best_model)
     first.config.save(made.config_file)
     folders = {k: str(r) for k, r in named.items()}
     facts = dict(origin=soup.origin, runs=folders, method=method, table=table.to_dict('records'))
@@ -580,12 +582,23 @@ def _checked_space(data, cfg, space):
     check_columns(data, cfg, space)
     return space
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+_QUIET = {'runtime.progress': False, 'runtime.plots': False}
+
+def _folder_for(data, cfg):
+    "Return the folder of a search that names none: a new one, or that of a search on the same bars"
+    data = data if data is not None else list(cfg.data.source or ()) or 'sample'
+    if isinstance(data, str) and data == 'sample': return Path('runs')/'tune'
+    bars = prepare(data, cfg).hash
+    def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
+    return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
     data=None,           # As for `fit`
-    config='quickstart', # As for `fit`
+    config=None,         # As for `fit`
     space=None,          # Setting -> (low, high), or a list; None: `default_space` with all extra columns
-    out_dir='runs/tune', # Folder of the search
+    out_dir=None,        # Folder of the search; None: runs/<file>-tune
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
     storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
@@ -597,8 +610,8 @@ def tune(
     >>> kn.tune('bars.csv', 'quickstart', {'predictor.lr': (1e-4, 1e-2)}, trials=20)
     """
     _optuna()
-    out, ends = Path(out_dir), _deadline(timeout)
-    cfg = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    cfg = config_for(data, config, **overrides).replace(**_QUIET)
+    out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
     study = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker)

@@ -7,6 +7,7 @@ __all__ = ['PUBLISHED', 'Pretrained']
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-002
 import hashlib, inspect, json
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -73,12 +74,28 @@ def _hub_files(repo, revision):
         raise ModelError(f"the hub did not deliver {repo!r}, and no such folder exists here ({why}). "
                          f"Check the name{nearest(repo, PUBLISHED)}, or pass a folder when offline") from e
 
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #d7233417
+BUNDLED = 'bundled'
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #d67bd740
+def bundled_model(
+    kind: str, # 'tokenizer' or 'predictor'
+) -> Path:
+    "Return the folder of a model of the pair that ships with the package"
+    check_choice('kind', kind, ('tokenizer', 'predictor'), ModelError)
+    return Path(str(resources.files('kronos_nb').joinpath('model', BUNDLED, kind)))
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #2a92db48
+def _is_tokenizer(cls) -> bool: return 'Tokenizer' in cls.__name__
+
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-018
 def find_files(
-    source,        # A folder, or a hub id such as 'NeoQuasar/Kronos-mini'
+    source,        # A folder, a hub id such as 'NeoQuasar/Kronos-mini', or 'bundled'
     revision=None, # Branch, tag or commit of a hub id
+    kind=None,     # 'tokenizer' or 'predictor': which model of the pair 'bundled' means
 ) -> tuple: # Paths of `config.json` and `model.safetensors`
     "Return the paths of a model's two files, downloaded where `source` is a hub id"
+    if source == BUNDLED and kind: return _local_files(bundled_model(kind))
     if Path(source).is_dir(): return _local_files(Path(source))
     name = str(source)
     if name.count('/') == 1 and not name.startswith(('.', '/', '~')): return _hub_files(name, revision)
@@ -141,8 +158,7 @@ def from_size(cls: Pretrained,
     name: str, # A published name, with or without 'NeoQuasar/'
 ):
     "Build a model of a published size with fresh weights, in training mode"
-    kind = 'Tokenizer' in cls.__name__
-    sizes = {k.partition('/')[2]: o for k, o in PUBLISHED.items() if ('Tokenizer' in k) == kind}
+    sizes = {k.partition('/')[2]: o for k, o in PUBLISHED.items() if ('Tokenizer' in k) == _is_tokenizer(cls)}
     size = sizes[check_choice(f'size of a {cls.__name__}', str(name).removeprefix('NeoQuasar/'), list(sizes))]
     return cls(**size['config'], extra=dict(max_context=size['max_context']))
 
@@ -161,11 +177,11 @@ def _read_weights(path):
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-033
 @patch(cls_method=True)
 def from_pretrained(cls: Pretrained,
-    source,        # A folder, or a hub id such as 'NeoQuasar/Kronos-mini'
+    source,        # A folder, a hub id such as 'NeoQuasar/Kronos-mini', or 'bundled' for the base that ships
     revision=None, # Branch, tag or commit of a hub id
 ):
     "Load the model saved at `source`, in eval mode"
-    config_path, weights_path = find_files(source, revision)
+    config_path, weights_path = find_files(source, revision, 'tokenizer' if _is_tokenizer(cls) else 'predictor')
     with torch.device('meta'): model = cls.from_config(_read_config(config_path), config_path)
     return _load_weights(model, _read_weights(weights_path), weights_path).eval()
 
