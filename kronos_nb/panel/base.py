@@ -201,14 +201,21 @@ def show_figure(
 def code_html(text: str) -> str: return f'<pre>{html.escape(text)}</pre>'
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-030
-def folded(*titles):
-    "Return an accordion that opens on a click, and its HTML boxes"
-    import ipywidgets as W
-    boxes = [html_box('knb-code') for _ in titles]
-    accordion = W.Accordion(children=boxes, selected_index=None)
-    accordion.add_class('knb-fold')
-    for i, title in enumerate(titles): accordion.set_title(i, title)
-    return accordion, boxes
+class Folded:
+    "Texts that open on a click; a text is made while it is open, so that a closed one costs nothing"
+    def __init__(self, output, **texts): # HTML widget for errors; title -> function that returns the text
+        import ipywidgets as W
+        self.output, self.texts = output, list(texts.values())
+        self.boxes = [html_box('knb-code') for _ in texts]
+        self.widget = W.Accordion(children=self.boxes, selected_index=None)
+        self.widget.add_class('knb-fold')
+        for i, title in enumerate(texts): self.widget.set_title(i, title.replace('_', ' '))
+        self.widget.observe(guarded(output, self.fill), 'selected_index')
+
+    def fill(self):
+        "Make the text that is open"
+        i = self.widget.selected_index
+        if i is not None: self.boxes[i].value = code_html(self.texts[i]())
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #f45b07ba
 def grid(controls):
@@ -251,6 +258,7 @@ _SIZES = """
 .knb-rows {grid-template-columns: minmax(260px, 330px) 160px 1fr; overflow: auto; max-height: 300px}
 .knb-rows {align-items: center; gap: 2px 8px}
 .knb-rows > * {width: auto; margin: 0; min-width: 0}
+.knb-wrap td {white-space: normal}
 .knb-picture {overflow-x: auto; overflow-y: hidden} .knb-picture img {max-width: none}
 .knb-upload {font-size: 0} .knb-upload i {font-size: 13px}
 .knb-upload::after {content: "Upload a file"; font-size: 13px}

@@ -10,44 +10,54 @@ import dataclasses
 import html
 import json
 import math
-import re
 import typing
-from pathlib import Path
 
 import yaml
 from fastcore.basics import patch
 
 from ..core import ConfigError, KronosError, RunError
 from ..settings import format_setting, span_text
-from ..config import PRESETS, SECTIONS, VARIANTS, Config
-from ..train import resolve
+from ..config import OWN, PRESET_NAMES, SECTIONS, VARIANTS, Config
 from ..estimate import architecture, estimate
+from ..fitting.prepare import prepare
+from ..own import config_for, is_own, own_config, plan_table
 from .base import (
-    AT_WORK, Later, Panel, bar, bars_of, button, code_html, folded, guarded, html_box, ignoring_changes, is_sample,
+    AT_WORK, Later, Panel, bar, bars_of, button, Folded, guarded, html_box, ignoring_changes, is_sample,
     panel_page, source_text, value_of, working)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-007
-def preset_of(config) -> str | None: return config if isinstance(config, str) and config in PRESETS else None
+def preset_of(
+    config,        # As for `fit`
+    data='sample', # As for `fit`
+) -> str | None:
+    "Return the name of the preset that a run starts from; None where it is given setting by setting"
+    if is_own(data, config): return OWN
+    if config is None: return 'quickstart'
+    return config if isinstance(config, str) and config in PRESET_NAMES else None
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-008
 def changes_from(
     preset: str | None, # None: the defaults
     cfg: Config,
-    base=None,          # What the preset gives, where that depends on the bars
+    bars=None,          # For the preset own, which fits the rest to them
 ) -> dict: # 'section.name' -> value in `cfg`
-    "Return the settings that differ from a preset"
-    if not preset: base = Config()
-    return cfg.diff(base or Config.preset(preset))['this'].to_dict()
+    "Return the settings to change in a preset so that it gives `cfg`"
+    if preset != OWN: return cfg.diff(Config.preset(preset) if preset else Config())['this'].to_dict()
+    changes, more = {}, None
+    while more is None or more: # a given setting may move others, which are then given, too
+        more = cfg.diff(own_config(bars, changes))['this'].to_dict()
+        changes |= more
+    return changes
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-009
 def as_yaml(
     cfg: Config,
     preset: str | None = None, # As in `changes_from`
-    base=None,                 # As in `changes_from`
+    bars=None,                 # As in `changes_from`
 ) -> str: # For `Config.load`
     "Return a configuration as YAML"
     groups = {'preset': preset} if preset else {}
-    for path, value in changes_from(preset, cfg, base).items():
+    for path, value in changes_from(preset, cfg, bars).items():
         section, _, name = path.partition('.')
         groups.setdefault(section, {})[name] = value
     return yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
@@ -65,33 +75,25 @@ def as_code(
     preset: str | None = None, # As in `changes_from`
     data='sample',
     out_dir=None,
-    base=None,                 # As in `changes_from`
+    bars=None,                 # As in `changes_from`
 ) -> str:
     "Return a configuration as a call of `fit`"
     args = [source_text(data), repr(preset) if preset else 'Config()']
     if out_dir is not None: args.append(repr(str(out_dir)))
-    if changes := changes_from(preset, cfg, base): args.append(_keywords(changes))
+    if changes := changes_from(preset, cfg, bars): args.append(_keywords(changes))
     head = '' if preset else 'from kronos_nb.config import Config\n'
     return f"{head}from kronos_nb.train import fit\n\nresult = fit({', '.join(args)})"
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #fb241689
 def suited(
     data,      # A source of bars
-    bars=None, # What was read from it
+    bars=None, # What was read from it; None: nothing could be
+    changes=None, # Settings that are given
 ) -> tuple: # Name of the preset or None, and the `Config`
     "Return the settings to start with for a source"
-    if is_sample(data): return 'quickstart', Config.preset('quickstart')
-    return None, Config.preset('quickstart', **{'data.symbols': None, 'base.symbols': None})
-
-# %% ../../nbs/api/9_faces/91_config.ipynb #8b355ea8
-def run_folder(
-    data,               # A source of bars
-    preset: str | None, # As in `changes_from`
-) -> str: # runs/<bars>-<preset>
-    "Return the folder for the runs of a source"
-    name = 'bars'
-    if isinstance(data, (str, Path)): name = Path(data).name.split('.')[0] or name
-    return f"runs/{re.sub('[^A-Za-z0-9_-]+', '_', name)}-{preset or 'own'}"
+    if is_sample(data): return 'quickstart', Config.preset('quickstart', **changes or {})
+    if bars is not None: return OWN, own_config(bars, changes)
+    return None, Config.preset('quickstart', **{'data.symbols': None, 'base.symbols': None} | (changes or {}))
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-015
 def check_section(
@@ -212,14 +214,15 @@ class _ConfigView(Panel):
     busy = False
 
     def __init__(self,
-        config='quickstart', # A preset's name, a YAML file, a dict, or a `Config`
-        data='sample',       # As for `fit`, or a DataPanel
-        out_dir=None,        # Folder in the code; None leaves it out
+        config=None,   # As for `fit`: a preset's name, a YAML file, a dict, a `Config`; None: what suits the bars
+        data='sample', # As for `fit`, or a DataPanel
+        out_dir=None,  # Folder in the code; None leaves it out
     ):
-        self.preset, self.data, self.out_dir = preset_of(config), data, out_dir
-        self.base = self.cfg = resolve(config, {})
+        self.data, self.out_dir, source = data, out_dir, value_of(data)
+        self.preset = preset_of(config, source)
+        self.base = self.cfg = config_for(bars_of(data) if self.preset == OWN else source, config)
         self.rows, self.errors = {}, {}   # 'section.name' -> SettingRow, and -> message
-        self.later, self.known = Later(self._show_cost), set()   # the estimate, and what was measured for it
+        self.later, self.known = Later(self._show_rest), set()   # code and estimate, and what was measured for it
 
     @property
     def config(self) -> Config:
@@ -229,9 +232,10 @@ class _ConfigView(Panel):
     value = config
 
     @property
-    def code(self) -> str: return as_code(self.cfg, self.preset, value_of(self.data), self.out_dir, self.base)
+    def code(self) -> str:
+        return as_code(self.cfg, self.preset, value_of(self.data), self.out_dir, bars_of(self.data))
     @property
-    def yaml(self) -> str: return as_yaml(self.cfg, self.preset, self.base)
+    def yaml(self) -> str: return as_yaml(self.cfg, self.preset, bars_of(self.data))
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-038
 class _ConfigChanges(_ConfigView):
@@ -242,19 +246,12 @@ class _ConfigChanges(_ConfigView):
 
     def use_preset(self, preset: str):
         "Start again from a preset; the bars stay those of the data panel"
-        self.preset, self.base, self.errors = preset, Config.preset(preset), {}
-        self.cfg = self.base.replace(**self.data.settings) if isinstance(self.data, Panel) else self.base
-        self.refresh()
-
-    def suit(self,
-        data,      # A source of bars
-        bars=None, # What was read from it
-    ):
-        "Start again from what suits a source; keep the changes that are not about bars"
-        changes = self.cfg.diff(self.base)['this'].to_dict()
-        kept = {path: v for path, v in changes.items() if path.partition('.')[0] not in ('data', 'base')}
-        self.preset, self.base = suited(data, bars)
-        self.cfg, self.errors = self.base.replace(**kept), {}
+        source = value_of(self.data)
+        choice = self.data.settings if isinstance(self.data, Panel) else {}
+        fitted = preset == OWN
+        base = own_config(bars_of(self.data), choice) if fitted else config_for(source, preset)
+        self.preset, self.base, self.errors = preset, base, {}
+        self.cfg = base if fitted else base.replace(**choice)
         self.refresh()
 
     def refresh(self):
@@ -263,6 +260,22 @@ class _ConfigChanges(_ConfigView):
             for path, value in _values(self.cfg).items():
                 if path in self.rows: self.rows[path]._show(value)
         self._read_controls()
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #881e26dc
+class _FittedConfig(_ConfigChanges):
+    def suit(self,
+        data,        # A source of bars
+        bars=None,   # What was read from it; None: nothing could be
+        choice=None, # Settings that say which of its bars
+        new=True,    # False: another choice among the same bars
+    ):
+        "Start from what suits the bars; keep the changes that are not about bars"
+        dropped = ('data', 'base') if new else ()
+        kept = {path: v for path, v in self.cfg.diff(self.base)['this'].items()
+                if path.partition('.')[0] not in dropped and path not in (choice or {})}
+        self.preset, self.base = suited(data, bars, choice)
+        self.cfg, self.errors = self.base.replace(**kept), {}
+        self.refresh()
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #27f692b3
 def _measured_parts(cfg: Config):
@@ -273,19 +286,21 @@ def _measured_parts(cfg: Config):
     return *models, d.lookback_window + d.predict_window, r.device, r.precision, r.gradient_checkpointing, r.micro_batch
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #5c94664a
-class ConfigPanel(_ConfigChanges):
+class ConfigPanel(_FittedConfig):
     "Show and change all settings of a run"
     usage = ("panel.set(**{'predictor.lr': 1e-5}) changes settings, panel.measure() measures time and memory, "
              "panel.config.table() lists them all, panel.code and panel.yaml return them as text")
 
-    def measure(self) -> str:
-        "Measure time and memory of the run on this machine, and return the estimate"
+    def measure(self): # A frame: what, chosen, change it with
+        "Measure the run on this machine, and return what it will do and how long that takes"
         if AT_WORK:
             raise RunError(f"a run is at work in {', '.join(AT_WORK)}, and measuring would disturb it; "
                 "stop it first, or read the time left on its page")
-        estimate(self.config, self._estimated_bars())
-        self.known.add(_measured_parts(self.cfg))
-        return self._cost_text()
+        cfg, bars = self.config, self._estimated_bars()
+        table = plan_table(cfg, prepare(bars, cfg))
+        estimate(cfg, bars)
+        self.known.add(_measured_parts(cfg))
+        return table
 
     def text(self) -> str:
         name = self.preset or 'the given configuration'
@@ -335,26 +350,30 @@ def _count_changes(self: ConfigPanel):
     if self.errors:
         return f"<i>{len(self.errors)} settings are invalid: {html.escape(', '.join(self.errors))}</i>"
     n = len(self.cfg.diff(self.base))
-    return f"{n or 'no'} change{'s'*(n != 1)} from the {'preset' if self.preset else 'given configuration'}"
+    start = f'preset {self.preset}' if self.preset else 'given configuration'
+    return f"{n or 'no'} change{'s'*(n != 1)} from the {start}"
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-046
 @patch
 def _summarise(self: ConfigPanel):
-    self.count.value = self._count_changes()
-    head = '# the last valid settings\n' if self.errors else ''
-    for box, text in zip(self.folded, (self.code, self.yaml)): box.value = code_html(head + text)
-    if not self.errors: self.later.ask()
+    self.count.value, self.plan.value = self._count_changes(), ''
+    self.later.ask()
+
+@patch
+def _show_rest(self: ConfigPanel):
+    "Show what takes longer than an edit: the estimate, and code or YAML where they are open"
+    def show():
+        self.folded.fill()
+        if not self.errors: self.cost.value = html.escape(self._cost_text())
+    guarded(self.cost, show)()
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #7ef46fcd
 @patch
-def _show_cost(self: ConfigPanel):
-    def show(): self.cost.value = html.escape(self._cost_text())
-    guarded(self.cost, show)()
-
-@patch
-def _show_measured(self: ConfigPanel):
-    with working(self.measuring, 'Measuring …'): self.measure()
-    self._show_cost()
+def _show_plan(self: ConfigPanel):
+    "Show the plan of the run, with measured times"
+    with working(self.measuring, 'Measuring …'): table = self.measure()
+    self._show_rest()
+    self.plan.value = table.to_html(index=False, border=0)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-049
 @patch
@@ -384,7 +403,7 @@ def _make_tabs(self: ConfigPanel):
 def _make_head(self: ConfigPanel):
     import ipywidgets as W
     look = dict(layout=W.Layout(width='250px'), style=dict(description_width='60px'))
-    presets, variants = [(p, p) for p in PRESETS], [(v, v) for v in VARIANTS]
+    presets, variants = [(p, p) for p in PRESET_NAMES], [(v, v) for v in VARIANTS]
     presets = [('as given', ''), *presets]
     self.presets = W.Dropdown(description='preset', options=presets, value=self.preset or '', **look)
     self.variants = W.Dropdown(description='variant', options=[('choose', ''), *variants], value='', **look)
@@ -400,6 +419,10 @@ def _make_head(self: ConfigPanel):
 @patch
 def _build(self: ConfigPanel):
     self.count, self.cost, self.error = html_box('knb-note'), html_box(), html_box()
-    self.measuring = button('Measure time and memory', self.error, self._show_measured, 'clock-o')
-    fold, self.folded = folded('as code', 'as YAML')
-    return panel_page(self._make_head(), self._make_tabs(), bar(self.measuring, self.cost), self.error, fold)
+    self.measuring = button('Measure time and memory', self.error, self._show_plan, 'clock-o',
+        hint='Measure a step of both models here, and list what the run will do')
+    self.plan = html_box('knb-wrap')
+    valid = lambda text: ('# the last valid settings\n' if self.errors else '') + text
+    self.folded = Folded(self.error, as_code=lambda: valid(self.code), as_YAML=lambda: valid(self.yaml))
+    cost = bar(self.measuring, self.cost)
+    return panel_page(self._make_head(), self._make_tabs(), cost, self.plan, self.error, self.folded.widget)

@@ -6,6 +6,8 @@
 __all__ = ['plot_window', 'DataPanel']
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-002
+import contextlib
+import glob
 import html
 import os
 import re
@@ -18,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core import DataError, KronosError
 from ..settings import format_setting
-from ..config import Config, DataConfig
+from ..config import OWN, Config, DataConfig
 from ..display import COLORS, date_text, figure, interval_text, percent
 from ..data.augment import Augment
 from ..data.check import check_klines
@@ -29,7 +31,7 @@ from ..data.window import WindowDataset
 from ..fitting.prepare import load_bars
 from ..training.run import Run
 from .base import (
-    Later, Panel, code_html, folded, grid, guarded, html_box, ignoring_changes, is_sample, panel_page, picture,
+    Folded, Later, Panel, grid, guarded, html_box, ignoring_changes, is_sample, panel_page, picture,
     read_call, show_figure, source_text, value_of)
 from .config import ConfigPanel, suited
 
@@ -146,10 +148,14 @@ class _BarChoice(Panel):
         self.source, self.config, self.folders, self.uploads = source, config, folders, uploads
         self.choice = _choice_of(config.cfg if isinstance(config, ConfigPanel) else config or Config())
         self.was_read = None, None   # what was read, and its bars, changes and report
+        self.fitted = self.unsuited = None   # what the settings were fitted to, and why they could not be
         self.later = Later(lambda: self._draw_guarded(), .15)
 
     @property
     def value(self): return self.source
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #d35baffe
+class _ChosenBars(_BarChoice):
     @property
     def bars(self) -> pd.DataFrame: return self.read()[0]
     @property
@@ -158,7 +164,9 @@ class _BarChoice(Panel):
         base = {} if is_sample(self.source) else {'base.symbols': None}
         return base | {f'data.{name}': v for name, v in self.choice.items()}
     @property
-    def extra_features(self) -> tuple | None: return value_of(self.config).data.extra_features if self.config else None
+    def extra_features(self) -> tuple | None:
+        cfg = self.config.cfg if isinstance(self.config, ConfigPanel) else self.config or Config()
+        return cfg.data.extra_features
     @property
     def code(self) -> str: return self.reading()
     def reading(self, symbols=None) -> str: # None: those chosen
@@ -179,26 +187,53 @@ def _reading_code(source, choice, extra):
     return '\n'.join(lines + [f'bars, changes = repair_klines(bars{features})']*repair)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #9b493db2
+def _files_of(source):
+    "Return the files of a source"
+    if isinstance(source, (list, tuple)): return [f for o in source for f in _files_of(o)]
+    if Path(source).is_file(): return [Path(source)]
+    found = Path(source).rglob('*') if Path(source).is_dir() else map(Path, glob.glob(str(source), recursive=True))
+    return sorted(f for f in found if f.is_file())
+
 def _version_of(source):
     "Return something that differs where the bars of a source may differ"
     if is_sample(source): return source
     if isinstance(source, pd.DataFrame): return id(source)
-    files = [Path(o) for o in (source if isinstance(source, (list, tuple)) else [source])]
-    if not all(f.is_file() for f in files): return object()
-    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files_of(source))
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #cell-021
-class DataPanel(_BarChoice):
-    "Choose bars, see what is wrong with them, and look at their windows"
-    usage = ("panel.set(source='bars.csv') or panel.set(symbols=('AAPL',), repair='standard') chooses, "
-             "panel.read() returns bars, changes and report")
+# %% ../../nbs/api/9_faces/94_data.ipynb #d8120ad5
+@patch
+def _what(self: _BarChoice):
+    "Return what decides which bars are read"
+    return _version_of(self.source), tuple(self.choice.values()), self.extra_features
 
-    def set(self, **choice): # source, symbols, start, end, repair
-        "Choose which bars are read; another source starts with what suits it"
-        if 'source' in choice: self._take_source(choice.pop('source'))
-        self.choice |= {name: DataConfig.parse(name, v) for name, v in choice.items()}
-        if self.widget is None: self._hand_over()
-        self.refresh()
+# %% ../../nbs/api/9_faces/94_data.ipynb #9e24d3d4
+class _Reading(_ChosenBars):
+    @contextlib.contextmanager
+    def _saying(self):
+        "Show that bars are read, in place of the report and picture of others"
+        if self.widget is not None:
+            self.report.value = f"<div class='knb-note'>Reading {html.escape(source_text(self.source))} …</div>"
+            show_figure(self.chart, None)
+        try: yield
+        except Exception:
+            if self.widget is not None: self.report.value = ''
+            raise
+
+    def read(self) -> tuple: # Bars, the changes by repair or None, and the report
+        "Return the bars, repaired if that is chosen, and what the check found"
+        what = self._what()
+        if self.was_read[0] != what:
+            with self._saying(): self.was_read = what, self._read()
+        return self.was_read[1]
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #e4881a1a
+class _Sources(_Reading):
+    def start_with(self, source):
+        "Begin with another source: forget the choice among the bars of the old one"
+        self.source, self.was_read = source, (None, None)
+        self.choice = _choice_of(suited(source)[1])
+        if not is_sample(source): self.choice['repair'] = 'standard'
+        if isinstance(self.config, ConfigPanel): self._suit(new=True)
 
     def take_file(self,
         name: str, # As in `save_upload`
@@ -207,15 +242,22 @@ class DataPanel(_BarChoice):
         "Keep a file of bars in the folder of uploads, and make it the source"
         self.set(source=str(save_upload(name, content, self.uploads)))
 
-    def read(self) -> tuple: # Bars, the changes by repair or None, and the report
-        "Return the bars, repaired if that is chosen, and what the check found"
-        what = _version_of(self.source), tuple(self.choice.values()), self.extra_features
-        if self.was_read[0] != what:
-            if self.widget is not None: self._say_reading()
-            self.was_read = what, self._read()
-        return self.was_read[1]
+# %% ../../nbs/api/9_faces/94_data.ipynb #cell-021
+class DataPanel(_Sources):
+    "Choose bars, see what is wrong with them, and look at their windows"
+    usage = ("panel.set(source='bars.csv') or panel.set(symbols=('AAPL',), repair='standard') chooses, "
+             "panel.read() returns bars, changes and report")
 
-    def text(self) -> str: return f'{_report_text(*self.read())}\n{self.code}'
+    def set(self, **choice): # source, symbols, start, end, repair
+        "Choose which bars are read; another source starts with what suits it"
+        if 'source' in choice: self.start_with(choice.pop('source'))
+        self.choice |= {name: DataConfig.parse(name, v) for name, v in choice.items()}
+        if self.widget is None: self._hand_over()
+        self.refresh()
+
+    def text(self) -> str:
+        few = '' if self.unsuited is None else f'{type(self.unsuited).__name__}: {self.unsuited}\n\n'
+        return f'{_report_text(*self.read())}\n{few}{self.code}'
     def refresh(self):
         if self.widget is not None: guarded(self.error, self._show)()
 
@@ -226,25 +268,29 @@ def _read(self: DataPanel):
     data = {k: v for k, v in self.settings.items() if k.startswith('data.')}
     cfg = Config().replace(**data, **{'data.extra_features': self.extra_features})
     bars, changes = load_bars(self.source, cfg), None
+    if bars.empty:
+        raise DataError(f'the choice leaves no bars of {source_text(self.source)}; choose other symbols or dates')
     if cfg.data.repair == 'standard': bars, changes = repair_klines(bars, features=cfg.data.features)
     return bars, changes, check_klines(bars, features=cfg.data.features)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #c0935831
 @patch
-def _take_source(self: DataPanel, source):
-    "Begin with a source: forget the choice among the bars of another one"
-    self.source, self.was_read = source, (None, None)
-    self.choice = _choice_of(suited(source)[1])
-    if not isinstance(self.config, ConfigPanel): return
-    try: bars = self.bars
-    except KronosError: bars = None   # `refresh` shows it
-    self.config.suit(source, bars)
+def _suit(self: DataPanel, new):
+    "Fit the settings panel to the bars; without enough of them, keep the reason for `_show`"
+    self.fitted, self.unsuited = self._what(), None
+    try: self.config.suit(self.source, self.bars, self.settings, new)
+    except KronosError as e:
+        self.unsuited = e
+        self.config.suit(self.source, None, self.settings, new)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-022
 @patch
 def _hand_over(self: DataPanel):
-    "Put the choice into the settings panel"
-    if isinstance(self.config, ConfigPanel): self.config.set(**self.settings)
+    "Put the choice into the settings panel; where its settings fit the bars, they follow another choice"
+    if not isinstance(self.config, ConfigPanel): return
+    if self.config.preset != OWN and self.unsuited is None: self.config.set(**self.settings)
+    elif self.fitted != self._what(): self._suit(new=False)
+    if self.unsuited is not None: raise self.unsuited
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-023
 def _head_line(bars, changes, report):
@@ -297,9 +343,10 @@ def _build(self: DataPanel):
     self.upload.observe(guarded(self.error, self._take_upload), 'value')
     self.window = W.IntSlider(description='window', min=0, max=0, continuous_update=False, **_LOOK)
     self.window.observe(lambda change: self.later.ask(), 'value')
-    fold, self.folded = folded('as code')
+    self.folded = Folded(self.error, as_code=lambda: self.code)
     source, path, *rest = self.controls.values()
-    return panel_page(grid([source, path, self.upload, *rest, self.window]), self.error, self.report, self.chart, fold)
+    controls = grid([source, path, self.upload, *rest, self.window])
+    return panel_page(controls, self.error, self.report, self.chart, self.folded.widget)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-031
 @patch
@@ -349,22 +396,13 @@ def _report_html(bars, changes, report):
     more = f'and {len(report.summary) - 8:,} more symbols' if len(report.summary) > 8 else ''
     return f"<div class='knb'><b>{_head_line(bars, changes, report)}.</b>{found}{summary}{more}</div>"
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #cell-034
-@patch
-def _say_reading(self: DataPanel):
-    self.report.value = f"<div class='knb-note'>Reading {html.escape(source_text(self.source))} …</div>"
-    show_figure(self.chart, None)
-
 # %% ../../nbs/api/9_faces/94_data.ipynb #80fd4449
 @patch
 def _show(self: DataPanel):
     with ignoring_changes(self):
         for name, value in self.choice.items(): self.controls[name].value = format_setting(value)
-    self.folded[0].value = code_html(self.code)
-    try: bars, changes, report = self.read()
-    except Exception:
-        self.report.value = ''
-        raise
+    self.folded.fill()
+    bars, changes, report = self.read()
     self.report.value = _report_html(bars, changes, report)
     self._hand_over()
     self.window.max = max(len(bars) - 1, 0)

@@ -13,17 +13,17 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, KronosError, check_choice
+from ..core import DataError, RunError, check_choice
 from ..settings import Sampling
 from ..config import Config
 from ..display import date_text, percent
-from ..model.pretrained import PUBLISHED
+from ..model.pretrained import BUNDLED, PUBLISHED
 from ..forecast import Forecaster
 from ..training.run import Run, find_runs
 from ..fitting.prepare import load_bars
 from ..train import FitResult
 from .base import (
-    Panel, bar, bars_of, button, code_html, folded, grid, guarded, html_box, ignoring_changes, panel_page, picture,
+    Folded, Panel, bar, bars_of, button, grid, guarded, html_box, ignoring_changes, panel_page, picture,
     read_call, show_figure, value_of, working)
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-007
@@ -59,16 +59,21 @@ def _config_of(model):
     run = Run(_name_of(model) or '')
     return run.config if _name_of(model) and run.exists else Config()
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #3d61d0c5
+def _pair(model) -> tuple: # Arguments of `Forecaster.from_pretrained`
+    "Return what loads a model by its name"
+    return (BUNDLED, BUNDLED) if model == BUNDLED else (_name_of(model),)
+
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-010
 @patch
 def _take(self: _Request):
-    "Take model and bars as they are chosen now; without a model, the bars alone"
-    self.lacking, model = None, None
+    "Take model and bars as they are chosen now; before a first run, the base that ships"
     try: model = value_of(self.model)
-    except KronosError as e: self.lacking = e
+    except RunError: model = BUNDLED
     bars = bars_of(self.data)
     if self.seen[0] is model and self.seen[1] is bars: return
-    self.cfg, self.forecaster = _config_of(model), None
+    unfitted = model is BUNDLED and isinstance(self.model, Panel)
+    self.cfg, self.forecaster = self.model.config if unfitted else _config_of(model), None
     loaded = bars if isinstance(self.data, Panel) else load_bars(bars, self.cfg)
     groups = loaded.groupby('symbol', observed=True)
     self.bars = {str(symbol): group.reset_index(drop=True) for symbol, group in groups}
@@ -88,9 +93,10 @@ def _check_symbol(self: _Request):
 def _loaded(self: _Request) -> Forecaster:
     "Return the model, loaded on first use"
     model = self.seen[0]
-    if self.forecaster is None and isinstance(model, Forecaster): self.forecaster = model
-    elif self.forecaster is None:
-        self.forecaster = model.forecaster() if isinstance(model, FitResult) else Forecaster.from_pretrained(model)
+    if self.forecaster is not None: return self.forecaster
+    if isinstance(model, Forecaster): self.forecaster = model
+    elif isinstance(model, FitResult): self.forecaster = model.forecaster()
+    else: self.forecaster = Forecaster.from_pretrained(*_pair(model))
     return self.forecaster
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-011
@@ -123,7 +129,7 @@ def _bars_code(self: _Request):
 def _call_code(self: _Request):
     "Return the lines that forecast and plot"
     at, horizon, sampling, name = self._origin(), self._horizon(), asdict(self.sampling), _name_of(self.seen[0])
-    model = 'forecaster' if name is None else f'Forecaster.from_pretrained({name!r})'
+    model = 'forecaster' if name is None else f"Forecaster.from_pretrained({', '.join(map(repr, _pair(name)))})"
     changed = {k: v for k, v in sampling.items() if k in ('paths', 'seed') or v != getattr(Sampling(), k)}
     settings = ''.join(f', {k}={v!r}' for k, v in changed.items())
     if at + horizon > len(self.bars[self.symbol]):
@@ -136,33 +142,34 @@ def _call_code(self: _Request):
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #a88c46ba
 _RELEASED = {f"{k.partition('/')[2]}, released, {o['weights_bytes']/1e6:.0f} MB": k
              for k, o in PUBLISHED.items() if 'Tokenizer' not in k}
+_SHIPPED = {'the small base that ships (a toy)': BUNDLED}
 
 def _label_of(model):
     if isinstance(model, Panel): return 'the run of the train page'
     return _name_of(model) or 'the given model'
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #05bcd18b
+class _Choice(_Request):
+    def models(self) -> dict: # Label -> model
+        "Return the models to choose from: the given one, finished runs, and the released models"
+        runs = [run for run in find_runs(self.runs) if run.stage('predictor').has_model] if self.runs else []
+        return {_label_of(self.given): self.given} | {str(run): str(run) for run in runs[:30]} | _SHIPPED | _RELEASED
+
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-016
-class ForecastPanel(_Request):
+class ForecastPanel(_Choice):
     "Forecast from the last bar, or from any earlier one and compare with what happened"
     usage = ('panel.horizon = 20 and panel.sampling = Sampling(temperature=.8) change the request, panel.predict() '
              'returns the Forecast, and its .plot(actual=panel.actual) draws it')
 
-    def models(self) -> dict: # Label -> model
-        "Return the models to choose from: the given one, finished runs, and the released models"
-        runs = [run for run in find_runs(self.runs) if run.stage('predictor').has_model] if self.runs else []
-        return {_label_of(self.given): self.given} | {str(run): str(run) for run in runs[:30]} | _RELEASED
-
     @property
     def code(self) -> str:
         self._take()
-        if self.lacking is not None: raise self.lacking
         lines = ['from kronos_nb.forecast import Forecaster', self._bars_code(), *self._call_code()]
         return '\n'.join(line for line in lines if line)
 
     def predict(self):
         "Return the Forecast that is asked for; `actual` holds the bars that followed"
         self._take()
-        if self.lacking is not None: raise self.lacking
         bars, at, horizon = self.bars[self.symbol], self._origin(), self._horizon()
         self.actual = bars.iloc[at:at+horizon]
         future = self.actual.timestamps if len(self.actual) == horizon else None
@@ -198,9 +205,9 @@ def _build(self: ForecastPanel):
         'Sample futures from the bars that are read')
     self.replay = button('Replay', self.output, self._show_replay, 'history',
         hint='Forecast bars that are there already, and draw what happened over the forecast')
-    fold, self.folded = folded('as code')
+    self.folded = Folded(self.output, as_code=lambda: self.code)
     row = bar(self.button, self.replay, self.origin_note)
-    return panel_page(grid(self.controls.values()), row, self.output, self.chart, fold)
+    return panel_page(grid(self.controls.values()), row, self.output, self.chart, self.folded.widget)
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-021
 @patch
@@ -218,8 +225,7 @@ def _fill(self: ForecastPanel):
         controls['origin'].min, controls['origin'].max = min(2, len(bars)), len(bars)
         controls['origin'].value = at
     self._label(at, len(bars))
-    if self.lacking is None: self.folded[0].value = code_html(self.code)
-    else: self.output.value = f"<div class='knb-note'>No model yet: {html.escape(str(self.lacking))}.</div>"
+    self.folded.fill()
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #d67e58c1
 @patch
@@ -240,7 +246,8 @@ def _label(self: ForecastPanel, at, n):
     bars = f"{horizon} bar{'s'*(horizon != 1)}"
     self.button.description = f'Forecast the next {bars}' if at == n else f'Forecast {bars} after {self._date()}'
     self.replay.description = f'Replay the last {bars}'
-    self.origin_note.value = f"reads up to {self._date()}{', the last bar' if at == n else ''}"
+    toy = '; no run yet, so the small base that ships forecasts, a toy' if self.seen[0] == BUNDLED != self.model else ''
+    self.origin_note.value = f"reads up to {self._date()}{', the last bar' if at == n else ''}{toy}"
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-023
 @patch

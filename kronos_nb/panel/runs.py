@@ -15,7 +15,7 @@ from ..judging.compare import compare
 from ..training.run import find_runs
 from ..tune import soup_runs
 from .base import (
-    Panel, bar, button, code_html, folded, html_box, panel_page, picture, show_figure, source_text, value_of)
+    Folded, Panel, bar, button, html_box, panel_page, picture, show_figure, source_text, value_of)
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-007
 class _RunList(Panel):
@@ -92,7 +92,7 @@ def _show_average(self: RunsPanel, method):
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-014
 @patch
-def _show_code(self: RunsPanel): self.folded[0].value = code_html(self.code)
+def _show_code(self: RunsPanel): self.folded.fill()
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-015
 @patch
@@ -114,6 +114,6 @@ def _build(self: RunsPanel):
         greedy=button('Average those that help (soup)', self.error, lambda: self._show_average('greedy'), 'filter',
             hint='The best run, and each further one that does not raise the validation loss'),
         refresh=button('Look for new runs', self.error, self.refresh, 'refresh'))
-    fold, self.folded = folded('as code')
+    self.folded = Folded(self.error, as_code=lambda: self.code)
     head = bar(self.list, W.VBox(list(self.buttons.values())))
-    return panel_page(head, self.error, self.result, self.chart, fold)
+    return panel_page(head, self.error, self.result, self.chart, self.folded.widget)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .base import Panel, is_sample
+from ..own import is_own
+from .base import Panel
 from .config import ConfigPanel
 from .data import DataPanel
 from .forecast import ForecastPanel
@@ -24,9 +25,10 @@ class _Pages(Panel):
         config=None,   # As for `fit`; None: what suits the bars
         out_dir=None,  # As for `fit`; None: runs/<bars>-<preset>. The page of runs lists its neighbours too
     ):
-        self.settings = ConfigPanel(config or 'quickstart', None, out_dir)
+        own = is_own(data, config)
+        self.settings = ConfigPanel(*(('quickstart',) if own else (config, data)))
         self.bars = self.settings.data = DataPanel(data, self.settings)
-        if config is None and not is_sample(data): self.bars.set(source=data)
+        if own: self.bars.start_with(data)
         runs = 'runs' if out_dir is None else Path(out_dir).parent
         self.train = TrainPanel(self.bars, self.settings, out_dir)
         self.forecast = ForecastPanel(self.train, self.bars, runs=runs)
