@@ -116,6 +116,7 @@ def test_another_source_starts_again_and_takes_nothing_of_the_old_bars_with_it(o
     studio.bars.controls['path'].value = str(doge)
     cfg = studio.settings.config
     assert (cfg.data.symbols, cfg.data.start, cfg.base.symbols) == (None, None, None)
+    assert studio.settings.preset == 'own'
     assert cfg.data.lookback_window != 30
     assert cfg.predictor.lr == 2e-3
     assert studio.bars.bars.symbol.nunique() == 1
@@ -136,6 +137,7 @@ def test_a_file_of_ones_own_needs_no_preset(opened, doge):
     assert not studio.bars.error.value
     assert studio.settings.config.data.symbols is None
     assert studio.train.out_dir.startswith('runs/doge')
+    assert studio.settings.preset == 'own'
 
 
 CSV = sample_klines('DOGEUSDT').head(100).to_csv(index=False).encode()

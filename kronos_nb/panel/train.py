@@ -210,16 +210,17 @@ class _TrainView(Panel):
         raise RunError('the train page has no finished run; start one there and wait for its end')
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #6d416afc
-@patch(as_prop=True)
-def out_dir(self: _TrainView) -> str:
-    "Return the folder of the next run, or of the one at work"
-    if self.given: return self.given
-    if self.job is not None and self.job.alive: return str(self.job.out_dir)
-    name = run_name(value_of(self.data), {} if self.preset is None else self.preset)
-    return str(free_folder(Path('runs')/name, lambda folder: _is_ours(folder, self.config))[0])
+class _TrainFolder(_TrainView):
+    @property
+    def out_dir(self) -> str:
+        "Return the folder of the next run, or of the one at work"
+        if self.given: return self.given
+        if self.job is not None and self.job.alive: return str(self.job.out_dir)
+        name = run_name(value_of(self.data), {} if self.preset is None else self.preset)
+        return str(free_folder(Path('runs')/name, lambda folder: _is_ours(folder, self.config))[0])
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-024
-class _JobView(_TrainView):
+class _JobView(_TrainFolder):
     def follow(self, job: FitJob):
         "Show another job"
         self.job = job
