@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
 
-import pandas as pd
 import yaml
 from fastcore.basics import patch
 
@@ -103,7 +102,7 @@ class AugmentConfig(Settings):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class _WeightsConfig(Settings):
-    init: str = setting('scratch', "weights to begin with: a hub id, a folder, or scratch")
+    init: str = setting('scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
     trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")
@@ -342,13 +341,21 @@ def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
         if k in allowed: continue
-        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed)}; there are: {', '.join(allowed)}")
+        few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
+        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
+
+def _meant(key) -> str:
+    "Return a suggestion for a name whose group is missing or misspelt"
+    names = list(Config().flat())
+    homes = [repr(o) for o in names if o.partition('.')[2] == key]
+    if homes: return f"; did you mean {' or '.join(homes)}?"
+    return nearest(key, names) or f"; the groups are {', '.join(SECTIONS)}"
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-051
 def _part(key, value) -> tuple[str, dict]:
     "Return the group that `key` is about and its new values"
     group, _, name = key.partition('.')
-    check_keys([group], SECTIONS, 'config')
+    if group not in SECTIONS: raise ConfigError(f"there is no setting {key!r}{_meant(key)}")
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
@@ -382,16 +389,18 @@ def replace(self: Config,
 def diff(self: Config,
     other: Config,
     names=('this', 'other'), # Column titles
-) -> pd.DataFrame: # One row per setting that differs
+):  # `DataFrame` with one row per setting that differs
     "Return the settings in which two configurations differ"
+    import pandas as pd
     a, b = self.flat(), other.flat()
     rows = [{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]]
     return pd.DataFrame(rows, columns=['setting', *names], dtype=object).set_index('setting')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-056
 @patch
-def table(self: Config) -> pd.DataFrame: # Index: group, setting
+def table(self: Config):  # `DataFrame` with the index group, setting
     "Return every setting with its value, default, unit, range and meaning"
+    import pandas as pd
     default, rows = Config().flat(), []
     for path, value in self.flat().items():
         group, _, name = path.partition('.')
@@ -405,8 +414,8 @@ def _both(**changes): return {f'{stage}.{k}': v for stage in ('tokenizer', 'pred
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-061
 PRESETS = dict(quickstart={
-    'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000,
-    'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
+    'tokenizer.init': 'bundled', 'predictor.init': 'bundled', 'data.symbols': ('GOOG',),
+    'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
     'data.embargo': 10, 'runtime.save_steps': 50, 'runtime.log_every': 4,
     **_both(size='tiny', epochs=4, batch_size=64, lr=5e-4, weight_decay=.05, average_last=3, warmup=.1, patience=3)})
 
@@ -478,6 +487,37 @@ def preset(cls: Config,
     cfg = _fitted(data, changes) if name == OWN else cls().replace(**PRESETS[name])
     for v in variants: cfg = cfg.replace(**VARIANTS[check_choice('variant', v, VARIANTS)])
     return cfg.replace(**changes)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #9612d519
+@patch
+def _nearest(self: Config) -> tuple: # Name of the nearest preset, or 'defaults'; the settings that differ from it
+    "Return what this configuration is nearest to"
+    known = {'defaults': Config()} | {name: Config().replace(**PRESETS[name]) for name in PRESETS}
+    diffs = {name: list(self.diff(other).index) for name, other in known.items()}
+    return min(diffs.items(), key=lambda o: len(o[1]))
+
+# %% ../nbs/api/0_ground/03_config.ipynb #81b7f6c7
+@patch
+def __repr__(self: Config):
+    name, mine = self._nearest()
+    flat = self.flat()
+    changes = ', '.join(f'{k}={format_setting(flat[k]) or "none"}' for k in mine)
+    return f"Config({name}{f' with {changes}' * bool(mine)})"
+
+# %% ../nbs/api/0_ground/03_config.ipynb #87f46513
+@patch
+def _repr_html_(self: Config):
+    (name, mine), t = self._nearest(), self.table().reset_index()
+    path = t['group'] + '.' + t['setting']
+    t['value'], t['default'] = (t[c].map(lambda v: format_setting(v) or 'none') for c in ('value', 'default'))
+    changed = path.isin([*mine, *self.diff(Config()).index])
+    t['changed by'] = path.map(lambda p: 'you' if p in mine else name).where(changed, '')
+    def as_html(rows):
+        return rows.assign(group=rows['group'].mask(rows['group'].duplicated(), '')).to_html(index=False, border=0)
+    shown = t[t['changed by'] != ''][['group', 'setting', 'value', 'default', 'changed by', 'meaning']]
+    head = f"<b>Config</b>: {name}, {len(mine)} change{'s' * (len(mine) != 1)} of yours"
+    rest = f'<details><summary>all {len(t)} settings</summary>{as_html(t.drop(columns="changed by"))}</details>'
+    return f'<p>{head}</p>{as_html(shown) if len(shown) else ""}{rest}'
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-075
 def _read_yaml(path) -> dict:

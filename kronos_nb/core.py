@@ -11,7 +11,6 @@ import contextlib, difflib, hashlib, inspect, json, os, random, sys, tempfile, t
 from pathlib import Path
 
 import numpy as np
-import torch
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-006
 PRICES = ('open', 'high', 'low', 'close')
@@ -46,7 +45,14 @@ GLOSSARY += (
 )
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-013
-class KronosError(Exception):               "Base of every error that this package raises on purpose"
+class KronosError(Exception):
+    "Base of every error that this package raises on purpose"
+    def __init__(self, *args,
+        options: str = '', # Of the command line, which mend it: '--repair standard'
+    ):
+        super().__init__(*args)
+        self.options = options
+
 class ConfigError(KronosError, ValueError): "A setting is unknown, of the wrong type or out of range"
 class DataError(KronosError, ValueError):   "Bars cannot be used as they are; names symbol and timestamp"
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"
@@ -86,8 +92,9 @@ def np_rng(*parts) -> np.random.Generator:
     "Return the NumPy generator for the address `parts`"
     return np.random.default_rng(stable_key(*parts))
 
-def torch_rng(*parts) -> torch.Generator:
+def torch_rng(*parts):  # `torch.Generator`
     "Return the torch generator (CPU) for the address `parts`"
+    import torch
     return torch.Generator().manual_seed(stable_key(*parts))
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-026
@@ -95,21 +102,24 @@ def seed_everything(
     seed: int, # 0 or more
 ):
     "Seed the global generators of Python, NumPy and torch on every device"
+    import torch
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-030
 def _available(kind):
+    import torch
     if kind == 'cuda': return torch.cuda.is_available()
     if kind == 'mps': return torch.backends.mps.is_available()
     return True
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-031
 def pick_device(
-    name: str | torch.device = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-) -> torch.device:
+    name='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device`
+):  # `torch.device`
     "Return the device called `name`; raise `ConfigError` where this machine does not have it"
+    import torch
     kinds = ('cuda', 'mps', 'cpu')
     if name == 'auto': return torch.device(next(filter(_available, kinds)))
     kind, _, index = str(name).partition(':')
@@ -125,6 +135,7 @@ def threads(
     n: int | None = None, # CPU threads inside the block; None leaves them alone
 ):
     "Run a block with `n` torch threads, then restore the old number"
+    import torch
     old = torch.get_num_threads()
     if n is not None: torch.set_num_threads(n)
     try: yield torch.get_num_threads()
@@ -163,12 +174,18 @@ def write_atomic(
     fsync_folder(path.parent)
     return path
 
+# %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
+def free_folder(folder) -> Path:
+    "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
+    folder = Path(folder)
+    return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-043
 def jsonable(o):
     "Return `o` as JSON types: arrays become lists, paths and devices text, non-finite floats None"
     if isinstance(o, dict): return {str(k): jsonable(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [jsonable(v) for v in o]
-    if isinstance(o, (np.ndarray, np.generic, torch.Tensor)): return jsonable(o.tolist())
+    if hasattr(o, 'tolist'): return jsonable(o.tolist())   # arrays, their scalars, tensors
     if isinstance(o, float): return o if np.isfinite(o) else None
     return o if o is None or isinstance(o, (str, int, bool)) else str(o)
 

@@ -348,7 +348,7 @@ def start_text(cfg: Config) -> str:
     if init == SCRATCH: return f'from random weights ({cfg.predictor.size})'
     if init != BUNDLED: return f'from {init}'
     pair = ' and '.join(f'`hf download {name}`' for name in released_pair(cfg.runtime.device))
-    return f'from the small base that ships, a toy; released weights are neither here nor reached: {pair} get them'
+    return f'from the small base that ships, a toy; released weights are not here, nor was the hub reached: {pair}'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #2ebbb3bc
 def _training_line(cfg, data, seconds):

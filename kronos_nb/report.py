@@ -13,7 +13,7 @@ import pandas as pd
 from . import __version__
 from .core import write_atomic
 from .config import Config
-from .display import md_table
+from .display import md_key, md_table, save_figure
 from .training.run import Run
 from .training.diagnose import diagnose
 from .judging.evaluation import Evaluation
@@ -29,6 +29,13 @@ def _stage_title(label, stage):
     "Return 'Predictor', or 'Predictor, seed 2' where there are several"
     seed = label.removesuffix(stage.name).strip()
     return stage.name.title() + (f", {seed.replace('_', ' ')}" if seed else '')
+
+# %% ../nbs/api/7_fit/70_report.ipynb #50c5f7b7
+_KEY = dict(
+    train_loss='mean loss on the training windows of the epoch',
+    val_loss='loss on the validation windows, which chooses the weights',
+    learning_rate='at the end of the epoch',
+    gradient_norm='mean norm of the updates before clipping')
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-009
 def _epochs(metrics):
@@ -61,12 +68,13 @@ def _stage_section(run, label, stage):
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-013
 def _verdict_section(run):
-    "Return the evaluation card, or why there is none"
+    "Return light, sentences, picture and tables of the evaluation, or why there is none"
     if not run.judged: return 'Not judged: no test part was held back, or the run stopped before judging.\n'
     e, calibrated = Evaluation.load(run), ''
+    picture = _picture(run, save_figure(e.plot_verdict(), run.evaluation_folder/'verdict.png'), 'verdict')
     if run.calibration_file: calibrated = '\n' + Calibration.load(run).to_markdown(e.rows[e.rows['model'] == 'model'])
     elif run.why_not_calibrated: calibrated = f'\nNo calibration: {run.why_not_calibrated}.\n'
-    return e.to_markdown() + calibrated
+    return '\n\n'.join((e.summary, picture, e.details() + calibrated))
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-014
 def _seeds_line(cfg):
@@ -94,10 +102,11 @@ def write_report(
 ) -> Path: # OUT/report.md
     "Write the report of a run"
     run = Run.find(run)
-    forecasts = [_picture(run, p, p.stem.replace('_', ' ')) for p in run.forecast_plots]
+    forecasts = [_picture(run, p, p.stem.replace('_', ' ')) for p in (run.evaluation_plot, *run.forecast_plots)]
     stages = [_stage_section(run, label, stage) for label, stage in run.stages.items()]
-    parts = ['# Run report\n', '## Verdict\n', _verdict_section(run), _picture(run, run.evaluation_plot, 'evaluation')]
-    parts += ['## Forecasts\n', *forecasts] if forecasts else []
-    parts += ['## Training\n', _seeds_line(run.config), *stages, '## Data\n', _data_section(run)]
+    parts = ['# Run report\n', '## Verdict\n', _verdict_section(run)]
+    parts += ['## Forecasts\n', *forecasts] if any(forecasts) else []
+    parts += ['## Training\n', _seeds_line(run.config), *([md_key(_KEY) + '\n'] * any(stages)), *stages]
+    parts += ['## Data\n', _data_section(run)]
     parts += ['\n## Settings\n', _settings_section(run.config), f'\nkronos_nb {__version__}\n']
     return write_atomic(run.report_file, '\n'.join(p for p in parts if p))

@@ -6,7 +6,7 @@
 __all__ = ['FitResult', 'load', 'fit']
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-002
-import dataclasses, time
+import contextlib, dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .core import DataError, ModelError, RunError, pick_device, threads, write_a
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
-from .display import md_table, save_figure
+from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
 from .training.run import CALIBRATION, STAGES, Run
@@ -33,9 +33,10 @@ from .judging.calibrate import Calibration, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
 from .hub_card import write_cards
-from .fitting.prepare import Prepared, prepare
+from .fitting.prepare import Prepared, offer, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, claim_folder, holds, inits_of
+from .fitting.claim import base_config, check_start, claim_folder, holds, inits_of
+from .estimate import estimate
 from .own import config_for, is_own, plan_text, settle
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-006
@@ -103,6 +104,14 @@ def _repr_markdown_(self: FitResult):
         how = f'**Interrupted**: {self.stop_reason}. Call `fit` again with the same arguments to go on.'
         return '\n\n'.join(o for o in (how, self._stage_table(), files) if o)
     return '\n\n'.join((self._stage_table(), self._verdict(), f'{files}, report: `{self.run.report_file}`'))
+
+# %% ../nbs/api/7_fit/77_train.ipynb #98260142
+@patch
+def _ipython_display_(self: FitResult):
+    text, e = self._repr_markdown_(), self.evaluation
+    if self.interrupted or e is None: return show_card(text)
+    before, _, after = text.partition(e.summary)
+    show_card(e.summary, e.plot_verdict(), before.removesuffix('## Evaluation\n\n') + after)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-013
 @patch
@@ -202,7 +211,10 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
 def _check_room(data: Prepared, cfg: Config):
     "Raise where a verdict that was asked for will not be possible"
     if cfg.evaluate.calibrate == 'on': _calibration_bars(data, cfg)
-    if cfg.data.test and cfg.runtime.only != 'tokenizer': _test_starts(data, cfg)
+    if not cfg.data.test or cfg.runtime.only == 'tokenizer': return
+    try: _test_starts(data, cfg)
+    except DataError as e: raise DataError(f"no verdict is possible on data.test={cfg.data.test:g}: {e}. "
+                                           f"{offer(data.bars, cfg.data)}") from e
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-034
 def _check_tokenizer(tokenizer, data: Prepared, where: str):
@@ -287,6 +299,7 @@ class _Session:
     resume: bool
     judge: bool
     plan: bool = False # Print what the settings are, and how long it will take
+    base: bool = False # It trains the base of another run
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-049
 def _plan(cfg: Config, run: Run):
@@ -306,6 +319,7 @@ def _train_stage(result: FitResult, stage: Stage, session: _Session) -> list: # 
     "Train one stage; mark the result where it is interrupted"
     where = f'the tokenizer of {str(result.run)!r}'
     if stage.tokenizer is not None: _check_tokenizer(stage.tokenizer, stage.data, where)
+    if run := current_run(): run.begin(_label(stage.files, session.base))
     learn = run_stage(stage, session.deadline, session.callbacks, session.resume)
     if learn.interrupted: result.interrupted, result.stop_reason = True, learn.stop_reason
     key = dict(stage=stage.name)
@@ -325,12 +339,46 @@ def _train_stages(result: FitResult, data: Prepared, inits: dict, session: _Sess
         if files.name == 'tokenizer': result.tokenizer = _tokenizer_of(run)
         elif due or files.finished: result.predictors.append(_best_of(files))
 
+# %% ../nbs/api/7_fit/77_train.ipynb #95aefb82
+def _label(files, base=False) -> str: # 'base predictor', 'seed_2 predictor'
+    "Return the name of a stage in a run"
+    seed = files.folder.parent.name
+    return f"{'base ' if base else ''}{seed + ' ' if seed.startswith('seed_') else ''}{files.name}"
+
+def _costs(cfg: Config, data: Prepared, stages) -> dict: # Stage -> weights times bars
+    "Return what each of the stages will cost"
+    rows = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.set_index('stage')
+    checked = len(data.val or ())*(cfg.data.lookback_window + cfg.data.predict_window)/3
+    work = rows.parameters.fillna(1e6)*(rows.tokens + checked*rows.steps/rows.steps_per_epoch)
+    return {stage: float(work[name]) for stage in stages if (name := stage.split()[-1]) in work}
+
+# %% ../nbs/api/7_fit/77_train.ipynb #a8090dd7
+def _judging_cost(cfg: Config, data: Prepared) -> float:
+    "Return what the verdict and the calibration will cost, in the unit of `_costs`"
+    d, e, k = cfg.data, cfg.evaluate, cfg.predictor
+    if not d.test or cfg.runtime.only == 'tokenizer': return 0.
+    dates = (data.split.test.symbol.value_counts()//d.predict_window).clip(upper=e.origins or 64).sum()
+    weights = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.parameters.iloc[-1]
+    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None) + (e.calibrate != 'off')
+    return float(dates*models*weights*(d.lookback_window + e.paths*d.predict_window)/3)
+
+# %% ../nbs/api/7_fit/77_train.ipynb #b0348201
+@contextlib.contextmanager
+def _progress(cfg: Config, data: Prepared, run: Run):
+    "Run a block whose progress bars know the whole run; a base belongs to the run around it"
+    if current_run() or not cfg.runtime.progress:
+        yield
+        return
+    base = _costs(base_config(cfg, data), data, [f'base {s}' for s in STAGES]) if cfg.base.symbols else {}
+    own = _costs(cfg, data, [_label(files) for files, _ in _plan(cfg, run)])
+    with progress_of_run(base | own, _judging_cost(cfg, data)): yield
+
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-055
 def _base_stopped(result: FitResult, data, prepared: Prepared, session: _Session) -> bool:
     "Train the base; mark the result and return True where that is interrupted"
     cfg = result.config
     source = 'sample' if data is None and not cfg.data.source else data
-    base_session = dataclasses.replace(session, judge=False)
+    base_session = dataclasses.replace(session, judge=False, plan=False, base=True)
     base = _fit_run(source, base_config(cfg, prepared), Run(result.run.base_folder), base_session)
     result.interrupted, result.stop_reason = base.interrupted, base.stop_reason
     if base.interrupted: result.history = base.history
@@ -361,13 +409,15 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
     if session.resume and _is_done(run, cfg, prepared, session.judge): return load(run.folder)
+    check_start(cfg, run)
     if session.plan and backend.is_main: print(plan_text(cfg, prepared), flush=True)
     if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
     backend.wait()
     result = FitResult(run.folder, cfg)
-    if cfg.base.symbols and _base_stopped(result, data, prepared, session): return result
-    inits = inits_of(cfg, run)
-    _train_stages(result, prepared, inits, session)
+    with _progress(cfg, prepared, run):
+        if cfg.base.symbols and _base_stopped(result, data, prepared, session): return result
+        inits = inits_of(cfg, run)
+        _train_stages(result, prepared, inits, session)
     if result.interrupted: return result
     if backend.is_main: _finish(result, prepared, inits, session.judge)
     if not session.judge: backend.wait()

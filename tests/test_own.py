@@ -7,7 +7,7 @@ import pytest
 
 import kronos_nb as kn
 from kronos_nb.config import Config
-from kronos_nb.core import ConfigError, DataError, RunError
+from kronos_nb.core import ConfigError, DataError, ModelError, RunError
 from kronos_nb.data.read import sample_klines
 from kronos_nb.fitting.prepare import LEAST, prepare
 from kronos_nb.judging.origins import pick_origins
@@ -190,6 +190,21 @@ def test_a_message_about_a_split_counts_the_file():
     cfg = Config.preset('btc_original')
     with pytest.raises(DataError, match='of the 400 bars') as error: prepare(walk(400), cfg)
     assert 'data.val=0.15' in str(error.value)
+
+
+def test_a_test_part_without_room_for_a_verdict_offers_windows(tmp_path):
+    changes = {'data.symbols': None, 'base.symbols': None, 'data.lookback_window': 8, 'data.predict_window': 10,
+               'data.embargo': 0, 'runtime.progress': False}
+    with pytest.raises(DataError, match='data.test=0.15') as error:
+        kn.fit(walk(140), 'quickstart', tmp_path, **changes)
+    better = Config.preset('quickstart', **changes).replace(**options(error.value))
+    assert judged(walk(140), better) >= 8 and not any(tmp_path.iterdir())
+
+
+def test_start_weights_that_cannot_be_had_leave_the_folder_free(tmp_path):
+    start = {'tokenizer.init': 'nobody/nothing', 'predictor.init': 'nobody/nothing', 'runtime.progress': False}
+    with pytest.raises(ModelError, match='predictor.init=bundled'): kn.fit(walk(400), None, tmp_path/'x', **start)
+    assert not (tmp_path/'x').exists()
 
 
 # the plan

@@ -27,7 +27,8 @@ from kronos_nb.training.learner import Callback
 from kronos_nb.training.run import Run
 
 SMALL = Config.preset('quickstart', **{
-    'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
     'tokenizer.epochs': 2, 'tokenizer.batch_size': 16, 'tokenizer.average_last': 1,
     'predictor.epochs': 1, 'predictor.batch_size': 16, 'predictor.average_last': 1,
     'evaluate.calibrate': 'off', 'runtime.plots': False, 'runtime.progress': False})

@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 1366, 768
 NARROW = dict(width=390, height=844)
 PAGES = ('data', 'settings', 'train', 'forecast', 'runs')
 
-BASE = {'base.symbols': None, 'evaluate.calibrate': 'off', 'runtime.log_every': 1,
+BASE = {'tokenizer.init': 'scratch', 'predictor.init': 'scratch', 'evaluate.calibrate': 'off', 'runtime.log_every': 1,
         'tokenizer.lr': 3e-3, 'tokenizer.batch_size': 32, 'tokenizer.average_last': 1,
         'predictor.lr': 3e-3, 'predictor.batch_size': 32, 'predictor.average_last': 1}
 SMALL = {'data.windows_per_epoch': 128, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,

@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import FEATURES, PRICES, write_atomic
-from ..display import figure, md_table, save_figure
+from ..display import figure, md_table, plain_text, save_figure
 from .parse import COLUMNS, to_float, to_utc
 from .read import read_log, read_report
 
@@ -360,7 +360,7 @@ def _plot_coverage(ax, report, most=40):
     _plot_issues(ax, report.issues, {symbol: i for i, symbol in enumerate(top.symbol)})
     ax.set_title('Coverage' + (f' (first {most} of {n})' if n > most else ''), loc='left')
     ax.set(yticks=range(len(top)), ylim=(len(top) - .5, -.5))
-    ax.set_yticklabels(top.symbol, fontsize=7 if len(top) > 8 else 9)
+    ax.set_yticklabels(top.symbol.map(plain_text), fontsize=7 if len(top) > 8 else 9)
     _date_axis(ax)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-063
@@ -370,8 +370,8 @@ def _plot_distributions(returns, volumes, bars, most=8):
     for name, s in b.groups()[:most]:
         with np.errstate(all='ignore'): r, v = np.diff(np.log(b.x[s, 3])), np.log10(b.x[s, 4])
         r, v = r[np.isfinite(r)], v[np.isfinite(v)]
-        if len(r): returns.hist(r, bins=81, histtype='step', log=True, label=name)
-        if len(v): volumes.hist(v, bins=60, histtype='step', label=name)
+        if len(r): returns.hist(r, bins=81, histtype='step', log=True, label=plain_text(name))
+        if len(v): volumes.hist(v, bins=60, histtype='step', label=plain_text(name))
     returns.set(title='Log return per bar', ylabel='bars')
     volumes.set(title='Volume, log10')
     if len(b.names) > 1: volumes.legend(fontsize=7)

@@ -9,8 +9,9 @@ __all__ = []
 import importlib.metadata, platform
 
 from .. import __version__
-from ..core import ConfigError, RunError, pick_device, write_atomic, write_json
+from ..core import ConfigError, RunError, free_folder, pick_device, write_atomic, write_json
 from ..config import Config
+from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
 from .prepare import Prepared
 
@@ -77,10 +78,12 @@ def _check_same(run: Run, cfg: Config, data: Prepared):
     diff = _differences(cfg, Run(run.folder).config)   # of its own: `run` reads the settings after they are written
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
-            f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}")
+            f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
+            options=f'--out {free_folder(there)}')
     if was['data'] != data.hash:
         sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
-        raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)")
+        raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)",
+            options=f'--out {free_folder(there)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):
@@ -88,7 +91,8 @@ def _check_empty(run: Run):
     if not run.folder.is_dir(): return
     if any(p != run.facts_file and not p.name.startswith('.') for p in run.folder.iterdir()):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
-            "Choose another folder (out_dir, --out), so that nothing is overwritten")
+            "Choose another folder (out_dir, --out), so that nothing is overwritten",
+            options=f'--out {free_folder(run)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-021
 def claim_folder(
@@ -137,3 +141,12 @@ def inits_of(
     start = run.base_folder if cfg.base.symbols else cfg.runtime.init_from
     if not start: return {s: getattr(cfg, s).init for s in STAGES}
     return {s: str(Run(start).stage(s).model()) for s in STAGES}
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #b49512fc
+def check_start(cfg: Config, run: Run):
+    "Raise if the weights of a stage that is due are neither here nor on the hub"
+    if cfg.base.symbols or cfg.runtime.init_from: return   # a run makes them, or has them
+    for stage in STAGES:
+        init = getattr(cfg, stage).init
+        due = cfg.runtime.only in (None, stage) and not run.stage(stage).finished
+        if due and init != 'scratch': find_files(init, kind=stage)

@@ -53,9 +53,10 @@ def _check_symbols(bars, data, cfg):
     missing = sorted(set(cfg.data.symbols or ()) - set(bars.symbol))
     if not missing: return
     found = name_list(_symbols_in(data, cfg), 20) or 'no symbol'
+    base = ' --set base.symbols=none' if cfg.base.symbols else ''
     raise DataError(f"data.symbols asks for {', '.join(missing)}, and the bars have: {found}. Leave the preset out, "
         "and settings are fitted to them (kronos-nb fit FILE, or fit(bars)); or keep it and add "
-        "--set data.symbols=none --set base.symbols=none")
+        f"--set data.symbols=none{base}", options='--preset own')
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-014
 def _error_text(issue) -> str:
@@ -111,9 +112,11 @@ def _too_short(bars, report, d):
     what = (f"a window is data.lookback_window + data.predict_window = {d.lookback_window} + {d.predict_window} = "
             f"{window} bars")
     names = name_list(f'{o.symbol} {o.bars}' for o in short.itertuples())
-    if len(short) == len(rows): return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}")
+    if len(short) == len(rows): return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}",
+                                                   options='--preset own')
     return DataError(f"{what}, and {len(short)} of {len(rows)} symbols have fewer bars: {names}. "
-                     "Set data.repair=standard to leave them out, or shorten the windows")
+                     "Set data.repair=standard to leave them out, or shorten the windows",
+                     options='--repair standard')
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #6ea3201b
 def _all_dropped(bars, changes):
@@ -144,7 +147,7 @@ def _check_bars(bars, d):
     dirt = bad[bad.rule != 'too_short']
     if dirt.empty: raise _too_short(bars, report, d)
     raise DataError(f"the bars have errors: {_errors_text(dirt)}. Set data.repair=standard to repair what can be "
-                    "repaired, or repair them yourself with repair_klines")
+                    "repaired, or repair them yourself with repair_klines", options='--repair standard')
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-020
 def _add_sections(report, changes, d):
@@ -164,7 +167,7 @@ def _no_window(split, part, d):
     takes = math.ceil((L + H + (d.embargo if part != 'test' else 0))/share)
     return DataError(f"the {part} part (data.{part}={share:g}) holds {has} of the {whole} bars of the longest symbol"
         f"{gaps}: no window of {L} + {H} bars fits into it, which takes about {max(takes, whole + 1):,} bars. "
-        f"{offer(bars, d)}")
+        f"{offer(bars, d)}", options='--preset own')
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-023
 def cut_windows(split, part, d, stride, statistics='auto'):

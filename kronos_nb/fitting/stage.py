@@ -59,7 +59,8 @@ def model_facts(self: Stage) -> dict:
     d = self.cfg.data
     seen = {str(s): [str(first), str(last)] for s, (first, last) in self.data.span('train', 'val').items()}
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
-        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen)
+        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
+        interval=self.data.report.summary['interval'].mode()[0].total_seconds())
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
     return facts

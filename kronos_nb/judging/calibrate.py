@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import DataError, RunError, write_json
 from ..display import md_table, percent
 from ..training.run import CALIBRATION, Run
-from ..forecast import Forecast, Forecaster
+from ..forecast import Forecast, Forecaster, Forecasts
 from .baselines import LastValue
 from .origins import BANDS, pick_origins
 from ..evaluate import evaluate, fingerprint, overlap_of
@@ -151,6 +151,7 @@ class Calibrated:
     "A forecaster whose paths are widened by a `Calibration`"
     predictor, predictors, normalizer = map(_of_forecaster, ('predictor', 'predictors', 'normalizer'))
     features, max_context, lookback_window = map(_of_forecaster, ('features', 'max_context', 'lookback_window'))
+    predict_window = _of_forecaster('predict_window')
 
     def __init__(self,
         forecaster, # `Forecaster`, or anything with `predict_many`
@@ -168,7 +169,7 @@ class Calibrated:
 @patch
 def predict_many(self: Calibrated,
     histories,           # As for the forecaster
-    predict_window: int, # `H`
+    predict_window: int | None = None, # `H`; None: as trained
     **kwargs,            # For the forecaster's `predict_many`
 ) -> list: # One `Forecast` per history
     "Forecast many histories with wider bands"
@@ -178,12 +179,12 @@ def predict_many(self: Calibrated,
 @patch
 def predict(self: Calibrated,
     bars: pd.DataFrame,  # Bars of one symbol or of several
-    predict_window: int, # `H`
+    predict_window: int | None = None, # `H`; None: as trained
     **kwargs,            # For the forecaster's `predict`
-):  # `Forecast`, or a dictionary of them by symbol
+):  # `Forecast`, or `Forecasts`, a dictionary of them by symbol
     "Forecast the bars that follow `bars` with wider bands"
     found = self.forecaster.predict(bars, predict_window, **kwargs)
-    if isinstance(found, dict): return {symbol: self.calibration.apply(f) for symbol, f in found.items()}
+    if isinstance(found, dict): return Forecasts({symbol: self.calibration.apply(f) for symbol, f in found.items()})
     return self.calibration.apply(found)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-034
@@ -271,3 +272,7 @@ def to_markdown(self: Calibration,
     return (f"## Calibration\n\nLearned from {self.dates} forecasts on the validation part ({self.first[:16]} to "
             f"{self.last[:16]}). Forecasts are widened on request: `Calibrated.from_pretrained(...)` with the folder "
             f"of the run or the hub id, or `kronos-nb forecast --calibrated`.\n\n{md_table(table)}\n")
+
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #7e88a958
+@patch
+def _repr_markdown_(self: Calibration): return self.to_markdown()

@@ -72,7 +72,8 @@ def _hub_files(repo, revision):
     except Exception as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         raise ModelError(f"the hub did not deliver {repo!r}, and no such folder exists here ({why}). "
-                         f"Check the name{nearest(repo, PUBLISHED)}, or pass a folder when offline") from e
+                         f"Check the name{nearest(repo, PUBLISHED)}; offline, pass a folder, or start a run from the "
+                         "small base that ships: --set tokenizer.init=bundled --set predictor.init=bundled") from e
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #d7233417
 BUNDLED = 'bundled'

@@ -373,10 +373,10 @@ def _show_end(self: TrainPanel):
     job, result = self.job, self.job.result
     if job.error is not None: self.error.value = error_html(job.error)
     if result is None or result.interrupted: return
-    sentence, table = 'Not judged: no test part was held back.', ''
+    head, table = '<b>Not judged: no test part was held back.</b>', ''
     if result.evaluation is not None:
-        sentence = result.evaluation.sentence
+        head = result.evaluation.summary_html()
         metrics = result.evaluation.table().to_html(border=0)
         table = f'<details><summary>metrics, with 95 % intervals</summary>{metrics}</details>'
     report = html.escape(str(result.run.report_file))
-    self.verdict.value = f"<div class='knb'><b>{html.escape(sentence)}</b><br>{table}Report: {report}</div>"
+    self.verdict.value = f"<div class='knb'>{head}{table}Report: {report}</div>"
