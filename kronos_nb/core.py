@@ -175,7 +175,7 @@ def write_atomic(
     return path
 
 # %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
-def free_folder(folder) -> Path:
+def next_folder(folder) -> Path:
     "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
     folder = Path(folder)
     return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())

@@ -9,7 +9,7 @@ __all__ = []
 import importlib.metadata, platform
 
 from .. import __version__
-from ..core import ConfigError, RunError, free_folder, pick_device, write_atomic, write_json
+from ..core import ConfigError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
 from ..training.run import STAGES, Run
 from .prepare import Prepared
@@ -78,11 +78,11 @@ def _check_same(run: Run, cfg: Config, data: Prepared):
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
     if was['data'] != data.hash:
         sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
         raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):
@@ -91,7 +91,7 @@ def _check_empty(run: Run):
     if any(p != run.facts_file and not p.name.startswith('.') for p in run.folder.iterdir()):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
             "Choose another folder (out_dir, --out), so that nothing is overwritten",
-            options=f'--out {free_folder(run)}')
+            options=f'--out {next_folder(run)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-021
 def claim_folder(
