@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'run_experiments', 'stopped', 'run_forecast',
            'run_evaluate', 'run_monitor', 'run_compare', 'run_tune', 'run_average', 'run_report', 'run_push',
-           'run_bundle', 'run_check', 'main']
+           'run_bundle', 'run_check', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
 import argparse, dataclasses, os, signal, subprocess, sys, textwrap
@@ -417,9 +417,22 @@ def _check_parser(sub):
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #c658f03d
+def _studio_parser(sub):
+    "Add the command `studio`"
+    text = 'open the panels in a browser, on your own file'
+    p = _command(sub, 'studio', run_studio, text, '[DATA ...]')
+    p.add_argument('data', nargs='*', metavar='DATA',
+        help='files of bars; none: the bundled sample, and a button to upload a file')
+    p.add_argument('--preset', metavar='NAME', help=f"start from: {', '.join(PRESET_NAMES)}; none: as for fit")
+    p.add_argument('--out', metavar='RUN', help='folder of the run; none: as for fit')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on (127.0.0.1); 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8866, help='port to listen on (8866), or the next free one')
+    p.add_argument('--no-browser', action='store_true', help='print the address and open nothing')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
 _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser,
-    _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser)
+    _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser, _studio_parser)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
@@ -761,10 +774,10 @@ def _base_of(a, f):
     if a.base:
         return None if a.base == 'none' else Forecaster.from_pretrained(a.base)
     run = _run_of(a.model)
-    inits = inits_of(run.config, run) if run else dict(predictor='scratch')
-    if inits['predictor'] == 'scratch':
-        return None
     try:
+        inits = inits_of(run.config, run) if run else dict(predictor='scratch')
+        if inits['predictor'] == 'scratch':
+            return None
         return Forecaster.from_pretrained(inits['tokenizer'], inits['predictor'],
             normalizer=f.normalizer, max_context=f.max_context)
     except KronosError as e:
@@ -806,6 +819,9 @@ def _model_and_bars(a):
     cfg = run.config if run else Config()
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    if not run:   # a model alone knows the windows that it was trained on
+        said = {k: f.predictor.extra.get(k) for k in ('lookback_window', 'predict_window')}
+        cfg = cfg.replace(data={k: v for k, v in said.items() if v})
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
@@ -872,12 +888,13 @@ def _forecast_folder(a, symbols) -> Path:
 def _write_forecasts(found: dict, out: Path):
     "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
     import pandas as pd
+    from kronos_nb.core import safe_name
     from kronos_nb.display import save_figure
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for symbol, forecast in found.items():
         rows.append(_close_quantiles(forecast, symbol))
-        save_figure(forecast.plot(), out/f'forecast_{symbol}.png')
+        save_figure(forecast.plot(), out/f'forecast_{safe_name(symbol)}.png')
     table = pd.concat(rows, ignore_index=True)
     table.to_csv(out/'forecast.csv', index=False)
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')
@@ -1042,6 +1059,15 @@ def run_check(a):
     if a.out:
         print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #e0a0f687
+def run_studio(a):
+    "Run `kronos-nb studio`"
+    from kronos_nb.app import serve_studio
+    if a.preset:
+        check_choice('--preset', a.preset, PRESET_NAMES)
+    serve_studio(a.data, a.preset, a.out, a.ip, a.port, not a.no_browser)
+    return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #65488a20
 def _with_options(a, options: str) -> str: # '--out runs/other --set data.tz=UTC'

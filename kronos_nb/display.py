@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import write_atomic
+from .core import md_text, one_line, write_atomic
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-005
 def date_text(
@@ -91,7 +91,8 @@ def _cell(v) -> str:
     if isinstance(v, (list, tuple)): return ', '.join(map(_cell, v))
     if isinstance(v, pd.Timestamp): return date_text(v)
     if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
-    return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v).replace('|', '\\|')
+    whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+    return f'{v:,}' if whole else md_text(v)
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-021
 def md_table(
@@ -104,6 +105,13 @@ def md_table(
     rows = [list(df.columns), ['---'] * df.shape[1], *zip(*columns)]
     table = '\n'.join('| ' + ' | '.join(map(_cell, r)) + ' |' for r in rows)
     return table + (f'\n\nand {len(df) - limit:,} more rows' if len(df) > limit else '')
+
+# %% ../nbs/api/0_ground/04_display.ipynb #2e20af57
+def md_key(
+    meanings: dict, # Column -> what it means
+) -> str:
+    "Return the key of a table as a Markdown list"
+    return '\n'.join(f'- **{column}**: {meaning}' for column, meaning in meanings.items())
 
 # %% ../nbs/api/0_ground/04_display.ipynb #12494903
 EVERY = 10   # seconds between plain lines, and before the first one
@@ -238,8 +246,18 @@ COLORS = dict(
     base='#ff7f0e',      # the model before fine-tuning
     validation='#ff7f0e',
     best='#2ca02c',
+    unsure='#b8860b',    # a verdict that needs more bars
     reference='#7f7f7f', # baselines, guide lines, notes
 )
+
+# %% ../nbs/api/0_ground/04_display.ipynb #d539eda7
+def plain_text(
+    name,          # Symbol, run, or another name that somebody chose
+    most: int = 28, # Characters shown
+) -> str:
+    "Return a name for a picture: shortened, and never read as a formula"
+    name = one_line(name)
+    return (name if len(name) <= most else name[:most-1] + '…').replace('$', r'\$')
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-032
 def figure(
@@ -269,3 +287,27 @@ def save_figure(
 ) -> Path: # The file
     "Write a figure as PNG, whole or not at all"
     return write_atomic(path, png(fig))
+
+# %% ../nbs/api/0_ground/04_display.ipynb #f4bb6f16
+def legend_beside(
+    fig,    # From `figure`
+    *axes,  # Whose labels are listed; none: all of the figure
+    **kwargs, # As for `Figure.legend`
+):
+    "Put one legend beside the axes, or below them in a figure narrower than 7 inches"
+    found = {}
+    for ax in axes or fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()): found.setdefault(label, handle)
+    narrow = fig.get_figwidth() < 7
+    place = dict(loc='outside lower center', ncols=3) if narrow else dict(loc='outside right upper')
+    fig.legend(found.values(), found.keys(), **dict(fontsize=8, frameon=False) | place | kwargs)
+
+# %% ../nbs/api/0_ground/04_display.ipynb #0d6284f1
+def show_card(
+    *parts, # Markdown, or figures
+):
+    "Show Markdown and pictures one below the other; a terminal gets the text"
+    from IPython.display import display
+    for part in parts:
+        if not isinstance(part, str): display(part)
+        elif part.strip(): display({'text/markdown': part, 'text/plain': part}, raw=True)

@@ -53,7 +53,7 @@ def _split_rule(case, cfg):
 def _fit_windows(case, cfg, max_gap):
     "Return windows and embargo that fit, or None"
     d, wanted = cfg.data, wanted_windows(step_of(case.bars))
-    room = find_room(case.bars, d.train, d.val, d.test, max_gap)
+    room = find_room(case.bars, d.train, d.val, d.test, max_gap, d.split)
     if 'data.lookback_window' in case.given: wanted = (d.lookback_window, wanted[1])
     if 'data.predict_window' in case.given: room, wanted = replace(room, test=0), (wanted[0], d.predict_window)
     return fitting_windows(room, wanted, d.embargo if 'data.embargo' in case.given else None)
@@ -154,7 +154,7 @@ def _recipe(cfg):
 def _n_windows(case, cfg):
     "Return the number of training windows"
     d = cfg.data
-    part = split_by_time(case.bars, d.train, d.val, d.test, d.embargo).train
+    part = split_by_time(case.bars, d.train, d.val, d.test, d.embargo, d.split).train
     spans = segments(part, d.max_gap)
     return int((spans[:, 1] - spans[:, 0] - d.lookback_window - d.predict_window + 1).clip(min=0).sum())
 
@@ -348,7 +348,7 @@ def start_text(cfg: Config) -> str:
     if init == SCRATCH: return f'from random weights ({cfg.predictor.size})'
     if init != BUNDLED: return f'from {init}'
     pair = ' and '.join(f'`hf download {name}`' for name in released_pair(cfg.runtime.device))
-    return f'from the small base that ships, a toy; released weights are neither here nor reached: {pair} get them'
+    return f'from the small base that ships, a toy; released weights are not here, nor was the hub reached: {pair}'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #2ebbb3bc
 def _training_line(cfg, data, seconds):

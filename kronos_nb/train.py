@@ -19,7 +19,7 @@ from .core import DataError, ModelError, RunError, pick_device, threads, write_a
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
-from .display import current_run, md_table, progress_of_run, save_figure
+from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
 from .training.run import CALIBRATION, STAGES, Run
@@ -33,9 +33,9 @@ from .judging.calibrate import Calibration, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
 from .hub_card import write_cards
-from .fitting.prepare import Prepared, prepare
+from .fitting.prepare import Prepared, offer, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, claim_folder, holds, inits_of
+from .fitting.claim import base_config, check_start, claim_folder, holds, inits_of
 from .estimate import estimate
 from .own import config_for, is_own, plan_text, settle
 
@@ -104,6 +104,14 @@ def _repr_markdown_(self: FitResult):
         how = f'**Interrupted**: {self.stop_reason}. Call `fit` again with the same arguments to go on.'
         return '\n\n'.join(o for o in (how, self._stage_table(), files) if o)
     return '\n\n'.join((self._stage_table(), self._verdict(), f'{files}, report: `{self.run.report_file}`'))
+
+# %% ../nbs/api/7_fit/77_train.ipynb #98260142
+@patch
+def _ipython_display_(self: FitResult):
+    text, e = self._repr_markdown_(), self.evaluation
+    if self.interrupted or e is None: return show_card(text)
+    before, _, after = text.partition(e.summary)
+    show_card(e.summary, e.plot_verdict(), before.removesuffix('## Evaluation\n\n') + after)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-013
 @patch
@@ -203,7 +211,10 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
 def _check_room(data: Prepared, cfg: Config):
     "Raise where a verdict that was asked for will not be possible"
     if cfg.evaluate.calibrate == 'on': _calibration_bars(data, cfg)
-    if cfg.data.test and cfg.runtime.only != 'tokenizer': _test_starts(data, cfg)
+    if not cfg.data.test or cfg.runtime.only == 'tokenizer': return
+    try: _test_starts(data, cfg)
+    except DataError as e: raise DataError(f"no verdict is possible on data.test={cfg.data.test:g}: {e}. "
+                                           f"{offer(data.bars, cfg.data)}") from e
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-034
 def _check_tokenizer(tokenizer, data: Prepared, where: str):
@@ -220,7 +231,8 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
     "Return the model before fine-tuning; None where training began from scratch"
     if inits['predictor'] == 'scratch': return None
     models = [build_model(name, inits[name]).eval() for name in STAGES]
-    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context)
+    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context,
+        market_tz=data.train.market_tz)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
@@ -388,6 +400,7 @@ def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
     due = [files for files, _ in _plan(cfg, run) if cfg.runtime.only in (None, files.name)]
     if not all(files.finished for files in due): return False
     if not judge or not run.stage('predictor').has_model: return True
+    if cfg.evaluate != Run(run.folder).config.evaluate: return False   # trained, and to be judged anew
     return run.report_file.is_file() and (run.judged or not cfg.data.test)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-058
@@ -398,6 +411,7 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
     if session.resume and _is_done(run, cfg, prepared, session.judge): return load(run.folder)
+    check_start(cfg, run)
     if session.plan and backend.is_main: print(plan_text(cfg, prepared), flush=True)
     if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
     backend.wait()

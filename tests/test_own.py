@@ -7,11 +7,12 @@ import pytest
 
 import kronos_nb as kn
 from kronos_nb.config import Config
-from kronos_nb.core import ConfigError, DataError, RunError
+from kronos_nb.core import ConfigError, DataError, ModelError, RunError
 from kronos_nb.data.read import sample_klines
 from kronos_nb.fitting.prepare import LEAST, prepare
 from kronos_nb.judging.origins import pick_origins
 from kronos_nb.own import config_for, name_of, own_config, plan_table, plan_text, run_name, settle
+from kronos_nb.settings import format_setting
 from kronos_nb.training.run import Run
 
 TINY = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
@@ -192,6 +193,21 @@ def test_a_message_about_a_split_counts_the_file():
     assert 'data.val=0.15' in str(error.value)
 
 
+def test_a_test_part_without_room_for_a_verdict_offers_windows(tmp_path):
+    changes = {'data.symbols': None, 'base.symbols': None, 'data.lookback_window': 8, 'data.predict_window': 10,
+               'data.embargo': 0, 'runtime.progress': False}
+    with pytest.raises(DataError, match='data.test=0.15') as error:
+        kn.fit(walk(140), 'quickstart', tmp_path, **changes)
+    better = Config.preset('quickstart', **changes).replace(**options(error.value))
+    assert judged(walk(140), better) >= 8 and not any(tmp_path.iterdir())
+
+
+def test_start_weights_that_cannot_be_had_leave_the_folder_free(tmp_path):
+    start = {'tokenizer.init': 'nobody/nothing', 'predictor.init': 'nobody/nothing', 'runtime.progress': False}
+    with pytest.raises(ModelError, match='predictor.init=bundled'): kn.fit(walk(400), None, tmp_path/'x', **start)
+    assert not (tmp_path/'x').exists()
+
+
 # the plan
 def test_the_plan_has_five_rows_with_settings_that_exist():
     bars = walk(400)
@@ -295,3 +311,12 @@ def test_few_bars_get_a_verdict_that_is_honest(place):
     assert first.evaluation.verdict in ('inconclusive', 'cannot tell') or 'Cannot tell' in first.evaluation.sentence
     assert Run(first.out_dir) is not None
     assert len(sample_klines('GOOG'))
+
+
+def test_the_command_line_finds_the_same_run(place, monkeypatch, capsys):
+    from kronos_nb.cli import main
+    folder, _ = place
+    monkeypatch.chdir(folder)
+    given = [o for name, value in FAST.items() for o in ('--set', f'{name}={format_setting(value)}')]
+    assert main(['fit', 'my.csv', '--test', *given]) == 0
+    assert main(['fit', 'my.csv', *given]) == 0 and 'runs/my-own/report.md' in capsys.readouterr().out

@@ -11,6 +11,7 @@ import importlib.metadata, platform
 from .. import __version__
 from ..core import ConfigError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
+from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
 from .prepare import Prepared
 
@@ -47,12 +48,24 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE)]
+_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+               *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
 def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
+
+def _kept_settings(run: Run) -> Config:
+    "Return the settings that a run was started with"
+    if 'settings' in run.facts:
+        try: return Config().replace(**run.facts['settings'])
+        except (ConfigError, TypeError) as e:
+            raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
+    return Run(run.folder).config   # of its own: `run` reads the settings after they are written
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
 def _has_begun(run: Run) -> bool:
@@ -68,13 +81,13 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
     "Raise unless the folder holds this run: the same settings, the same bars"
     there, was = str(run.folder), run.facts
-    diff = _differences(cfg, Run(run.folder).config)   # of its own: `run` reads the settings after they are written
+    diff = _differences(cfg, _kept_settings(run))
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
@@ -104,7 +117,7 @@ def claim_folder(
     if not _has_begun(run): _check_empty(run)
     elif resume: _check_same(run, cfg, data)
     else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
-    write_json(run.facts_file, run_facts(cfg, data))
+    write_json(run.facts_file, run_facts(cfg, data) | dict(settings=_deciding(cfg)))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())
@@ -140,3 +153,12 @@ def inits_of(
     start = run.base_folder if cfg.base.symbols else cfg.runtime.init_from
     if not start: return {s: getattr(cfg, s).init for s in STAGES}
     return {s: str(Run(start).stage(s).model()) for s in STAGES}
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #b49512fc
+def check_start(cfg: Config, run: Run):
+    "Raise if the weights of a stage that is due are neither here nor on the hub"
+    if cfg.base.symbols or cfg.runtime.init_from: return   # a run makes them, or has them
+    for stage in STAGES:
+        init = getattr(cfg, stage).init
+        due = cfg.runtime.only in (None, stage) and not run.stage(stage).finished
+        if due and init != 'scratch': find_files(init, kind=stage)
