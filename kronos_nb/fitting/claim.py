@@ -9,7 +9,7 @@ __all__ = []
 import importlib.metadata, platform
 
 from .. import __version__
-from ..core import ConfigError, RunError, next_folder, pick_device, write_atomic, write_json
+from ..core import ConfigError, KronosError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
 from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
@@ -81,7 +81,8 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
+    try: return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    except KronosError: return False   # damaged: `claim_folder` decides, and writes the settings anew
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
