@@ -6,7 +6,7 @@
 __all__ = ['FitResult', 'load', 'fit']
 
 # %% ../nbs/api/7_fit/75_train.ipynb #cell-002
-import dataclasses, time
+import contextlib, dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic
+from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic, writing
 from .settings import parse_duration
 from .config import PRESETS, Config
 from .machine import machine_for
 from .display import md_table, save_figure
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
-from .training.run import CALIBRATION, STAGES, Run
+from .training.run import CALIBRATION, STAGES, Run, only_writer
 from .training.learner import Backend
 from .training.task import build_model, check_features, matmul_precision
 from .training.monitor import check_tracker
@@ -350,9 +350,16 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     for tracker in cfg.runtime.trackers or (): check_tracker(tracker)
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
-    if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
-    backend.wait()
-    result = FitResult(run.folder, cfg)
+    lock = only_writer(run) if backend.is_main else contextlib.nullcontext()
+    with lock, writing(run, full=True):
+        if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
+        backend.wait()
+        return _train_and_judge(FitResult(run.folder, cfg), data, prepared, session)
+
+# %% ../nbs/api/7_fit/75_train.ipynb #08355068
+def _train_and_judge(result: FitResult, data, prepared: Prepared, session: _Session) -> FitResult:
+    "Train the base and the stages in the folder of a run, and judge"
+    cfg, run, backend = result.config, result.run, _backend(result.config)
     if cfg.base.symbols and _base_stopped(result, data, prepared, session): return result
     inits = inits_of(cfg, run)
     _train_stages(result, prepared, inits, session)

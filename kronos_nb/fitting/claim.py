@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-002
-import importlib.metadata, platform
+import importlib.metadata, platform, uuid
 
 from .. import __version__
 from ..core import ConfigError, RunError, pick_device, write_atomic, write_json
@@ -88,10 +88,13 @@ def claim_folder(
     resume: bool, # False: a run that is there is an error, too
 ):
     "Write facts, settings and the data report into the folder of a run; raise if another run is there"
+    identity = uuid.uuid4().hex
     if not _has_begun(run): _check_empty(run)
-    elif resume: _check_same(run, cfg, data)
+    elif resume:
+        _check_same(run, cfg, data)
+        identity = run.facts.get('id', identity)
     else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
-    write_json(run.facts_file, run_facts(cfg, data))
+    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())
