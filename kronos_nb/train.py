@@ -35,7 +35,7 @@ from .report import write_report
 from .hub_card import write_cards
 from .fitting.prepare import Prepared, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, claim_folder, inits_of
+from .fitting.claim import base_config, check_place, claim_folder, inits_of
 
 # %% ../nbs/api/7_fit/75_train.ipynb #cell-006
 @dataclass
@@ -350,6 +350,7 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     for tracker in cfg.runtime.trackers or (): check_tracker(tracker)
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
+    if backend.is_main: check_place(run)
     lock = only_writer(run) if backend.is_main else contextlib.nullcontext()
     with lock, writing(run, full=True):
         if backend.is_main: claim_folder(run, cfg, prepared, session.resume)

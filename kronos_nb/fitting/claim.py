@@ -80,6 +80,11 @@ def _check_empty(run: Run):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
             "Choose another folder (out_dir, --out), so that nothing is overwritten")
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #1a0f2aab
+def check_place(run: Run):
+    "Raise if the folder holds anything but a run, before anything is written there"
+    if not _has_begun(run): _check_empty(run)
+
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-021
 def claim_folder(
     run: Run,
@@ -88,12 +93,13 @@ def claim_folder(
     resume: bool, # False: a run that is there is an error, too
 ):
     "Write facts, settings and the data report into the folder of a run; raise if another run is there"
-    identity = uuid.uuid4().hex
-    if not _has_begun(run): _check_empty(run)
-    elif resume:
+    check_place(run)
+    begun, identity = _has_begun(run), uuid.uuid4().hex
+    if begun and not resume:
+        raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
+    if begun:
         _check_same(run, cfg, data)
         identity = run.facts.get('id', identity)
-    else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
     write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)

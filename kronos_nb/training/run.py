@@ -6,7 +6,7 @@
 __all__ = ['RunStage', 'Run', 'find_runs']
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-002
-import contextlib, errno, platform, shutil, time, warnings
+import contextlib, errno, platform, re, time, warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -327,13 +327,14 @@ def _try_lock(folder, wait):
     return lock
 
 # %% ../../nbs/api/4_training/41_run.ipynb #268a1044
+_LEFT = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')   # as `write_atomic` names them
+
 def remove_leftovers(
     folder, # Of a run, with its lock held
 ):
     "Remove the temporary files of processes that were killed"
     for path in list(Path(folder).rglob('.*.tmp')):
-        if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-        else: path.unlink(missing_ok=True)
+        if _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #732d3bc3
 def _busy(folder):
