@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-002
-import contextlib, math
+import contextlib, math, time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -410,12 +410,20 @@ def run_stage(
 # %% ../../nbs/api/7_fit/73_stage.ipynb #ba24f4d7
 def _has_note(learn, kind) -> bool: return any(n['kind'] == kind for n in learn.history.notes)
 
+def _loader_died(learn, e) -> bool:
+    "Return whether `e` is the end of a loader process"
+    if isinstance(e, (ConnectionError, EOFError)):   # the system tells who has died a moment later
+        try: time.sleep(1)
+        except RuntimeError: return True   # torch looks at its loaders, too, and interrupts whatever runs
+    lost = any(s.lost_loaders for s in (learn.source, learn.valid) if s is not None)
+    return lost or 'DataLoader' in str(e)
+
 @contextlib.contextmanager
 def _loaders(learn: Learner):
     "End the loader processes after the block; say what to do where one of them died or stood still"
     try: yield
-    except RuntimeError as e:
-        if isinstance(e, KronosError) or 'DataLoader' not in str(e): raise
+    except Exception as e:
+        if isinstance(e, KronosError) or not _loader_died(learn, e): raise
         raise RunError(f"a loader process was ended or stood still ({_first_line(e)}). The same command goes on from "
             "the last checkpoint; runtime.workers=0 does without loader processes") from e
     finally: learn.close()

@@ -213,7 +213,7 @@ class Checkpoint(Callback):
         if keep_last < 2: raise RunError(f"keep_last must be at least 2, because one may be damaged; got {keep_last}")
         self.folder, self.save_steps, self.keep_last, self.run = Path(folder), save_steps, keep_last, run
         self.save_model, self.seconds = save_model, 0.
-    def is_due(self, learn) -> bool: return learn.step % self.save_steps == 0
+    def is_due(self, learn) -> bool: return learn.step > 0 and learn.step % self.save_steps == 0
     def after_step(self, learn):
         if self.is_due(learn): self.save(learn)
     def after_fit(self, learn): self.save(learn)

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import ConfigError, stable_key
+from .run import watch
 from .learner import Callback
 from .optim import EarlyStopping, Schedule
 
@@ -104,13 +105,6 @@ def _pause(self: ResourceGuard, learn, over: dict):
         still = ', '.join(f'{k} {v:.0f} %' for k, v in over.items())
         learn.note('resource_guard', f'resource guard: still {still} after {spent:.0f} s; continuing with pauses')
 
-# %% ../../nbs/api/4_training/47_guard.ipynb #da0d1f5e
-def answers(process: psutil.Process) -> bool:
-    "Return whether a process is there and not stopped"
-    away = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    try: return process.is_running() and process.status() not in away
-    except psutil.Error: return False
-
 # %% ../../nbs/api/4_training/47_guard.ipynb #9eba7c90
 def _peers(backend) -> dict:
     "Return rank -> process of the others on this machine; all processes must call it"
@@ -134,19 +128,11 @@ class Watchdog(Callback):
         if learn.backend.world == 1: return
         follow_launcher()
         self.over = threading.Event()
-        threading.Thread(target=self._watch, args=(_peers(learn.backend), self.over), daemon=True).start()
+        args = _peers(learn.backend), self.patience, _leave, self.over
+        threading.Thread(target=watch, args=args, daemon=True).start()
     def cleanup_fit(self, learn): self.over.set()
 
 # %% ../../nbs/api/4_training/47_guard.ipynb #8a690dec
-@patch
-def _watch(self: Watchdog, peers: dict, over):
-    "Count the seconds that each process has been away"
-    away = dict.fromkeys(peers, 0)
-    while not over.wait(1):
-        for rank, process in peers.items():
-            away[rank] = 0 if answers(process) else away[rank]+1
-            if away[rank] >= self.patience: _leave(rank, process, self.patience)
-
 def _leave(rank, process, seconds):
     "End `process` and this one"
     print(f"RunError: process {rank} (pid {process.pid}) has been dead or stopped for {seconds} s, and the others "

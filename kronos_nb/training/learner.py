@@ -51,6 +51,7 @@ class Source:
         "Yield the batches of `epoch` from step `start` on"
         return (self.load(epoch, i) for i in range(start, len(self)))
     def close(self): "Release what the source holds, such as loader processes; the next `stream` starts them again"
+    lost_loaders = False   # Whether a loader process died
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-010
 class TensorSource(Source):

@@ -312,6 +312,27 @@ def table(self: Run) -> pd.DataFrame: # One row per stage that has begun
 @patch
 def _repr_html_(self: Run): return self.table.to_html(index=False)
 
+# %% ../../nbs/api/4_training/41_run.ipynb #c411d2c5
+def answers(process: psutil.Process) -> bool:
+    "Return whether a process is there and not stopped"
+    away = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    try: return process.is_running() and process.status() not in away
+    except psutil.Error: return False
+
+# %% ../../nbs/api/4_training/41_run.ipynb #e7c97c53
+def watch(
+    processes: dict, # Name -> `psutil.Process`
+    patience: float, # Seconds that one of them may be away
+    leave,           # Called with name, process and `patience` when one has been away for longer
+    over,            # `threading.Event` that ends the watch
+):
+    "Look at processes once a second, from a thread of its own"
+    away = dict.fromkeys(processes, 0)
+    while not over.wait(1):
+        for name, process in processes.items():
+            away[name] = 0 if answers(process) else away[name]+1
+            if away[name] == patience: leave(name, process, patience)
+
 # %% ../../nbs/api/4_training/41_run.ipynb #58ff1334
 LOCK = '.lock'
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)   # what file systems without locks say

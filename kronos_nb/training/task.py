@@ -10,6 +10,7 @@ import contextlib, os, signal, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -20,6 +21,7 @@ from ..data.window import BatchSampler, WindowDataset
 from ..data.augment import Augment
 from ..model.tokenizer import KronosTokenizer
 from ..model.predictor import Kronos
+from .run import answers, watch
 from .learner import Batch, Source, halve_on_oom
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-006
@@ -222,7 +224,7 @@ class SampledSource(Source):
     def tensors(self, rows, epoch) -> dict: raise NotImplementedError
 
 # %% ../../nbs/api/4_training/43_task.ipynb #03a74514
-LOADER_TIMEOUT = 45   # seconds until a loader that does not answer ends the run
+LOADER_TIMEOUT, LOADER_PATIENCE = 45, 20   # seconds until a loader that does not answer ends the run
 
 def _end_with(parent: int):
     "End this process when its parent is gone"
@@ -233,16 +235,35 @@ def _begin_worker(_):
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
+# %% ../../nbs/api/4_training/43_task.ipynb #c69f3d1f
+@contextlib.contextmanager
+def _watched(workers: list):
+    "End loader processes that are stopped for too long, inside the block"
+    over, there = threading.Event(), {}
+    for w in workers:
+        with contextlib.suppress(psutil.Error): there[w.pid] = psutil.Process(w.pid)
+    args = there, LOADER_PATIENCE, lambda name, process, patience: process.kill(), over
+    threading.Thread(target=watch, args=args, daemon=True).start()
+    try: yield
+    finally: over.set()
+
 # %% ../../nbs/api/4_training/43_task.ipynb #78bc500f
 @patch
 def close(self: SampledSource):
     "End the loader processes"
     running, self._running, self._loader = self._running, None, None
     if running is None: return
+    for worker in running._workers:
+        if worker.is_alive() and not answers(psutil.Process(worker.pid)): worker.kill()   # torch would wait for it
     running._shutdown_workers()   # otherwise torch ends them when the garbage is collected
     for worker in running._workers:
-        if worker.is_alive(): worker.kill()   # it stands still
+        if worker.is_alive(): worker.kill()
         worker.join()
+
+@patch(as_prop=True)
+def lost_loaders(self: SampledSource) -> bool:
+    "Return whether a loader process came to a violent end"
+    return self._running is not None and any(w.exitcode for w in self._running._workers)
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-035
 @patch
@@ -268,7 +289,7 @@ def stream(self: SampledSource, epoch, start=0):
             generator=torch.Generator())   # no draw from the global generator
     self._plan.steps = [(epoch, s) for s in range(start, len(self))]
     self._running = iter(self._loader)
-    yield from self._running
+    with _watched(self._running._workers): yield from self._running
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-037
 class WindowSource(SampledSource):

@@ -2,16 +2,19 @@
 
     python -m tests.faults.stops OUT [--goal 500] [--seconds 3600] [--short]
 
-The process imports and compiles once and forks one child per call of `fit`. A case is a moment and a signal: before or after the
-callbacks of the n-th event of a stage, before the n-th file operation of the whole run, or after some seconds. Results
-are appended to OUT/results.jsonl; a case that is there is not tried again, so the same command goes on.
+The process imports and compiles once and forks one child per call of `fit`. A case is a moment and a signal: before or
+after the callbacks of the n-th event of a stage, before the n-th file operation of the run, or after some seconds.
+Instead of a signal, the disk may be full or read-only from a file operation on, or full inside a library's writer.
+Results are appended to OUT/results.jsonl; a case that is there is not tried again, so the same command goes on.
 """
 import argparse
+import errno
 import hashlib
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -26,6 +29,7 @@ os.environ |= dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
 
 import psutil
 import torch
+from accelerate.state import AcceleratorState
 
 from kronos_nb.core import KronosError
 from kronos_nb.train import fit
@@ -35,6 +39,7 @@ from tests.helpers import bars, cfg, no_test
 
 EDGES = dict(first=-1000, last=1000)   # before and after all other callbacks of an event
 SIGNALS = ('SIGKILL', 'SIGTERM', 'SIGINT')
+DISKS = ('ENOSPC', 'EROFS')
 PATIENCE = 120   # seconds until a call counts as stuck
 BY_CLOCK = ('step_seconds', 'data_seconds', 'memory_gb')
 ONE_LAYER = dict(d_model=8, n_heads=2, ff_dim=16, s1_bits=3, s2_bits=3)
@@ -54,9 +59,9 @@ JUDGED = {'data.train': .7, 'data.val': .15, 'data.test': .15, 'evaluate.origins
 @dataclass(frozen=True)
 class Case:
     "A moment and a signal"
-    kind: str              # 'event', 'file' or 'time'
-    signal: str
-    n: float = 0           # Which occurrence; of 'time', the share of an undisturbed run
+    kind: str              # 'event', 'file', 'time' or 'size'
+    signal: str            # One of `SIGNALS`; of a file also one of `DISKS`: what the system says from there on
+    n: float = 0           # Which occurrence; of 'time', seconds; of 'size', bytes that a file may have
     event: str = ''        # Of `EVENTS`, of 'event'
     edge: str = 'first'
     stage: str = 'predictor'
@@ -81,9 +86,13 @@ class Trigger:
     def hit(self, *moment):
         self.seen[moment] = n = self.seen.get(moment, -1) + 1
         c = self.case
-        if c is None or c.rank not in (-1, self.rank) or (*self.moment(), c.n) != (*moment, n):
+        if c is None or c.rank not in (-1, self.rank) or self.moment() != moment:
             return
-        os.kill(os.getpid(), getattr(signal, c.signal))
+        if c.signal in DISKS and n >= c.n:
+            number = getattr(errno, c.signal)
+            raise OSError(number, os.strerror(number))
+        if c.signal in SIGNALS and n == c.n:
+            os.kill(os.getpid(), getattr(signal, c.signal))
 
     def moment(self) -> tuple:
         c = self.case
@@ -111,14 +120,17 @@ class Trigger:
 
 # one call of `fit`, in a child
 def call_fit(out, case: Case | None, judged=False, workers=0, rank=0, world=1) -> int:
-    "Return the exit code: 0 finished, 130 interrupted, 2 an error of the package"
+    "Return the exit code: 0 finished, 130 interrupted, 2 an error of the package, 3 loader processes stayed"
     trigger = Trigger(case, out, rank)
     trigger.watch_files()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if case is not None and case.kind == 'time':
-        if case.rank in (-1, rank):
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), getattr(signal, case.signal)))
-            signal.setitimer(signal.ITIMER_REAL, max(case.n, .001))
+    os.fsync = lambda fd: None   # slow, and only a power cut needs it
+    if case is not None and case.kind == 'size':
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # the write fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(case.n), int(case.n)))
+    if case is not None and case.kind == 'time' and case.rank in (-1, rank):
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), getattr(signal, case.signal)))
+        signal.setitimer(signal.ITIMER_REAL, max(case.n, .001))
     try:
         settings = SETTINGS | (JUDGED if judged else {}) | {'runtime.workers': workers}
         result = fit(bars, cfg.replace(**settings), out, callbacks=trigger.callbacks())
@@ -126,6 +138,8 @@ def call_fit(out, case: Case | None, judged=False, workers=0, rank=0, world=1) -
         if case is None and os.environ.get('COUNT'):
             counts = [[*moment, n + 1] for moment, n in trigger.seen.items()]
             Path(os.environ['COUNT']).write_text(json.dumps(counts))
+    if psutil.Process().children():
+        return 3
     return 130 if result.interrupted else 0
 
 
@@ -145,6 +159,7 @@ def child(log, port, *args) -> int:
         if world > 1:
             os.environ |= dict(RANK=f'{rank}', LOCAL_RANK=f'{rank}', WORLD_SIZE=f'{world}', MASTER_PORT=f'{port}',
                                LOCAL_WORLD_SIZE=f'{world}', MASTER_ADDR='127.0.0.1')
+            AcceleratorState._reset_state(reset_partial_state=True)   # the parent has run alone
         code = call_fit(*args)
     except KronosError as e:
         print(f'{type(e).__name__}: {e}')
@@ -265,10 +280,10 @@ def last_stage(out) -> str:
 
 
 # cases
-def warm(folder):
+def warm(folder, judged):
     "Run once in this process, so that no child has to import or compile anything"
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        fit(bars, cfg.replace(**SETTINGS | JUDGED), out)
+        fit(bars, cfg.replace(**SETTINGS | (JUDGED if judged else {})), out)
 
 
 def reference(folder, world, judged=False) -> tuple:
@@ -299,9 +314,11 @@ def try_case(folder, case: Case, expected: dict) -> dict:
     while any(codes[-1]) and len(codes) < 4 or len(codes) == 1:
         codes.append(call(out, log, None, *same))
     result |= dict(stuck=sum(row.count('stuck') for row in codes), differs=differences(left(out), expected),
-                   seconds=round(time.monotonic() - began, 2), processes=stray(out))
+                   seconds=round(time.monotonic() - began, 2))
     text = log.read_text()
     result['traceback'] = 'Traceback' in text and case.world == 1
+    if case.signal in DISKS or case.kind == 'size':
+        result['traceback'] |= codes[0] != [0] and (codes[0] != [2] or 'RunError' not in text)
     if result['differs'] or result['stuck'] or result['traceback'] or result['lost']:
         kept = folder/'wrong'/case.name
         shutil.rmtree(kept, ignore_errors=True)
@@ -310,11 +327,6 @@ def try_case(folder, case: Case, expected: dict) -> dict:
         kept.with_suffix('.log').write_text(text)
     shutil.rmtree(out, ignore_errors=True)
     return result
-
-
-def stray(out) -> int:
-    "Return how many processes of the case are still there"
-    return len(psutil.Process().children(recursive=True))
 
 
 def case_of(moment: tuple, n, number: str, **kw) -> Case:
@@ -343,8 +355,11 @@ def long_cases(folder, goal: int) -> list:
         for _ in range(n//8):
             yield Case('time', next(numbers), draw.uniform(0, seconds), judged=judged, world=world)
     found = [*some(goal*5//9), *some(goal*2//9, judged=True), *some(goal//9, world=2)]
+    n = reference(folder, 1, True)[1]['file',]
+    found += [Case('file', d, i, judged=True) for i, d in zip(draw.sample(range(n), goal//9), itertools.cycle(DISKS))]
+    found += [Case('size', 'EFBIG', draw.randrange(1000, 60_000), judged=True) for _ in range(goal//25)]
     draw.shuffle(found)
-    return found[:goal]
+    return found
 
 
 def short_cases() -> list:
@@ -359,6 +374,9 @@ def short_cases() -> list:
         at('after_validate', 4, 'KILL'),           # the best model is newer than the checkpoint
         at('after_fit', 0, 'TERM', 'first'),
         at('after_epoch', 1, 'TERM', stage='tokenizer', workers=2),
+        at('before_validate', 1, 'TERM', world=2, rank=1),   # the other process waited for ever
+        Case('file', 'ENOSPC', 150),
+        Case('size', 'EFBIG', 12_000),             # inside safetensors' own writer
     ]
 
 
@@ -396,14 +414,14 @@ def summary(results) -> dict:
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('out', type=Path)
-    p.add_argument('--goal', type=int, default=500, help='cases in all')
+    p.add_argument('--goal', type=int, default=500, help='signals, at least')
     p.add_argument('--seconds', type=float, default=float('inf'), help='start no case after so many seconds')
     p.add_argument('--short', action='store_true', help='the few cases of the test suite')
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     folder, ends = a.out.resolve(), time.monotonic() + a.seconds
     folder.mkdir(parents=True, exist_ok=True)
-    warm(folder)
+    warm(folder, judged=not a.short)
     results = run_cases(folder, short_cases() if a.short else long_cases(folder, a.goal), ends)
     print(json.dumps(summary(results), indent=1))
     return 0 if not any(r['differs'] or r['lost'] or r['stuck'] or r['traceback'] for r in results) else 1
