@@ -11,7 +11,7 @@ from kronos_nb.train import fit
 from kronos_nb.training.run import Run
 
 SETTINGS = {
-    'base.symbols': None,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
     'data.symbols': ('AAPL', 'GOOG', 'IBM', 'MSFT'),
     'data.lookback_window': 90,
     'data.windows_per_epoch': 1024,

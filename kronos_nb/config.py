@@ -7,17 +7,17 @@ __all__ = ['SCHEDULES', 'SECTIONS', 'PRESETS', 'VARIANTS', 'DataConfig', 'Augmen
            'PredictorConfig', 'BaseConfig', 'EvaluateConfig', 'RuntimeConfig', 'Config']
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-002
-import dataclasses
+import dataclasses, importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
 
-import pandas as pd
 import yaml
 from fastcore.basics import patch
 
-from .core import FEATURES, ConfigError, check_choice, nearest, write_atomic
-from .settings import Sampling, Settings, format_setting, parse_duration, setting, span_text
+from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
+from .settings import (
+    Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
 from .config_compat import is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
@@ -29,7 +29,12 @@ class _SourceConfig(Settings):
     start: str | None = setting(None, "bars from this moment on, YYYY-MM-DD")
     end: str | None = setting(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = setting(None, "read at most this many rows", lo=1, unit='rows')
-    tz: str | None = setting(None, "zone of stamps without one, such as America/New_York; none: UTC")
+    tz: str | None = setting(None, "zone of stamps without one in files, such as America/New_York; none: UTC")
+    market_tz: str | None = setting(
+        None, "zone of the exchange, whose clock the models read, such as Asia/Shanghai; none: tz, else UTC")
+    layout: dict = setting(dict, "how to read files: columns, dayfirst, decimal, units, bar_end and what else "
+                           "read_klines takes")
+    allow_negative_prices: bool = setting(False, "take prices of zero and below, such as spreads; off: they are errors")
     repair: str = setting(
         'off', "off stops at errors in the bars; standard repairs them and lists every change", choices=('off',
         'standard'))
@@ -52,10 +57,13 @@ class _WindowConfig(_SourceConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
 @dataclass(frozen=True, kw_only=True)
 class _SplitConfig(_WindowConfig):
-    train: float = setting(.7, "share of each symbol's bars to train on", lo=0.01, hi=1.)
+    train: float = setting(.7, "share of the bars to train on, the earliest", lo=0.01, hi=1.)
     val: float = setting(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
+    split: str = setting(
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one "
+        "may train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
@@ -65,11 +73,27 @@ class _SplitConfig(_WindowConfig):
         'shuffled', "balanced draws every symbol equally often", choices=('shuffled', 'balanced', 'sequential'))
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-012
-def _check_zone(tz):
+def _check_zone(name, tz):
     try: ZoneInfo(tz)
     except (KeyError, ValueError, OSError) as e:
         hint = nearest(tz, available_timezones())
-        raise ConfigError(f"data.tz must be the name of a zone such as Asia/Shanghai, or none; got {tz!r}{hint}") from e
+        raise ConfigError(f"data.{name} must be the name of a zone such as Asia/Shanghai, or none; "
+                          f"got {tz!r}{hint}") from e
+
+# %% ../nbs/api/0_ground/03_config.ipynb #7d3892e9
+_LAYOUT = ('columns', 'dayfirst', 'decimal', 'units', 'bar_end', 'ambiguous', 'adjust')
+
+def _check_layout(layout):
+    for name in layout: check_choice('a name in data.layout', name, _LAYOUT)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
+def _check_date(path, value):
+    "Raise `ConfigError` unless pandas reads `value` as a moment"
+    if value is None: return
+    import pandas as pd   # slow to import, and most configurations name no moment
+    try: pd.Timestamp(value)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} must be a moment such as 2024-01-31, got {short_repr(value)}") from e
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-013
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +101,17 @@ class DataConfig(_SplitConfig):
     "Which bars, and how they become windows"
     @property
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
+    @property
+    def clock(self) -> str | None: return self.market_tz or self.tz
+    @property
+    def reading(self) -> dict:
+        "Arguments of `read_klines` that say how files are read"
+        return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
     def check(self):
-        if self.tz is not None: _check_zone(self.tz)
+        for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
+        for name in ('tz', 'market_tz'):
+            if getattr(self, name) is not None: _check_zone(name, getattr(self, name))
+        _check_layout(self.layout)
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")
@@ -103,7 +136,7 @@ class AugmentConfig(Settings):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class _WeightsConfig(Settings):
-    init: str = setting('scratch', "weights to begin with: a hub id, a folder, or scratch")
+    init: str = setting('scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
     trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")
@@ -213,7 +246,7 @@ class BaseConfig(Settings):
 class EvaluateConfig(Settings):
     "The comparison on the untouched end of each symbol"
     origins: int | None = setting(
-        None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 32", lo=2, hi=100_000)
+        None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 64", lo=2, hi=100_000)
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
     temperature: float = setting(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
@@ -342,20 +375,39 @@ def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
         if k in allowed: continue
-        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed)}; there are: {', '.join(allowed)}")
+        few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
+        raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
+
+def _meant(key) -> str:
+    "Return a suggestion for a name whose group is missing or misspelt"
+    names = list(Config().flat())
+    homes = [repr(o) for o in names if o.partition('.')[2] == key]
+    if homes: return f"; did you mean {' or '.join(homes)}?"
+    return nearest(key, names) or f"; the groups are {', '.join(SECTIONS)}"
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-051
 def _part(key, value) -> tuple[str, dict]:
     "Return the group that `key` is about and its new values"
     group, _, name = key.partition('.')
-    check_keys([group], SECTIONS, 'config')
+    if group not in SECTIONS: raise ConfigError(f"there is no setting {key!r}{_meant(key)}")
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
-        raise ConfigError(f"{group!r} is a group of settings, got {value!r}; it holds: {', '.join(fields)}")
+        raise ConfigError(f"{group!r} is a group of settings, got {short_repr(value)}; it holds: {', '.join(fields)}")
     part = {name: value} if name else value
     check_keys(part, fields, f'config.{group}')
     return group, part
+
+# %% ../nbs/api/0_ground/03_config.ipynb #bd577eec
+def grouped(
+    changes: dict, # As for `Config.replace`
+) -> dict: # Group -> {setting: value}
+    "Return changes by group; raise `ConfigError` for a name that does not exist"
+    parts = {}
+    for key, value in changes.items():
+        group, part = _part(key, value)
+        parts.setdefault(group, {}).update(part)
+    return parts
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-052
 @patch
@@ -363,10 +415,7 @@ def replace(self: Config,
     **changes, # `**{'predictor.lr': 1e-5}` or `predictor=dict(lr=1e-5)`; values may be text
 ) -> Config:
     "Return a new configuration with settings changed by name; raise `ConfigError` for unknown names and wrong values"
-    parts = {}
-    for key, value in changes.items():
-        group, part = _part(key, value)
-        parts.setdefault(group, {}).update(part)
+    parts = grouped(changes)
     return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **p) for s, p in parts.items()})
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-053
@@ -374,16 +423,18 @@ def replace(self: Config,
 def diff(self: Config,
     other: Config,
     names=('this', 'other'), # Column titles
-) -> pd.DataFrame: # One row per setting that differs
+):  # `DataFrame` with one row per setting that differs
     "Return the settings in which two configurations differ"
+    import pandas as pd
     a, b = self.flat(), other.flat()
     rows = [{'setting': k, names[0]: a[k], names[1]: b[k]} for k in a if a[k] != b[k]]
     return pd.DataFrame(rows, columns=['setting', *names], dtype=object).set_index('setting')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-056
 @patch
-def table(self: Config) -> pd.DataFrame: # Index: group, setting
+def table(self: Config):  # `DataFrame` with the index group, setting
     "Return every setting with its value, default, unit, range and meaning"
+    import pandas as pd
     default, rows = Config().flat(), []
     for path, value in self.flat().items():
         group, _, name = path.partition('.')
@@ -397,8 +448,8 @@ def _both(**changes): return {f'{stage}.{k}': v for stage in ('tokenizer', 'pred
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-061
 PRESETS = dict(quickstart={
-    'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000,
-    'data.symbols': ('GOOG',), 'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
+    'tokenizer.init': 'bundled', 'predictor.init': 'bundled', 'data.symbols': ('GOOG',),
+    'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
     'data.embargo': 10, 'runtime.save_steps': 50, 'runtime.log_every': 4,
     **_both(size='tiny', epochs=4, batch_size=64, lr=5e-4, weight_decay=.05, average_last=3, warmup=.1, patience=3)})
 
@@ -441,41 +492,94 @@ VARIANTS = dict(
     aggressive_schedule={'tokenizer.lr': 2e-4, **_both(warmup=.05, div_factor=10)},
 )
 
+# %% ../nbs/api/0_ground/03_config.ipynb #6e5e8e3d
+OWN = 'own'
+PRESET_NAMES = (OWN, *PRESETS)   # everything that `Config.preset` knows
+
+# %% ../nbs/api/0_ground/03_config.ipynb #ed59ba19
+def _fitted(data, changes):
+    "Return the configuration that fits `data`, around the settings in `changes`"
+    if data is None:
+        raise ConfigError("preset own fits its settings to your bars, and got none: pass Config.preset('own', "
+                          "data='my.csv'), or on the command line kronos-nb fit my.csv")
+    return importlib.import_module('kronos_nb.own').own_config(data, changes)
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-069
 @patch(cls_method=True)
 def preset(cls: Config,
-    name: str,      # A key of `PRESETS`
+    name: str,      # One of `PRESET_NAMES`
     *variants: str, # Keys of `VARIANTS`, applied in order
+    data=None,      # For 'own': bars, or anything `read_klines` takes; a dict is the group of settings of that name
     **changes,      # As in `replace`, applied last
 ) -> Config:
-    "Return a named configuration"
-    cfg = cls().replace(**PRESETS[check_choice('preset', name, PRESETS)])
+    """Return a named configuration
+
+    >>> kn.Config.preset('own', data='my.csv')
+    """
+    check_choice('preset', name, PRESET_NAMES)
+    if isinstance(data, dict): changes, data = changes | dict(data=data), None
+    cfg = _fitted(data, changes) if name == OWN else cls().replace(**PRESETS[name])
     for v in variants: cfg = cfg.replace(**VARIANTS[check_choice('variant', v, VARIANTS)])
     return cfg.replace(**changes)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #9612d519
+@patch
+def _nearest(self: Config) -> tuple: # Name of the nearest preset, or 'defaults'; the settings that differ from it
+    "Return what this configuration is nearest to"
+    known = {'defaults': Config()} | {name: Config().replace(**PRESETS[name]) for name in PRESETS}
+    diffs = {name: list(self.diff(other).index) for name, other in known.items()}
+    return min(diffs.items(), key=lambda o: len(o[1]))
+
+# %% ../nbs/api/0_ground/03_config.ipynb #81b7f6c7
+@patch
+def __repr__(self: Config):
+    name, mine = self._nearest()
+    flat = self.flat()
+    changes = ', '.join(f'{k}={format_setting(flat[k]) or "none"}' for k in mine)
+    return f"Config({name}{f' with {changes}' * bool(mine)})"
+
+# %% ../nbs/api/0_ground/03_config.ipynb #87f46513
+@patch
+def _repr_html_(self: Config):
+    (name, mine), t = self._nearest(), self.table().reset_index()
+    path = t['group'] + '.' + t['setting']
+    t['value'], t['default'] = (t[c].map(lambda v: format_setting(v) or 'none') for c in ('value', 'default'))
+    changed = path.isin([*mine, *self.diff(Config()).index])
+    t['changed by'] = path.map(lambda p: 'you' if p in mine else name).where(changed, '')
+    def as_html(rows):
+        return rows.assign(group=rows['group'].mask(rows['group'].duplicated(), '')).to_html(index=False, border=0)
+    shown = t[t['changed by'] != ''][['group', 'setting', 'value', 'default', 'changed by', 'meaning']]
+    head = f"<b>Config</b>: {name}, {len(mine)} change{'s' * (len(mine) != 1)} of yours"
+    rest = f'<details><summary>all {len(t)} settings</summary>{as_html(t.drop(columns="changed by"))}</details>'
+    return f'<p>{head}</p>{as_html(shown) if len(shown) else ""}{rest}'
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-075
 def _read_yaml(path) -> dict:
     if not Path(path).is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {', '.join(PRESETS)}")
-    try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
+        known = ', '.join(PRESET_NAMES)
+        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {known}")
+    found = read_yaml(path)
+    if found is None: raise ConfigError(f"{str(path)!r} is empty; write the changes into it, or use Config.preset")
+    return found
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-076
 @patch(cls_method=True)
 def load(cls: Config,
     source,       # Path of a YAML file, or a dict
     report=print, # Called with one line per key that was renamed or has no counterpart
+    data=None,    # Bars, where the file says `preset: own`
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
     if not isinstance(d, dict):
         raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {type(d).__name__}")
-    d = dict(d)
-    start = cls.preset(d.pop('preset')) if 'preset' in d else cls()
+    d, name = dict(d), d.get('preset')
+    d.pop('preset', None)
     if is_foreign(d):
         d, changed = translate(d, cls().flat())
         for old, new, why in changed: report(f"{old} -> {new or 'left out'}{': ' + why if why else ''}")
-    return start.replace(**d)
+    if name == OWN: return _fitted(data, d)
+    return (cls.preset(name) if name else cls()).replace(**d)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-077
 @patch

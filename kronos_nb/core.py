@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'FEATURES', 'STAMPS', 'GLOSSARY', 'KronosError', 'ConfigError', 'DataError', 'ModelError', 'RunError',
-           'seed_everything', 'pick_device']
+           'seed_everything', 'pick_device', 'safe_name', 'symbol_of']
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-002
-import contextlib, difflib, errno, hashlib, inspect, json, os, random, sys, tempfile, types
+import contextlib, difflib, errno, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
 from pathlib import Path
 
 import numpy as np
-import torch
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-006
 PRICES = ('open', 'high', 'low', 'close')
@@ -46,11 +45,30 @@ GLOSSARY += (
 )
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-013
-class KronosError(Exception):               "Base of every error that this package raises on purpose"
+class KronosError(Exception):
+    "Base of every error that this package raises on purpose"
+    def __init__(self, *args,
+        options: str = '', # Of the command line, which mend it: '--repair standard'
+    ):
+        super().__init__(*args)
+        self.options = options
+
 class ConfigError(KronosError, ValueError): "A setting is unknown, of the wrong type or out of range"
 class DataError(KronosError, ValueError):   "Bars cannot be used as they are; names symbol and timestamp"
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"
 class RunError(KronosError, RuntimeError):  "The state of a run or of its folder forbids the request"
+
+# %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
+def short_repr(
+    value,           # Whatever an error message repeats
+    most: int = 200, # Characters
+) -> str:
+    "Return `repr(value)`, cut in the middle where it is long; nested values are not walked to the end"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
+    text = short.repr(value)
+    return text if len(text) <= most else f'{text[:most - 40]} ... {text[-30:]}'
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-015
 def nearest(
@@ -58,7 +76,7 @@ def nearest(
     allowed, # Names that exist
 ) -> str: # `"; did you mean 'lr'?"`, or '' where no name is close
     "Return a suggestion for a misspelt `name`, as the end of an error message"
-    if name in allowed: return ''
+    if name in list(allowed): return ''
     found = difflib.get_close_matches(str(name), [str(o) for o in allowed], n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ''
 
@@ -70,8 +88,8 @@ def check_choice(
     error: type = ConfigError, # Type to raise
 ):
     "Return `got` if it is one of `allowed`; raise `error` otherwise"
-    if got in allowed: return got
-    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {got!r}{nearest(got, allowed)}")
+    if got in list(allowed): return got   # a list, so that what has no hash can be asked for
+    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {short_repr(got)}{nearest(got, allowed)}")
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-022
 def stable_key(
@@ -86,8 +104,9 @@ def np_rng(*parts) -> np.random.Generator:
     "Return the NumPy generator for the address `parts`"
     return np.random.default_rng(stable_key(*parts))
 
-def torch_rng(*parts) -> torch.Generator:
+def torch_rng(*parts):  # `torch.Generator`
     "Return the torch generator (CPU) for the address `parts`"
+    import torch
     return torch.Generator().manual_seed(stable_key(*parts))
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-026
@@ -95,21 +114,24 @@ def seed_everything(
     seed: int, # 0 or more
 ):
     "Seed the global generators of Python, NumPy and torch on every device"
+    import torch
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-030
 def _available(kind):
+    import torch
     if kind == 'cuda': return torch.cuda.is_available()
     if kind == 'mps': return torch.backends.mps.is_available()
     return True
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-031
 def pick_device(
-    name: str | torch.device = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-) -> torch.device:
+    name='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device`
+):  # `torch.device`
     "Return the device called `name`; raise `ConfigError` where this machine does not have it"
+    import torch
     kinds = ('cuda', 'mps', 'cpu')
     if name == 'auto': return torch.device(next(filter(_available, kinds)))
     kind, _, index = str(name).partition(':')
@@ -125,6 +147,7 @@ def threads(
     n: int | None = None, # CPU threads inside the block; None leaves them alone
 ):
     "Run a block with `n` torch threads, then restore the old number"
+    import torch
     old = torch.get_num_threads()
     if n is not None: torch.set_num_threads(n)
     try: yield torch.get_num_threads()
@@ -184,12 +207,18 @@ def write_atomic(
         fsync_folder(path.parent)
     return path
 
+# %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
+def free_folder(folder) -> Path:
+    "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
+    folder = Path(folder)
+    return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-043
 def jsonable(o):
     "Return `o` as JSON types: arrays become lists, paths and devices text, non-finite floats None"
     if isinstance(o, dict): return {str(k): jsonable(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [jsonable(v) for v in o]
-    if isinstance(o, (np.ndarray, np.generic, torch.Tensor)): return jsonable(o.tolist())
+    if hasattr(o, 'tolist'): return jsonable(o.tolist())   # arrays, their scalars, tensors
     if isinstance(o, float): return o if np.isfinite(o) else None
     return o if o is None or isinstance(o, (str, int, bool)) else str(o)
 
@@ -197,6 +226,104 @@ def jsonable(o):
 def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
     return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b1484855
+_DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)   # reserved by Windows, with any extension
+_LONGEST = 128                                  # characters of a safe name; file systems take about 250
+
+def _byte_name(b: int) -> str: return f'~{b:02X}'
+
+def _escape_bytes(text: str) -> str:
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '_-.') else
+                   ''.join(map(_byte_name, c.encode('utf-8', 'surrogatepass'))) for c in text)
+
+# %% ../nbs/api/0_ground/00_core.ipynb #393a3d15
+def safe_name(
+    symbol: str, # Any text
+) -> str: # ASCII, one part of a path, at most 128 characters; two symbols never share it
+    "Return the file name of a symbol; `symbol_of` is its inverse"
+    name = _escape_bytes(str(symbol)) or '~'
+    if name[0] in '.-' or _DEVICES.match(name): name = _byte_name(ord(name[0])) + name[1:]
+    if name[-1] == '.': name = name[:-1] + _byte_name(ord('.'))
+    if len(name) <= _LONGEST: return name
+    digest = hashlib.blake2b(str(symbol).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
+    return f'{name[:_LONGEST - 34]}~~{digest}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #a49fa3bd
+def symbol_of(
+    name: str,  # From `safe_name`
+    known=(),   # Symbols that a cut name may stand for
+) -> str | None: # None for a name that `safe_name` never gives, and for a cut one that is not `known`
+    "Return the symbol of a file name"
+    found = next((s for s in known if safe_name(s) == name), None)
+    if found is not None: return found
+    def byte(m): return bytes([int(m[1], 16)])
+    data = b'' if name == '~' else re.sub(rb'~([0-9A-F]{2})', byte, name.encode('utf-8', 'surrogatepass'))
+    try: symbol = data.decode('utf-8', 'surrogatepass')
+    except UnicodeDecodeError: return None
+    return symbol if safe_name(symbol) == name else None
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b6a753b4
+# controls, line breaks, changes of direction, halves of characters
+_UNSEEN = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def one_line(
+    text, # From data: a symbol, a path, a message
+) -> str:
+    "Return `text` in one visible line of valid Unicode"
+    return _UNSEEN.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
+# %% ../nbs/api/0_ground/00_core.ipynb #8b827b00
+_MARKUP = re.compile(r'[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.', re.IGNORECASE)
+
+def md_text(
+    text, # From data
+) -> str:
+    "Return `text` as Markdown that shows it and does nothing else"
+    text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    return _MARKUP.sub(r'\\\g<0>', text)
+
+def md_code(
+    text, # From data
+) -> str:
+    "Return `text` as code in a line of Markdown"
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+# %% ../nbs/api/0_ground/00_core.ipynb #6703e7c4
+def public_name(
+    value, # A setting, or a list of them
+):  # Paths without their folders; hub ids and everything else as they are
+    "Return what strangers may see of a setting"
+    if isinstance(value, (list, tuple)): return [public_name(v) for v in value]
+    if not isinstance(value, str): return value
+    absolute = value.startswith(('/', '~', '.')) or re.match(r'[A-Za-z]:[/\\]', value)
+    if not (absolute or '\\' in value or value.count('/') > 1): return value
+    return re.split(r'[/\\]', value.rstrip('/\\'))[-1]
+
+# %% ../nbs/api/0_ground/00_core.ipynb #8fac4eab
+def misfit(
+    value, # From a file
+    like,  # A type, or dicts, lists and tuples of types
+    at='it', # Name of `value`
+) -> str | None: # None where it fits
+    "Return what is wrong with `value`, where it is not built like `like`"
+    if isinstance(like, tuple): return misfit(value, like[0], at) if all(misfit(value, o) for o in like) else None
+    if like is None: return None if value is None else f'{at} is {short_repr(value)}, not null'
+    if isinstance(like, list): return _misfit_in(value, list, enumerate, {int: like[0]}, at)
+    if isinstance(like, dict): return _misfit_in(value, dict, dict.items, like, at)
+    kinds = (int, float) if like is float else like
+    if isinstance(value, kinds) and not (isinstance(value, bool) and like in (int, float)): return None
+    return f'{at} is {short_repr(value, 60)}, not {like.__name__}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #ee2a0d66
+def _misfit_in(value, kind, items, like, at):
+    "Return what is wrong with a list or a dict"
+    if not isinstance(value, kind): return f'{at} is {short_repr(value, 60)}, not {kind.__name__}'
+    every = like.get(str, like.get(int))
+    if lacking := [k for k in like if k not in (str, int) and k not in value]: return f'{at} lacks {lacking[0]!r}'
+    found = (misfit(v, like.get(k, every), f'{at}[{k!r}]')
+             for k, v in items(value) if every is not None or k in like)
+    return next(filter(None, found), None)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-048
 def callable_module(

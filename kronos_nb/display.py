@@ -7,14 +7,19 @@ __all__ = ['COLORS', 'date_text', 'name_list', 'clock', 'in_words', 'interval_te
            'progress_bar', 'text_bar', 'figure', 'png', 'save_figure']
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-002
+import contextlib
+import contextvars
 import functools
 import io
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from .core import write_atomic
+from .core import md_text, one_line, write_atomic
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-005
 def date_text(
@@ -86,7 +91,8 @@ def _cell(v) -> str:
     if isinstance(v, (list, tuple)): return ', '.join(map(_cell, v))
     if isinstance(v, pd.Timestamp): return date_text(v)
     if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
-    return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v).replace('|', '\\|')
+    whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+    return f'{v:,}' if whole else md_text(v)
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-021
 def md_table(
@@ -100,18 +106,125 @@ def md_table(
     table = '\n'.join('| ' + ' | '.join(map(_cell, r)) + ' |' for r in rows)
     return table + (f'\n\nand {len(df) - limit:,} more rows' if len(df) > limit else '')
 
+# %% ../nbs/api/0_ground/04_display.ipynb #2e20af57
+def md_key(
+    meanings: dict, # Column -> what it means
+) -> str:
+    "Return the key of a table as a Markdown list"
+    return '\n'.join(f'- **{column}**: {meaning}' for column, meaning in meanings.items())
+
+# %% ../nbs/api/0_ground/04_display.ipynb #12494903
+EVERY = 10   # seconds between plain lines, and before the first one
+
+def can_redraw(stream) -> bool:
+    "Return whether a line on `stream` can be drawn over: on a terminal or in a notebook"
+    return stream.isatty() or type(stream).__module__.startswith('ipykernel')
+
+# %% ../nbs/api/0_ground/04_display.ipynb #fb524afb
+class RunProgress:
+    "Know how far a run of several stages has come"
+    def __init__(self,
+        costs: dict,       # Stage -> its expected cost, in the order of training
+        after: float = 0., # Cost of what follows the stages
+    ):
+        self.costs, self.after, self.stage = costs, after, None
+        self.seconds = self.covered = 0.   # spent in earlier stages, and the cost that was covered meanwhile
+        self.printed = time.monotonic()    # when the last plain line appeared
+
+    @property
+    def label(self) -> str: # '[2/4 base predictor]'
+        "Return the stage at work and its place in the run"
+        if self.stage is None: return ''
+        return f'[{list(self.costs).index(self.stage) + 1}/{len(self.costs)} {self.stage}]'
+
+    def begin(self, stage: str): self.stage = stage
+
+# %% ../nbs/api/0_ground/04_display.ipynb #6116b567
+@patch
+def left(self: RunProgress,
+    share: float,   # Of the stage at work that was done since `seconds` are counted
+    todo: float,    # Share of it that is still to do
+    seconds: float, # That `share` took
+) -> float | None: # None during the warm-up
+    "Return the seconds until the end of the run"
+    if self.seconds + seconds < EVERY or not share: return None
+    here, names = self.costs[self.stage], list(self.costs)
+    rate = (self.seconds + seconds)/(self.covered + here*share)
+    later = sum(self.costs[o] for o in names[names.index(self.stage)+1:]) + self.after
+    return seconds*todo/share + rate*later
+
+@patch
+def end(self: RunProgress, share, seconds):
+    "Count what the stage at work took"
+    self.seconds, self.covered = self.seconds + seconds, self.covered + share*self.costs[self.stage]
+
+# %% ../nbs/api/0_ground/04_display.ipynb #5390a4ab
+_RUN = contextvars.ContextVar('run', default=None)
+
+def current_run() -> RunProgress | None: return _RUN.get()
+
+@contextlib.contextmanager
+def progress_of_run(costs: dict, after: float = 0.):
+    "Run a block whose bars name the stage at work; inside another run, leave the outer one in place"
+    if current_run() is not None:
+        yield current_run()
+        return
+    token = _RUN.set(RunProgress(costs, after))
+    try: yield current_run()
+    finally: _RUN.reset(token)
+
+# %% ../nbs/api/0_ground/04_display.ipynb #53ee8d2c
+class _Lines:
+    "Print a plain line now and then"
+    def __init__(self, total, desc='', unit='it', stream=None, initial=0, every=EVERY, unit_scale=False):
+        self.total, self.desc, self.unit, self.stream, self.n, self.first = total, desc, unit, stream, initial, initial
+        self.every, self.scaled, self.postfix, self.disable = every, unit_scale, '', False
+        self.began = self.printed = time.monotonic()
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+    def close(self): "End the bar, without a word"
+    def set_postfix_str(self, text, refresh=True): self.postfix = text
+
+    def update(self, n=1):
+        self.n += n
+        moment, timer = time.monotonic(), current_run() or self
+        if moment - timer.printed < self.every: return
+        timer.printed = moment
+        print(self.line(moment - self.began), file=self.stream or sys.stderr, flush=True)
+
+# %% ../nbs/api/0_ground/04_display.ipynb #5426fc60
+@patch
+def line(self: _Lines,
+    seconds: float, # Since the bar began
+) -> str:
+    "Return the line: count, what was set as postfix, time spent, and time left outside of a run, which has its own"
+    from tqdm import tqdm
+    n, total = (tqdm.format_sizeof(o) if self.scaled else f'{o:,}' for o in (self.n, self.total))
+    done = self.n - self.first
+    parts = [f'{self.unit} {n}/{total}', self.postfix, f'{clock(seconds)} spent']
+    if 0 < done and self.n < self.total and not current_run():
+        parts.append(f'{clock(seconds/done*(self.total - self.n))} left')
+    return f"{self.desc} {', '.join(o for o in parts if o)}".strip()
+
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-024
 def progress_bar(
     total: int,               # Units of work
-    desc: str | None = None,  # Written before the bar
+    desc: str | None = None,  # Written before the bar; inside a run the stage at work goes before it
     unit: str = 'it',         # Name of one unit
     show: bool | None = True, # None: shown after two seconds
     stream=None,              # Write text there; None: a widget in a notebook, text on standard error elsewhere
-    **kwargs,                 # As for `tqdm`
+    lines: bool | None = None, # Plain lines; None: where a line cannot be drawn over
+    **kwargs,                 # As for `tqdm`; `every` is the seconds between plain lines
 ):  # A context manager; its `update(n)` counts n units
     "Return the progress bar of the package"
+    desc = ' '.join(o for o in (current_run() and current_run().label, desc) if o) or None
+    if show is not False and (lines or lines is None and not can_redraw(stream or sys.stderr)):
+        how = {k: v for k, v in kwargs.items() if k in ('initial', 'every', 'unit_scale')}
+        return _Lines(total, desc or '', unit, stream, **how)
     if stream is None: from tqdm.auto import tqdm
     else: from tqdm import tqdm
+    kwargs.pop('every', None)
     options = dict(disable=show is False, delay=2 if show is None else 0, leave=False, file=stream)
     return tqdm(total=total, desc=desc, unit=unit, **options | kwargs)
 
@@ -133,8 +246,18 @@ COLORS = dict(
     base='#ff7f0e',      # the model before fine-tuning
     validation='#ff7f0e',
     best='#2ca02c',
+    unsure='#b8860b',    # a verdict that needs more bars
     reference='#7f7f7f', # baselines, guide lines, notes
 )
+
+# %% ../nbs/api/0_ground/04_display.ipynb #d539eda7
+def plain_text(
+    name,          # Symbol, run, or another name that somebody chose
+    most: int = 28, # Characters shown
+) -> str:
+    "Return a name for a picture: shortened, and never read as a formula"
+    name = one_line(name)
+    return (name if len(name) <= most else name[:most-1] + '…').replace('$', r'\$')
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-032
 def figure(
@@ -164,3 +287,27 @@ def save_figure(
 ) -> Path: # The file
     "Write a figure as PNG, whole or not at all"
     return write_atomic(path, png(fig))
+
+# %% ../nbs/api/0_ground/04_display.ipynb #f4bb6f16
+def legend_beside(
+    fig,    # From `figure`
+    *axes,  # Whose labels are listed; none: all of the figure
+    **kwargs, # As for `Figure.legend`
+):
+    "Put one legend beside the axes, or below them in a figure narrower than 7 inches"
+    found = {}
+    for ax in axes or fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()): found.setdefault(label, handle)
+    narrow = fig.get_figwidth() < 7
+    place = dict(loc='outside lower center', ncols=3) if narrow else dict(loc='outside right upper')
+    fig.legend(found.values(), found.keys(), **dict(fontsize=8, frameon=False) | place | kwargs)
+
+# %% ../nbs/api/0_ground/04_display.ipynb #0d6284f1
+def show_card(
+    *parts, # Markdown, or figures
+):
+    "Show Markdown and pictures one below the other; a terminal gets the text"
+    from IPython.display import display
+    for part in parts:
+        if not isinstance(part, str): display(part)
+        elif part.strip(): display({'text/markdown': part, 'text/plain': part}, raw=True)

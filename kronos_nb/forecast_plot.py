@@ -6,66 +6,177 @@
 __all__ = []
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-002
-import numpy as np
+import html
+from dataclasses import dataclass
 
-from .core import ConfigError
-from .display import COLORS, figure, percent
+import numpy as np
+import pandas as pd
+
+from .core import FEATURES, PRICES, ConfigError
+from .display import COLORS, figure, legend_beside, percent
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-005
-BANDS = (((.05, .95), .18), ((.25, .75), .3)) # quantiles, and the opacity of the band between them
+_BANDS = (((.05, .95), .18), ((.25, .75), .3)) # quantiles, and the opacity of the band between them
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #81e0cb6a
+@dataclass
+class Fan:
+    "The parts of a fan chart"
+    history: pd.DataFrame        # The bars to show, features by timestamp
+    paths: np.ndarray            # (S, H, 6)
+    timestamps: pd.DatetimeIndex # (H,)
+    actual: pd.DataFrame | None = None # What happened, by timestamp
+    feature: str = 'close'
+    title: str = ''
+    shown: int = 5               # Single paths
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #52d77672
+def _futures(fan, feature):
+    "Return the paths of one feature with the last value of the history before them, (S, H+1)"
+    last, made = fan.history[feature].iloc[-1], fan.paths[..., FEATURES.index(feature)]
+    return np.concatenate([np.full((len(made), 1), last), made], 1)
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #9d6f2e52
+def _came(fan, feature):
+    "Return what happened at the stamps of the forecast, (H,); NaN where that is unknown"
+    if fan.actual is None or feature not in fan.actual: return np.full(len(fan.timestamps), np.nan)
+    return fan.actual[feature].reindex(fan.timestamps).to_numpy(float)
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-007
-def _label_times(ax, stamps):
-    "Label seven bars with their time, or with their date where all bars are daily"
-    at = np.linspace(0, len(stamps)-1, 7).astype(int)
-    form = '%Y-%m-%d' if (stamps == stamps.normalize()).all() else '%m-%d %H:%M'
-    ax.set_xticks(at, [stamps[i].strftime(form) for i in at], fontsize=8)
+def _time_labels(stamps):
+    "Return the labels of stamps, as short as they can be told apart"
+    whole = (stamps == stamps.normalize()).all()
+    monthly = whole and len(stamps) > 1 and np.diff(stamps).min() > np.timedelta64(27, 'D')
+    def text(stamps): return list(stamps.strftime('%Y-%m' if monthly else '%Y-%m-%d' if whole else '%H:%M'))
+    if whole: return lambda at: text(stamps[at])
+    def clocks(at):
+        days = stamps[at].strftime('%Y-%m-%d')
+        return [f'{clock}\n{day}' if i == 0 or day != days[i-1] else clock
+                for i, (clock, day) in enumerate(zip(text(stamps[at]), days))]
+    return clocks
 
-# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-008
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #a76ab36e
+def _label_times(ax, stamps):
+    "Label some bars with their times; the first bar stands at 0"
+    width = ax.get_position().width * ax.figure.get_figwidth()
+    at = np.unique(np.linspace(0, len(stamps)-1, int(np.clip(width/1.1, 2, 7))).astype(int))
+    ax.set_xticks(at, _time_labels(stamps)(at), fontsize=8)
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #daa82f9c
+def draw_candles(
+    ax,
+    bars: pd.DataFrame,        # open, high, low, close
+    color=COLORS['history'],
+):
+    "Draw bars as candles side by side, the first at 0: hollow where they rose, filled where they fell"
+    o, h, l, c = (bars[k].to_numpy(float) for k in PRICES)
+    x, rose = np.arange(len(bars)), c >= o
+    ax.vlines(x, l, h, color, lw=.8, zorder=2)
+    body = dict(width=.64, edgecolor=color, lw=.8, zorder=3)
+    for which, fill, label in ((rose, 'white', 'bar that rose'), (~rose, color, 'bar that fell')):
+        if not which.any(): continue
+        ax.bar(x[which], abs(c-o)[which], bottom=np.minimum(o, c)[which], color=fill, label=label, **body)
+    ax.use_sticky_edges = False
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #8ab8959b
+def _draw_future(ax, fan, feature):
+    "Draw bands, single paths and median from the last bar of the history on, and what happened"
+    futures, n, came = _futures(fan, feature), len(fan.history), _came(fan, feature)
+    x, several, line = np.arange(n-1, n+len(came)), len(futures) > 1, COLORS['model']
+    for (a, b), alpha in _BANDS * several:
+        ax.fill_between(x, *np.quantile(futures, (a, b), axis=0), color=line, alpha=alpha, lw=0, zorder=4,
+                        label=f'{percent(b-a, 0)} of the paths')
+    for i, path in enumerate(futures[:fan.shown] if several else ()):
+        ax.plot(x, path, color=line, lw=.5, alpha=.7, zorder=5, label='' if i else 'single paths')
+    ax.plot(x, np.median(futures, 0), color=line, lw=1.6, zorder=6, label='median' if several else 'the path')
+    known = np.isfinite(came)
+    if not known.any(): return
+    if known[0]: ax.plot(x[:2], [futures[0, 0], came[0]], color=COLORS['truth'], lw=1.2, zorder=7)
+    ax.plot(x[1:][known], came[known], color=COLORS['truth'], lw=1.2, zorder=7, label='what happened')
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #6bf3fb0a
+def _value_axis(ax, label, powers=(-5, 20)):
+    "Name the value axis, without offsets"
+    low, high = ax.get_ylim()
+    ax.ticklabel_format(axis='y', useOffset=False, scilimits=powers)
+    if high >= 1e5 and high - low >= 10 and powers[1] > 5: ax.yaxis.set_major_formatter('{x:,.0f}')
+    ax.set_ylabel(label, fontsize=9)
+    ax.tick_params(axis='y', labelsize=8)
+    ax.yaxis.get_offset_text().set_fontsize(8)
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #1412641b
+def _draw_volume(ax, fan):
+    "Draw the volume of the history as bars, and its fan"
+    ax.bar(np.arange(len(fan.history)), fan.history['volume'], width=.64, color=COLORS['history'], alpha=.45, lw=0)
+    _draw_future(ax, fan, 'volume')
+    ax.set_ylim(bottom=0)
+    ax.yaxis.get_major_locator().set_params(nbins=3)
+    _value_axis(ax, 'volume', (-3, 4))
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #7bd5f246
+def _draw_prices(ax, fan, candles):
+    "Draw the history and the fan of one feature"
+    if candles: draw_candles(ax, fan.history)
+    else:
+        ax.plot(np.arange(len(fan.history)), fan.history[fan.feature], color=COLORS['history'], lw=1, zorder=3,
+                label=f'{fan.feature}, history')
+    _draw_future(ax, fan, fan.feature)
+    _value_axis(ax, 'price' if candles else fan.feature)
+    ax.set_title(fan.title, loc='left', fontsize=10)
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #1852fc03
+def _axes(fan, candles, size):
+    "Return a figure and its axes: prices, and volume below candles"
+    volume = candles and fan.history['volume'].any()
+    width, height = size or (9, 4.4 if volume else 3.6)
+    if not volume: return figure(width, height, squeeze=False)
+    return figure(width, height, 2, 1, sharex=True, height_ratios=(3.4, 1), squeeze=False)
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #1ee62dd2
 def fan_chart(
-    past,           # Series by timestamp: the end of the history
-    quantiles,      # Frame by timestamp with columns .05, .25, .5, .75, .95
-    paths,          # (n, H) single paths to draw
-    actual=None,    # Series by timestamp: what happened
-    title='', ax=None,
+    fan: Fan,
+    candles: bool | None = None, # None: where the bars have room
+    size=None,  # Width and height in inches
+    ax=None,    # Draw on these axes, without volume
 ):  # A matplotlib figure
     "Draw a fan chart with matplotlib"
-    if ax is None: _, ax = figure(9, 3.6)
-    n, x = len(past), np.arange(len(past), len(past)+len(quantiles))
-    ax.plot(np.arange(n), past, COLORS['history'], lw=1, label=f'{past.name}, history')
-    for (a, b), alpha in BANDS:
-        ax.fill_between(x, quantiles[a], quantiles[b], color=COLORS['model'], alpha=alpha, lw=0,
-                        label=f'{percent(b-a, 0)} of the paths')
-    for path in paths:
-        ax.plot(x, path, color=COLORS['model'], lw=.5, alpha=.6)
-    ax.plot(x, quantiles[.5], COLORS['model'], lw=1.6, label='median')
-    if actual is not None:
-        came = actual.reindex(quantiles.index).to_numpy(float)
-        ax.plot(x[np.isfinite(came)], came[np.isfinite(came)], COLORS['truth'], lw=1.2, label='what happened')
-    ax.axvline(n-.5, color=COLORS['reference'], lw=.6, ls='--')
-    _label_times(ax, past.index.append(quantiles.index))
-    ax.set_title(title)
-    ax.legend(fontsize=8, loc='upper left')
-    return ax.figure
+    bars, width = len(fan.history) + len(fan.timestamps), size[0] if size else 9
+    if candles is None: candles = ax is None and fan.feature == 'close' and .75*width/bars >= 1/16
+    fig, axes = _axes(fan, candles, size) if ax is None else (ax.figure, np.array([[ax]]))
+    _draw_prices(axes[0, 0], fan, candles)
+    if len(axes) > 1: _draw_volume(axes[1, 0], fan)
+    for o in axes[:, 0]: o.axvline(len(fan.history)-1, color=COLORS['reference'], lw=.6, ls='--', zorder=1)
+    _label_times(axes[-1, 0], fan.history.index.append(fan.timestamps))
+    if ax is None: legend_beside(fig, axes[0, 0])
+    return fig
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-009
-def interactive_fan_chart(past, quantiles, paths, actual=None, title=''):
-    "Draw a fan chart with plotly; parameters as in `fan_chart`"
-    try:
-        import plotly.graph_objects as go
-        from plotly.colors import hex_to_rgb
+def _plotly():
+    try: import plotly.graph_objects as go
     except ImportError as e:
         raise ConfigError("interactive=True needs plotly: pip install plotly, or leave it out") from e
-    line, index = dict(color=COLORS['model'], width=2), quantiles.index
-    fig = go.Figure(go.Scatter(x=past.index, y=past, name=f'{past.name}, history', line=dict(color=COLORS['history'])))
-    for (a, b), alpha in BANDS:
-        edge = [*quantiles[b], *quantiles[a][::-1]]
-        colour = f"rgba{(*hex_to_rgb(COLORS['model']), alpha)}"
-        fig.add_scatter(x=index.append(index[::-1]), y=edge, fill='toself', line_width=0, hoverinfo='skip',
-                        fillcolor=colour, name=f'{percent(b-a, 0)} of the paths')
-    for i, path in enumerate(paths):
-        fig.add_scatter(x=index, y=path, line=line | dict(width=.6), name=f'path {i}', showlegend=False)
-    fig.add_scatter(x=index, y=quantiles[.5], line=line, name='median')
-    if actual is not None:
-        fig.add_scatter(x=actual.index, y=actual, line=dict(color=COLORS['truth']), name='what happened')
-    return fig.update_layout(title=title, hovermode='x unified')
+    return go
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cd72e2ee
+def _add_bands(fig, x, futures):
+    "Add the bands between quantiles to a plotly figure"
+    from plotly.colors import hex_to_rgb
+    for (a, b), alpha in _BANDS:
+        low, high = np.quantile(futures, (a, b), axis=0)
+        fig.add_scatter(x=x.append(x[::-1]), y=[*high, *low[::-1]], fill='toself', line_width=0, hoverinfo='skip',
+            fillcolor=f"rgba{(*hex_to_rgb(COLORS['model']), alpha)}", name=f'{percent(b-a, 0)} of the paths')
+
+# %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #83e7a871
+def interactive_fan_chart(fan: Fan):
+    "Draw a fan chart with plotly"
+    go, past, futures = _plotly(), fan.history[fan.feature], _futures(fan, fan.feature)
+    line, x = dict(color=COLORS['model'], width=2), past.index[-1:].append(fan.timestamps)
+    style = dict(color=COLORS['history'])
+    fig = go.Figure(go.Scatter(x=past.index, y=past, name=f'{fan.feature}, history', line=style))
+    if len(futures) > 1: _add_bands(fig, x, futures)
+    for i, path in enumerate(futures[:fan.shown]):
+        fig.add_scatter(x=x, y=path, line=line | dict(width=.6), name=f'path {i}', showlegend=False)
+    fig.add_scatter(x=x, y=np.median(futures, 0), line=line, name='median')
+    if np.isfinite(came := _came(fan, fan.feature)).any():
+        fig.add_scatter(x=fan.timestamps, y=came, line=dict(color=COLORS['truth']), name='what happened')
+    return fig.update_layout(title=html.escape(fan.title.replace(r'\$', '$')), hovermode='x unified')

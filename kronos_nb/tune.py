@@ -8,6 +8,7 @@ __all__ = ['SHORT', 'with_params', 'default_space', 'Soup', 'soup_runs', 'TuneRe
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-002
 import math, os, platform, shutil, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from kronos_nb.core import (
-    ConfigError, DataError, KronosError, RunError, callable_module, check_choice, stable_key, write_json,
+    ConfigError, DataError, KronosError, RunError, callable_module, check_choice, short_repr, stable_key, write_json,
 )
 from .settings import parse_duration
 from .config import SECTIONS, Config, check_keys
 from .display import COLORS, figure
 from .data.read import extra_columns
-from .model.pretrained import find_files
+from .model.pretrained import copy_model
+from .training.history import read_json
 from .training.run import Run
 from .training.learner import Callback, Learner
 from .training.task import PredictorTask, WindowSource, build_model
@@ -32,7 +34,8 @@ from .forecast import Forecaster
 from .judging.baselines import LastValue
 from .evaluate import evaluate
 from .fitting.prepare import load_bars, prepare
-from .train import FitResult, fit, resolve
+from .own import config_for, free_folder, name_of
+from .train import FitResult, fit
 from .estimate import architecture
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-007
@@ -144,10 +147,14 @@ def suggest(
     out = {}
     for name, spec in space.items():
         setting_of(name)
-        if isinstance(spec, list):
-            out[name] = trial.suggest_categorical(name, spec)
-        else:
-            out[name] = _suggest_number(trial, name, spec)
+        try:
+            draw = trial.suggest_categorical if isinstance(spec, list) else partial(_suggest_number, trial)
+            out[name] = draw(name, spec)
+        except ConfigError:
+            raise
+        except ValueError as e:   # what Optuna raises where a search began with another space
+            raise ConfigError(f"the space of {name} must stay as the search began, got {short_repr(spec)} ({e}). "
+                              "Search in another folder (out_dir, --out)") from e
     return out
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-025
@@ -241,13 +248,6 @@ def _average_runs(method, heads, loss):
     rows.append(dict(run='mean of all', val_loss=loss(soup)))
     return soup, pd.DataFrame(rows)
 
-# %% ../nbs/api/7_fit/78_tune.ipynb #cell-038
-def _copy_model(source, folder):
-    "Copy the files of a model from a folder or the hub"
-    folder.mkdir(parents=True)
-    for f in find_files(source):
-        shutil.copyfile(f, folder/f.name)
-
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-039
 def _named_runs(runs, out, least):
     "Return name -> Run; raise if there are too few runs, or if `out` is not empty"
@@ -277,7 +277,7 @@ def soup_runs(
     first = next(iter(named.values()))
     soup, table = _average_runs(method, heads, on_validation(_validation(first, first.config, data)))
     soup.save(made.stage('predictor').best_model)
-    _copy_model(first.tokenizer(), made.stage('tokenizer').best_model)
+    copy_model(first.tokenizer(), made.stage('tokenizer').best_model, 'tokenizer')
     first.config.save(made.config_file)
     folders = {k: str(r) for k, r in named.items()}
     facts = dict(origin=soup.origin, runs=folders, method=method, table=table.to_dict('records'))
@@ -516,7 +516,10 @@ def _value(self: _Search, result):
     if result.interrupted:
         return None
     if self.same_tokens:
-        return result.history.query("stage == 'predictor'").val_loss.min()
+        value = result.history.query("stage == 'predictor'").val_loss.min()
+        if not math.isfinite(value):
+            raise RunError('no validation loss of this trial is a finite number')
+        return value
     return validation_crps(result, self.data)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-077
@@ -580,12 +583,23 @@ def _checked_space(data, cfg, space):
     check_columns(data, cfg, space)
     return space
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+_QUIET = {'runtime.progress': False, 'runtime.plots': False}
+
+def _folder_for(data, cfg):
+    "Return the folder of a search that names none: a new one, or that of a search on the same bars"
+    data = data if data is not None else list(cfg.data.source or ()) or 'sample'
+    if isinstance(data, str) and data == 'sample': return Path('runs')/'tune'
+    bars = prepare(data, cfg).hash
+    def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
+    return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
     data=None,           # As for `fit`
-    config='quickstart', # As for `fit`
+    config=None,         # As for `fit`
     space=None,          # Setting -> (low, high), or a list; None: `default_space` with all extra columns
-    out_dir='runs/tune', # Folder of the search
+    out_dir=None,        # Folder of the search; None: runs/<file>-tune
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
     storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
@@ -597,8 +611,8 @@ def tune(
     >>> kn.tune('bars.csv', 'quickstart', {'predictor.lr': (1e-4, 1e-2)}, trials=20)
     """
     _optuna()
-    out, ends = Path(out_dir), _deadline(timeout)
-    cfg = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    cfg = config_for(data, config, **overrides).replace(**_QUIET)
+    out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
     study = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker)

@@ -31,7 +31,9 @@ import torch
 import kronos_nb as kn
 out = Path(sys.argv[1])
 torch.set_num_threads(1)
-result = kn.fit('sample', 'quickstart', out, **{'runtime.progress': False, 'runtime.device': 'cpu'})
+base = {'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000, 'tokenizer.init': 'scratch',
+        'predictor.init': 'scratch'}
+result = kn.fit('sample', 'quickstart', out, **base, **{'runtime.progress': False, 'runtime.device': 'cpu'})
 paths = result.forecaster().predict(kn.sample_klines('GOOG'), 10, paths=20, seed=0).paths
 np.save(out/'paths.npy', paths)
 """
@@ -39,7 +41,7 @@ np.save(out/'paths.npy', paths)
 
 @pytest.fixture(scope='session')
 def quickstart(tmp_path_factory) -> Path:
-    "Return the folder of a whole quickstart, run by one process with one thread"
+    "Return the folder of a quickstart that trains its own base first, run by one process with one thread"
     def make(folder):
         env = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
         done = subprocess.run([sys.executable, '-c', QUICKSTART, str(folder)], cwd=root, env=env, text=True,

@@ -15,7 +15,8 @@ from kronos_nb.training.history import read_lines
 root = Path(__file__).resolve().parents[1]
 small = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
 SETTINGS = {
-    'base.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 2, 'evaluate.paths': 4,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 2, 'evaluate.paths': 4,
     'runtime.save_steps': 4, 'runtime.log_every': 1, 'runtime.progress': False, 'runtime.plots': False,
     'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4),
     'predictor.model': small | dict(n_layers=2), 'tokenizer.epochs': 2, 'predictor.epochs': 2,

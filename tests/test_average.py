@@ -224,7 +224,7 @@ def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
     bars, settings = (
         random_walks(500),
         {
-            'base.symbols': None,
+            'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
             'data.symbols': None,
             'data.lookback_window': 16,
             'data.predict_window': 2,

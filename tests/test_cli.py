@@ -2,11 +2,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from kronos_nb.cli import config_of, main, parser
+from kronos_nb.config import Config
 from kronos_nb.forecast import Forecaster
 from tests.helpers import bars, cfg
 
@@ -60,6 +62,73 @@ def test_forecast_writes_quantiles_paths_and_a_picture(place):
     assert pd.Timestamp(t.timestamps[0]) > bars.timestamps.max()
     assert len(pd.read_parquet(out/'paths.parquet')) == 6*horizon
     assert (out/'forecast_GOOG.png').stat().st_size > 5000
+
+
+def test_forecast_takes_the_newest_run_on_the_file_and_its_horizon(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place/'run', 'runs/mine')
+    assert run('forecast', place/'GOOG.csv', '--paths', 3) == 0
+    assert 'runs/mine' in capsys.readouterr().err
+    assert run('forecast', '--paths', 3) == 2   # its bars are not in this folder
+    assert 'GOOG.csv' in capsys.readouterr().err
+    assert len(pd.read_csv('forecast/GOOG/forecast.csv')) == cfg.data.predict_window
+
+
+def test_forecast_overwrites_its_own_symbols_alone(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bars.assign(symbol='A/B').to_csv('other.csv', index=False)
+    common = ['--model', place/'run', '--paths', 3, '--predict-window', 2]
+    assert run('forecast', place/'GOOG.csv', *common, '--out', 'here') == 0
+    assert run('forecast', place/'GOOG.csv', *common, '--out', 'here') == 0
+    before = {p.name: p.read_bytes() for p in Path('here').iterdir()}
+    capsys.readouterr()
+    assert run('forecast', 'other.csv', *common, '--out', 'here') == 2
+    assert {p.name: p.read_bytes() for p in Path('here').iterdir()} == before
+    tried = capsys.readouterr().err.splitlines()[-1].removeprefix('Try: kronos-nb ')
+    assert main(tried.split()) == 0
+    assert set(pd.read_csv('here-2/forecast.csv').symbol) == {'A/B'}
+
+
+@pytest.mark.parametrize('text, way', [
+    ('timestamps\n2030-01-07\n2030-01-08\n', 'naive'),
+    ('2030-01-07\n2030-01-08\n', 'without a header'),
+    ('symbol,timestamps\nX,2031-01-01\nGOOG,2030-01-07\nGOOG,2030-01-08\n', 'by symbol'),
+])
+def test_stamps_of_the_future_come_from_a_file(place, tmp_path, text, way):
+    (tmp_path/'future.csv').write_text(text)
+    options = ['--model', place/'run', '--paths', 3, '--predict-window', 2, '--future', tmp_path/'future.csv']
+    assert run('forecast', place/'GOOG.csv', *options, '--out', tmp_path/'out') == 0
+    assert list(pd.read_csv(tmp_path/'out'/'forecast.csv').timestamps) == ['2030-01-07', '2030-01-08']
+
+
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'timestamps\nsoon\n', None])
+def test_a_file_without_stamps_is_an_error(place, tmp_path, capsys, text):
+    if text is not None:
+        (tmp_path/'future.csv').write_text(text)
+    assert run('forecast', place/'GOOG.csv', '--model', place/'run', '--future', tmp_path/'future.csv') == 2
+    assert '--future' in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_judged_again(place, capsys):
+    before = (place/'run'/'evaluation'/'evaluation.json').stat().st_mtime_ns
+    assert fit(place) == 0
+    assert (place/'run'/'evaluation'/'evaluation.json').stat().st_mtime_ns == before
+    tried = capsys.readouterr().out.strip().splitlines()[-1]
+    assert tried.startswith('Next: kronos-nb forecast')
+    assert str(place/'run') in tried
+
+
+@pytest.mark.parametrize('options, helps', [
+    ('--out RUN --seed 7', '--out RUN-2'),
+    ('--preset quickstart --symbols BRK', '--preset own'),
+    ('--preset doge --lookback-window 4000', '--preset own'),
+])
+def test_an_error_knows_the_options_that_mend_it(place, capsys, options, helps):
+    line = f'fit FILE {options} --test' if '--out' not in options else f'fit FILE {options}'
+    names = {'RUN': str(place/'run'), 'FILE': str(place/'GOOG.csv')}
+    assert main([re.sub('RUN|FILE', lambda m: names[m[0]], word) for word in line.split()]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(re.sub('RUN', names['RUN'], helps)) or re.sub('RUN', names['RUN'], helps) in last
 
 
 def test_evaluate_takes_only_what_the_model_has_not_seen(place, capsys):
@@ -163,4 +232,101 @@ def test_an_unknown_option_of_fit_points_to_set(capsys):
     with pytest.raises(SystemExit) as e:
         main(['fit', '--lr', '3'])
     assert e.value.code == 2
-    assert '--set predictor.lr' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '--set predictor.lr' in said
+    assert '--learning-rate' in said
+
+
+def ended(capsys, line: str) -> tuple[int, str]:
+    "Return exit code and text of a command"
+    try:
+        code = main(line.split())
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def commands() -> dict:
+    "Return the parsers of all commands"
+    return next(o for o in parser()._actions if o.dest == 'command').choices
+
+
+def test_help_shows_twenty_options_and_help_all_every_option_and_setting(capsys):
+    code, text = ended(capsys, 'fit --help')
+    assert code == 0
+    shown = {o for o in commands()['fit']._actions if any(re.search(rf'{n}\b', text) for n in o.option_strings)}
+    assert 18 <= len(shown) <= 22
+    code, everything = ended(capsys, 'fit --help-all')
+    assert code == 0
+    assert all(name in everything for name in commands()['fit']._option_string_actions)
+    assert all(f'{key}=' in everything for key in Config().flat())
+
+
+@pytest.mark.parametrize('command', sorted(commands()))
+def test_no_option_has_nothing_as_its_default(capsys, command):
+    assert 'default: None' not in ended(capsys, f'{command} --help')[1]
+
+
+@pytest.mark.parametrize('line', [
+    'fit --lr 3', 'fit --epochs', 'fits', 'fit --set lr=1', 'fit --set predictor.xyz=1', '',
+])
+def test_a_typo_prints_no_wall(capsys, line):
+    code, text = ended(capsys, line)
+    assert code == 2
+    assert len(text.splitlines()) <= 2
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize('line, meant', [
+    ('fit --set lr=1', 'predictor.lr'),
+    ('fit --set predictr.lr=1', 'predictor.lr'),
+    ('fit --set predictor.lrr=1', 'lr'),
+])
+def test_a_misspelt_setting(capsys, line, meant):
+    code, text = ended(capsys, line)
+    assert code == 2
+    assert f"'{meant}'" in text
+
+
+def test_options_are_settings():
+    "Read text as the setting does, both stages where both have it"
+    line = ('fit --symbols A B,C --epochs 3 --learning-rate 1e-3 --lookback-window 50 --seed 4 --repair standard '
+            '--skip-existing --disable-optimizations --seeds 1,2')
+    c = config_of(parser().parse_args(line.split()))
+    assert c.data.symbols == ('A', 'B', 'C')
+    assert (c.tokenizer.epochs, c.predictor.epochs, c.tokenizer.lr, c.predictor.lr) == (3, 3, 1e-3, 1e-3)
+    assert (c.data.lookback_window, c.data.repair, c.runtime.seed) == (50, 'standard', 4)
+    assert c.runtime.skip_existing
+    assert not c.runtime.optimizations
+    assert c.runtime.seeds == (1, 2)
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    "Work in a folder of files that hold no bars"
+    monkeypatch.chdir(tmp_path)
+    Path('empty.csv').touch()
+    Path('binary.csv').write_bytes(bytes(range(256))*9)
+    Path('binary.parquet').write_bytes(bytes(range(256))*9)
+    Path('text.csv').write_text('a,b\n1,2\n')
+    Path('folder').mkdir()
+    Path('bad.yaml').write_text('data: [')
+
+
+@pytest.mark.parametrize('line', [
+    'fit empty.csv', 'fit binary.csv', 'fit binary.parquet', 'fit text.csv', 'fit folder', 'fit nowhere.csv',
+    'fit --preset doge --config bad.yaml', 'fit --config bad.yaml', 'fit --config nowhere.yaml', 'fit --config folder',
+    'fit --preset dog', 'fit --out empty.csv', 'forecast empty.csv --model nowhere', 'forecast --model nowhere',
+    'forecast text.csv', 'evaluate --model nowhere', 'report nowhere', 'compare a b', 'push nowhere a/b',
+    'tune empty.csv', 'average --checkpoint-dir nowhere --output x', 'monitor nowhere --once',
+])
+def test_every_error_ends_in_a_command(bad_files, capsys, line):
+    code, text = ended(capsys, line)
+    assert code == 2
+    last = text.strip().splitlines()[-1]
+    assert last.startswith('Try: kronos-nb ')
+    tried = last.removeprefix('Try: kronos-nb ')
+    assert tried != line
+    args = parser().parse_args(tried.split()) if '--help' not in tried else None
+    assert args is None or args.command in commands()

@@ -250,7 +250,8 @@ def test_a_run_learns_a_calibration(quickstart):
 
 MODEL = dict(d_model=16, n_heads=2, ff_dim=16, s1_bits=4, s2_bits=4)
 SHORT = {
-    'base.symbols': None, 'data.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 8,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 8,
     'data.embargo': 0, 'data.windows_per_epoch': 16, 'data.val_windows': 8,
     'tokenizer.model': MODEL | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'tokenizer.epochs': 1,
     'predictor.model': MODEL | dict(n_layers=1), 'predictor.epochs': 1, 'evaluate.paths': 4, 'evaluate.origins': 4,

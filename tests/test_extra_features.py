@@ -24,7 +24,8 @@ WIDE = {'data.extra_features': EXTRA}
 ALL = (*FEATURES, *EXTRA)
 L, H = 24, 4
 SHORT = {
-    'base.symbols': None, 'data.symbols': None, 'data.lookback_window': L, 'data.predict_window': H,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.symbols': None, 'data.lookback_window': L, 'data.predict_window': H,
     'data.max_context': 64, 'data.embargo': 0, 'data.windows_per_epoch': 64, 'data.val_windows': 32,
     'runtime.progress': False, 'runtime.plots': False, 'evaluate.origins': 4, 'evaluate.paths': 4,
     'evaluate.calibrate': 'off'}

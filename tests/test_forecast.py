@@ -234,8 +234,10 @@ def test_zone_aware_stamps_become_utc(fc):
 
 def test_plotly_chart_where_installed(fc):
     pytest.importorskip('plotly')
-    fig = fc.predict(walk(), 6, paths=9).plot(interactive=True, actual=walk())
+    f = fc.predict(walk(), 6, paths=9)
+    fig = f.plot(interactive=True, actual=walk(66)[60:])
     assert len(fig.data) == 1 + 2 + 5 + 1 + 1
+    assert {o.y[0] for o in fig.data[3:9]} == {f.last_close} and fig.data[3].x[0] == f.history.index[-1]
 
 
 def test_plotly_absent_names_the_remedy(fc, monkeypatch):

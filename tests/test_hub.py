@@ -22,7 +22,8 @@ from .hub_standin import Hub
 root, TOKEN = Path(__file__).resolve().parents[1], 'hf_' + 'SecretThatNobodyMaySee'
 small = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
 SETTINGS = {
-    'base.symbols': None, 'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 4,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.lookback_window': 16, 'data.predict_window': 4, 'data.stride': 4,
     'data.normalizer': 'median_mad', 'runtime.progress': False, 'runtime.log_every': 1,
     'tokenizer.model': small | dict(n_enc_layers=2, n_dec_layers=2, group_size=4), 'tokenizer.epochs': 1,
     'predictor.model': small | dict(n_layers=2), 'predictor.epochs': 1, 'evaluate.paths': 4, 'evaluate.origins': 6}

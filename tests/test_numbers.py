@@ -1,4 +1,4 @@
-"A change of form changes no number: the quickstart gives what it gave before the package was laid out anew"
+"A change of form changes no number: a quickstart with a base of its own gives what it gave when it was stored"
 import hashlib
 import json
 import platform

@@ -1,25 +1,34 @@
 "Panels in the kernel: values, clicks, errors that show, a run that is found again, and nothing left behind"
+import asyncio
 import html
 import importlib
 import shutil
+import subprocess
 import sys
 import threading
+import time
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 pytest.importorskip('ipywidgets')
+from kronos_nb.app import serve_studio, server_args, studio_notebook
+from kronos_nb.cli import main
 from kronos_nb.config import PRESETS, Config
-from kronos_nb.core import ConfigError
+from kronos_nb.core import ConfigError, DataError, RunError
 from kronos_nb.data.read import sample_klines
 from kronos_nb.panel import ConfigPanel, DataPanel, FitJob, ForecastPanel, RunsPanel, Studio, TrainPanel
-from kronos_nb.panel.base import widget_tree
+from kronos_nb.panel.base import AT_WORK, Later, widget_tree
+from kronos_nb.panel.data import save_upload
+from kronos_nb.panel.train import free_folder
 from kronos_nb.settings import Sampling
 from kronos_nb.training.learner import Callback
+from kronos_nb.training.run import Run
 
 SMALL = Config.preset('quickstart', **{
-    'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.windows_per_epoch': 64, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
     'tokenizer.epochs': 2, 'tokenizer.batch_size': 16, 'tokenizer.average_last': 1,
     'predictor.epochs': 1, 'predictor.batch_size': 16, 'predictor.average_last': 1,
     'evaluate.calibrate': 'off', 'runtime.plots': False, 'runtime.progress': False})
@@ -71,7 +80,6 @@ def test_a_wrong_value_stays_where_it_was_typed_and_is_refused(opened):
 
 def test_the_estimate_follows_a_slider(opened):
     panel = opened(ConfigPanel('quickstart'))
-    panel.measured.value = False
     before = panel.cost.value
     panel.rows['predictor.epochs'].slider.value = 8
     assert panel.config.predictor.epochs == 8
@@ -86,6 +94,126 @@ def test_the_choice_of_bars_becomes_settings(opened):
         assert (data.symbols, data.start) == (('IBM',), '2010-01-01')
         studio.bars.set(source=sample_klines('IBM'))
         assert studio.settings.config.base.symbols is None
+
+
+# bars of one's own
+@pytest.fixture
+def doge(tmp_path):
+    file = tmp_path/'doge 1h.csv'
+    sample_klines('DOGEUSDT').to_csv(file, index=False)
+    return file
+
+
+def shown(panel):
+    "Return all HTML of a panel"
+    return '\n'.join(w.value for w in widget_tree(panel.widget) if type(w).__name__ == 'HTML')
+
+
+def test_another_source_starts_again_and_takes_nothing_of_the_old_bars_with_it(opened, doge):
+    studio = opened(Studio())
+    studio.bars.set(start='2010-01-01', repair='standard')
+    studio.settings.set(**{'predictor.lr': 2e-3, 'data.lookback_window': 30})
+    assert studio.bars.chart.layout.display == ''
+    studio.bars.controls['path'].value = str(doge)
+    cfg = studio.settings.config
+    assert (cfg.data.symbols, cfg.data.start, cfg.base.symbols) == (None, None, None)
+    assert studio.settings.preset == 'own'
+    assert cfg.data.lookback_window != 30
+    assert cfg.predictor.lr == 2e-3
+    assert studio.bars.bars.symbol.nunique() == 1
+    studio.forecast.refresh()
+    assert studio.forecast.controls['symbol'].options == tuple(studio.bars.bars.symbol.unique())
+
+
+def test_a_source_that_cannot_be_read_leaves_no_old_picture(opened):
+    panel = opened(DataPanel('sample', SMALL, folders=()))
+    panel.controls['path'].value = 'nowhere.csv'
+    assert panel.chart.layout.display == 'none'
+    assert not panel.report.value
+    assert 'nowhere.csv' in panel.error.value
+
+
+def test_a_file_of_ones_own_needs_no_preset(opened, doge):
+    studio = opened(Studio(str(doge)))
+    assert not studio.bars.error.value
+    assert studio.settings.config.data.symbols is None
+    assert studio.train.out_dir.startswith('runs/doge')
+    assert studio.settings.preset == 'own'
+
+
+CSV = sample_klines('DOGEUSDT').head(100).to_csv(index=False).encode()
+
+
+@pytest.mark.parametrize('name', ['../../evil.csv', '..\\..\\evil.csv', '/etc/evil.csv', '.evil.csv', 'C:evil.csv'])
+def test_an_upload_stays_in_its_folder(tmp_path, name):
+    kept = save_upload(name, CSV, tmp_path/'uploads')
+    assert kept.parent == tmp_path/'uploads'
+    assert [p.name for p in tmp_path.iterdir()] == ['uploads']
+    assert not kept.name.startswith('.')
+
+
+@pytest.mark.parametrize(('name', 'content'), [
+    ('evil.sh', CSV), ('evil', CSV), ('', CSV), ('.csv', CSV), ('a.csv', b''), ('a.csv', b'\x00\x01'),
+    ('a.zip', b'PK\x03\x04'), ('a.parquet', CSV), ('a.csv', b'timestamps,open,high,low,close,volume\n')])
+def test_an_upload_that_is_no_bars_leaves_nothing(tmp_path, name, content):
+    with pytest.raises(DataError):
+        save_upload(name, content, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_upload_replaces_nothing(tmp_path):
+    first = save_upload('a.csv', CSV, tmp_path)
+    other = save_upload('a.csv', CSV[:-80], tmp_path)
+    assert (first.read_bytes(), other.read_bytes()) == (CSV, CSV[:-80])
+    assert save_upload('a.csv', CSV, tmp_path) == first
+
+
+EVIL = '<img src=x onerror=alert(1)>'
+
+
+def test_text_from_data_is_shown_and_does_nothing(opened, tmp_path):
+    studio = opened(Studio(sample_klines('DOGEUSDT').assign(symbol=EVIL)))
+    studio.bars.uploads = tmp_path
+    studio.forecast.refresh()
+    for name in (f'{EVIL}.csv', f'{EVIL}.exe'):
+        try:
+            studio.bars.take_file(name, CSV)
+        except DataError as e:
+            studio.bars.controls['path'].value = str(e)
+    studio.bars.controls['symbols'].value = EVIL
+    studio.settings.rows['data.tz'].control.value = EVIL
+    text = shown(studio)
+    assert '<img' not in text
+    assert html.escape(EVIL) in text
+
+
+# answers
+def test_many_changes_ask_for_one_picture():
+    calls = []
+    async def change():
+        later = Later(lambda: calls.append(1), pause=.05)
+        for _ in range(10):
+            later.ask()
+            await asyncio.sleep(.001)
+        assert not calls
+        await asyncio.sleep(.2)
+    asyncio.run(change())
+    assert calls == [1]
+
+
+def test_an_edit_is_answered_within_half_a_second_of_work(opened, tmp_path):
+    bars = sample_klines('DOGEUSDT')
+    many = bars.loc[bars.index.repeat(80)].reset_index(drop=True)
+    many['timestamps'] = many.timestamps.iloc[0] + many.index*(bars.timestamps.iloc[1] - bars.timestamps.iloc[0])
+    many.to_csv(tmp_path/'many.csv', index=False)
+    studio = opened(Studio(str(tmp_path/'many.csv')))
+    rows, times = studio.settings.rows, []
+    for path, value in {'predictor.lr': '1e-4', 'predictor.epochs': '3', 'data.lookback_window': '50'}.items():
+        began = time.process_time()
+        rows[path].control.value = value
+        times.append(time.process_time() - began)
+        assert not studio.settings.errors
+    assert max(times) < .5
 
 
 # training
@@ -119,6 +247,48 @@ def test_pause_holds_the_run_and_a_second_panel_finds_it(tmp_path, opened):
     assert not panel.job.wait(300).interrupted
     assert panel.bar.value == 1.
     assert not FitJob.active
+
+
+LEAVE = """
+import sys, threading
+import kronos_nb.panel.train as train
+from kronos_nb.config import Config
+train._LAST_SECONDS = 60
+seen = threading.Event()
+job = train.FitJob('sample', Config.load(sys.argv[1]), sys.argv[2], every=0)
+job.listeners.append(lambda job: job.learn is not None and job.learn.step >= 3 and seen.set())
+job.start()
+seen.wait(300)
+"""
+
+
+def test_a_kernel_that_ends_stops_its_run_with_a_checkpoint(tmp_path):
+    SMALL.save(tmp_path/'small.yaml')
+    command = [sys.executable, '-c', LEAVE, str(tmp_path/'small.yaml'), str(tmp_path/'run')]
+    subprocess.run(command, check=True, timeout=300)
+    run = Run(tmp_path/'run')
+    assert run.state == 'interrupted'
+    assert list(run.stage('tokenizer').checkpoints.iterdir())
+
+
+def test_nothing_is_measured_beside_a_run(opened, monkeypatch):
+    panel = opened(ConfigPanel('quickstart'))
+    monkeypatch.setitem(AT_WORK, 'runs/a', None)
+    with pytest.raises(RunError, match='runs/a'):
+        panel.measure()
+    panel.measuring.click()
+    assert 'runs/a' in panel.error.value
+    assert not panel.measuring.disabled
+
+
+def test_a_run_with_other_settings_goes_into_another_folder(tmp_path, opened):
+    folder = tmp_path/'run'
+    assert free_folder(str(folder), SMALL) == str(folder)
+    folder.mkdir()
+    SMALL.save(folder/'config.yaml')
+    assert free_folder(str(folder), SMALL.replace(**{'runtime.threads': 2})) == str(folder)
+    assert free_folder(str(folder), SMALL.replace(**{'predictor.lr': 2e-3})) == f'{folder}-2'
+    assert opened(TrainPanel('sample', SMALL, folder)).buttons['start'].description == 'Continue training'
 
 
 def test_an_error_shows_in_the_panel(tmp_path, opened):
@@ -161,6 +331,37 @@ def test_the_code_of_the_forecast_panel_draws_the_same_paths(quickstart, opened)
     assert (names['forecast'].paths == panel.forecast.paths).all()
 
 
+def test_a_forecast_begins_at_the_end_and_a_replay_before_it(quickstart, opened):
+    panel = opened(ForecastPanel(quickstart, 'sample', paths=20))
+    n = len(sample_klines('GOOG'))
+    assert panel.controls['origin'].value == n
+    assert panel.button.description == 'Forecast the next 10 bars'
+    panel.button.click()
+    assert not len(panel.actual)
+    assert panel.forecast.timestamps[0] > sample_klines('GOOG').timestamps.iloc[-1]
+    panel.replay.click()
+    assert panel.controls['origin'].value == n - 10
+    assert list(panel.forecast.timestamps) == list(panel.actual.timestamps)
+    panel.controls['origin'].value = n
+    assert panel.origin is None
+
+
+def test_a_model_is_chosen_from_runs_and_released_ones(quickstart, opened):
+    panel = opened(ForecastPanel(TrainPanel('sample', SMALL), 'sample', runs=quickstart.parent))
+    panel.button.click()
+    assert 'no finished run' in panel.output.value
+    offered = panel.controls['model'].options
+    assert str(quickstart) in offered
+    assert any(label.startswith('Kronos-small') for label in offered)
+    panel.controls['model'].value = str(quickstart)
+    panel.controls['paths'].value = 20
+    panel.button.click()
+    assert panel.forecast.paths.shape == (20, 10, 6)
+    panel.controls['model'].value = next(label for label in offered if label.startswith('Kronos-small'))
+    assert panel.chart.layout.display == 'none'
+    assert "from_pretrained('NeoQuasar/Kronos-small')" in panel.code
+
+
 def test_the_runs_panel_names_an_average_after_its_method(quickstart, tmp_path):
     for name in ('a', 'b'):
         shutil.copytree(quickstart, tmp_path/name)
@@ -199,6 +400,31 @@ def test_a_cell_that_runs_twenty_times_leaves_no_growth():
             outputs = [o for o in nb.cells[0].outputs if o.output_type == 'stream' and o.name == 'stdout']
             counts.append(''.join(o.text for o in outputs))
     assert counts[1] == counts[-1]
+
+
+# a page of its own
+def test_the_page_opens_the_studio_in_the_folder_of_the_command(tmp_path):
+    cell = studio_notebook(["my 'own'.csv"], None, 'runs/x', tmp_path)['cells'][0]['source']
+    compile(cell, 'cell', 'exec')
+    assert f'os.chdir({str(tmp_path)!r})' in cell
+    assert """kn.Studio(["my 'own'.csv"], None, 'runs/x')""" in cell
+
+
+def test_the_server_listens_on_this_machine_and_asks_for_a_token(tmp_path):
+    args = server_args(tmp_path/'studio.ipynb')
+    assert '--Voila.ip=127.0.0.1' in args
+    assert '--token' in args
+    assert f'--Voila.config_file_paths={tmp_path}' in args
+
+
+def test_a_studio_without_its_file_or_without_voila_is_an_error(monkeypatch, capsys):
+    assert main(['studio', 'nowhere.csv', '--no-browser']) == 2
+    assert 'nowhere.csv' in capsys.readouterr().err
+    assert main(['studio', '--preset', 'ownn', '--no-browser']) == 2
+    assert '--preset' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'voila.app', None)
+    with pytest.raises(ConfigError, match=r'kronos_nb\[studio\]'):
+        serve_studio(browser=False)
 
 
 # without widgets

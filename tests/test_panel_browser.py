@@ -1,12 +1,15 @@
-"Panels in Chromium, served by Voila and in JupyterLab; SHOTS=folder takes the pictures of the docs, of a longer run"
+"Panels in Chromium: in Voila, in JupyterLab and by `kronos-nb studio`; SHOTS=folder takes the pictures of the docs"
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -20,8 +23,10 @@ ARGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-bac
 --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 LONG = 240_000   # ms; a machine with other work may take its time
 WIDTH, HEIGHT = 1366, 768
+NARROW = dict(width=390, height=844)
+PAGES = ('data', 'settings', 'train', 'forecast', 'runs')
 
-BASE = {'base.symbols': None, 'evaluate.calibrate': 'off', 'runtime.log_every': 1,
+BASE = {'tokenizer.init': 'scratch', 'predictor.init': 'scratch', 'evaluate.calibrate': 'off', 'runtime.log_every': 1,
         'tokenizer.lr': 3e-3, 'tokenizer.batch_size': 32, 'tokenizer.average_last': 1,
         'predictor.lr': 3e-3, 'predictor.batch_size': 32, 'predictor.average_last': 1}
 SMALL = {'data.windows_per_epoch': 128, 'data.val_windows': 32, 'data.test': 0., 'data.val': .3,
@@ -139,8 +144,8 @@ def shot(page, name, tmp_path):
     assert out.stat().st_size > 5_000
 
 
-CUT_OFF = '''() => [...document.querySelectorAll(".widget-tab *")].filter(
-    o => o.offsetParent && o.getBoundingClientRect().right > innerWidth && !o.closest("pre")).length'''
+CUT_OFF = '''() => [...document.querySelectorAll(".widget-tab *")].filter(o => o.offsetParent
+    && o.getBoundingClientRect().right > innerWidth && !o.closest("pre, .knb-picture, .knb table")).length'''
 
 
 def check_fit(page):
@@ -149,6 +154,18 @@ def check_fit(page):
     assert 0 <= box['x'] and box['x'] + box['width'] <= WIDTH
     assert box['height'] <= HEIGHT
     assert page.evaluate(CUT_OFF) == 0
+
+
+def check_narrow(page, tmp_path):
+    "On a phone no page is wider than the screen; pictures and tables scroll inside it"
+    page.set_viewport_size(NARROW)
+    for name in PAGES:
+        open_tab(page, name)
+        page.wait_for_timeout(500)
+        assert page.evaluate('document.documentElement.scrollWidth') <= NARROW['width'], name
+        assert page.evaluate(CUT_OFF) == 0, name
+        page.screenshot(path=tmp_path/f'narrow_{name}.png', full_page=True)
+    page.set_viewport_size(dict(width=WIDTH, height=HEIGHT))
 
 
 INPUT_IS = '([v]) => [...document.querySelectorAll("input")].some(i => i.offsetParent && i.value == v)'
@@ -196,7 +213,7 @@ def stop(page):
 def compare_runs(page):
     "Select the run that the notebook began with and the one that was clicked"
     open_tab(page, 'runs')
-    click(page, 'Refresh')
+    click(page, 'Look for new runs')
     page.locator('option', has_text='first').first.wait_for(state='attached')
     page.locator('select[multiple]').first.select_option([f'runs{os.sep}goog', f'runs{os.sep}first'])
     click(page, 'Compare')
@@ -228,6 +245,7 @@ def test_every_page_in_voila(voila, page, tmp_path):
     check('forecast')
     compare_runs(page)
     check('runs')
+    check_narrow(page, tmp_path)
     assert not page.errors
 
 
@@ -259,4 +277,65 @@ def test_studio_in_jupyterlab(lab, page, tmp_path):
     train(page)
     shot(page, 'lab', tmp_path)
     stop(page)
+    assert not page.errors
+
+
+# a page of its own
+def status_of(url):
+    "Return the status and the final address of a request without a cookie"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.url
+    except urllib.error.HTTPError as e:
+        return e.code, e.url
+
+
+@pytest.fixture
+def studio(tmp_path):
+    "Start `kronos-nb studio` on a file of bars; yield its address and its process"
+    pytest.importorskip('voila', reason='voila is not installed')
+    home = tmp_path/'home'
+    home.mkdir()
+    from kronos_nb.data.read import sample_klines
+    sample_klines('DOGEUSDT').to_csv(home/'my doge.csv', index=False)
+    (home/'voila.json').write_text(json.dumps(dict(Voila=dict(ip='0.0.0.0'))))   # of somebody else: not obeyed
+    command = [sys.executable, '-m', 'kronos_nb.cli', 'studio', 'my doge.csv', '--no-browser', '--port']
+    process = subprocess.Popen([*command, str(free_port())], cwd=home, env=private(tmp_path), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        lines = iter(process.stdout.readline, '')
+        yield next(found[0] for line in lines if (found := re.search(r'http://\S+', line))), process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_the_studio_lets_nobody_in_without_its_token(studio):
+    url, process = studio
+    address, _, token = url.partition('?token=')
+    assert address.startswith('http://127.0.0.1:')
+    assert len(token) >= 32
+    assert '/login' in status_of(address)[1]
+    kernel = 'api/kernels/00000000-0000-0000-0000-000000000000'
+    for path in ('voila/files/studio.ipynb', 'voila/files/voila.json', kernel, f'{kernel}/channels'):
+        assert status_of(address + path)[0] == 403, path
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+
+
+def test_an_upload_in_the_studio(studio, page, tmp_path):
+    from kronos_nb.data.read import sample_klines
+    sample_klines(['AAPL', 'IBM']).to_csv(tmp_path/'two shares.csv', index=False)
+    (tmp_path/'page.csv').write_text('<script>alert(1)</script>')
+    page.goto(studio[0], wait_until='commit')
+    page.get_by_text('400 bars of 1 symbol, usable').first.wait_for()
+    for file, answer in (('two shares.csv', 'bars of 2 symbols, usable'), ('page.csv', 'DataError')):
+        with page.expect_file_chooser() as chooser:
+            click(page, 'Upload a file')
+        chooser.value.set_files(tmp_path/file)
+        page.get_by_text(answer).first.wait_for()
+    assert [f.name for f in (tmp_path/'home'/'uploads').iterdir()] == ['two_shares.csv']
+    check_narrow(page, tmp_path)
+    open_tab(page, 'forecast')
+    page.get_by_role('button', name='Forecast the next').wait_for()
     assert not page.errors

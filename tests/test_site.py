@@ -221,6 +221,20 @@ def test_pages_show_signatures_outputs_and_pictures(site):
     assert 'val_loss' in page
 
 
+def test_signatures_are_tables(site):
+    "Parameters stand in a table, examples are code, and no Markdown shows"
+    page = (site/'api'/'7_fit'/'train.html').read_text()
+    section = page[page.index('<h3 id="fit-1"'):]
+    section = section[:section.index('<section')]
+    assert '<td>overrides</td>' in re.sub(r'<td[^>]*>', '<td>', section)
+    assert '&gt;&gt;&gt;' not in section
+    assert '](http' not in section
+
+
+def test_the_search_lists_guides_first(site):
+    assert any('tutorials|guides' in p.read_text() for p in (site/'site_libs').glob('*.js'))
+
+
 class Links(HTMLParser):
     "The links of a page and the places that it has"
     def __init__(self, page):

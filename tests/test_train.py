@@ -370,7 +370,8 @@ def test_memory_that_runs_out_on_one_process_halves_on_all(pair, tmp_path):
 def test_inside_a_ray_trainer(tmp_path):
     "examples/ray_fit.py, two workers on the CPU"
     pytest.importorskip('ray')
-    settings = {'base.symbols': 'none', 'tokenizer.epochs': 1, 'predictor.epochs': 1, 'data.windows_per_epoch': 256,
+    settings = {'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+                'tokenizer.epochs': 1, 'predictor.epochs': 1, 'data.windows_per_epoch': 256,
                 'data.val_windows': 64, 'evaluate.paths': 4, 'runtime.plots': 'false'}
     argv = [root/'examples'/'ray_fit.py', '--out', tmp_path/'run', '--workers', '2']
     sets = [f'--set={k}={v}' for k, v in settings.items()]

@@ -20,7 +20,8 @@ X = dict(x=optuna.distributions.FloatDistribution(0, 1))
 stages = {f'{stage}.{k}': v for stage in ('tokenizer', 'predictor')
           for k, v in dict(epochs=1, batch_size=32, average_last=1).items()}
 little = Config.preset('quickstart', **stages, **{
-    'base.symbols': None, 'data.windows_per_epoch': 64, 'data.val_windows': 32, 'runtime.progress': False,
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch',
+    'data.windows_per_epoch': 64, 'data.val_windows': 32, 'runtime.progress': False,
     'runtime.plots': False, 'evaluate.origins': 4, 'evaluate.calibrate': 'off', 'evaluate.paths': 4})
 
 

@@ -44,11 +44,13 @@ def title(folder: str) -> str:
 def sidebar() -> str:
     "Return `sidebar.yml`"
     below = lambda path: path.relative_to(nbs).as_posix()
+    first = [nbs/'index.ipynb', *sorted((nbs/'tutorials').glob('0[01]_*.ipynb')), nbs/'guides'/'01_how_it_works.ipynb']
     lines = ['# Made by tools/contents.py from the numbers and titles of the notebooks', 'website:', '  sidebar:',
-             '    contents:', '      - text: Home', '        href: index.ipynb']
+             '    contents:', '      - section: Start here', '        contents:']
+    lines += [f'          - {below(p)}' for p in first]
     for name in ('tutorials', 'guides'):
         lines += [f'      - section: {name.title()}', '        contents:']
-        lines += [f'          - {below(p)}' for p in sorted((nbs/name).glob('[0-9]*.ipynb'))]
+        lines += [f'          - {below(p)}' for p in sorted((nbs/name).glob('[0-9]*.ipynb')) if p not in first]
     lines += ['          - changelog.md', '      - section: API', '        contents:']
     for folder, pages in chapters().items():
         lines += [f'          - section: {title(folder)}', '            contents:']

@@ -9,8 +9,9 @@ __all__ = []
 import importlib.metadata, platform, uuid
 
 from .. import __version__
-from ..core import ConfigError, RunError, pick_device, write_atomic, write_json
+from ..core import ConfigError, RunError, free_folder, pick_device, write_atomic, write_json
 from ..config import Config
+from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
 from .prepare import Prepared
 
@@ -47,24 +48,24 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE)]
+_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+               *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
 def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
 
-# %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
-def _check_same(run: Run, cfg: Config, data: Prepared):
-    "Raise unless the folder holds this run: the same settings, the same bars"
-    there, was = str(run.folder), run.facts
-    diff = _differences(cfg, Run(run.folder).config)   # of its own: `run` reads the settings after they are written
-    if len(diff):
-        raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
-            f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}")
-    if was['data'] != data.hash:
-        sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
-        raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)")
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
+
+def _kept_settings(run: Run) -> Config:
+    "Return the settings that a run was started with"
+    if 'settings' in run.facts:
+        try: return Config().replace(**run.facts['settings'])
+        except (ConfigError, TypeError) as e:
+            raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
+    return Run(run.folder).config   # of its own: `run` reads the settings after they are written
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
 def _has_begun(run: Run) -> bool:
@@ -72,13 +73,38 @@ def _has_begun(run: Run) -> bool:
     traces = (run.config_file, run.base_folder, *(run.stage(s).folder for s in STAGES))
     return run.facts_file.is_file() and any(path.exists() for path in traces)
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #83b5e8f3
+def holds(
+    run: Run,
+    cfg: Config,
+    data: Prepared,
+) -> bool:
+    "Return whether a folder holds the run with these settings, on these bars"
+    if not _has_begun(run) or not run.exists: return False
+    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
+def _check_same(run: Run, cfg: Config, data: Prepared):
+    "Raise unless the folder holds this run: the same settings, the same bars"
+    there, was = str(run.folder), run.facts
+    diff = _differences(cfg, _kept_settings(run))
+    if len(diff):
+        raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
+            f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
+            options=f'--out {free_folder(there)}')
+    if was['data'] != data.hash:
+        sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
+        raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)",
+            options=f'--out {free_folder(there)}')
+
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):
     "Raise if the folder holds files of somebody else"
     if not run.folder.is_dir(): return
     if any(p != run.facts_file and not p.name.startswith('.') for p in run.folder.iterdir()):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
-            "Choose another folder (out_dir, --out), so that nothing is overwritten")
+            "Choose another folder (out_dir, --out), so that nothing is overwritten",
+            options=f'--out {free_folder(run)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #1a0f2aab
 def check_place(run: Run):
@@ -100,7 +126,8 @@ def claim_folder(
     if begun:
         _check_same(run, cfg, data)
         identity = run.facts.get('id', identity)
-    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity))
+    run.report_file.unlink(missing_ok=True)   # it is written last: a run without it is not done
+    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity, settings=_deciding(cfg)))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())
@@ -136,3 +163,12 @@ def inits_of(
     start = run.base_folder if cfg.base.symbols else cfg.runtime.init_from
     if not start: return {s: getattr(cfg, s).init for s in STAGES}
     return {s: str(Run(start).stage(s).model()) for s in STAGES}
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #b49512fc
+def check_start(cfg: Config, run: Run):
+    "Raise if the weights of a stage that is due are neither here nor on the hub"
+    if cfg.base.symbols or cfg.runtime.init_from: return   # a run makes them, or has them
+    for stage in STAGES:
+        init = getattr(cfg, stage).init
+        due = cfg.runtime.only in (None, stage) and not run.stage(stage).finished
+        if due and init != 'scratch': find_files(init, kind=stage)

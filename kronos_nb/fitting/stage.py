@@ -59,7 +59,10 @@ def model_facts(self: Stage) -> dict:
     d = self.cfg.data
     seen = {str(s): [str(first), str(last)] for s, (first, last) in self.data.span('train', 'val').items()}
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
-        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen)
+        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
+        interval=self.data.report.summary['interval'].mode()[0].total_seconds(), market_tz=d.clock or 'UTC',
+        split=d.split)
+    if d.allow_negative_prices: facts['negative_prices'] = True
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
     return facts
@@ -300,7 +303,9 @@ def _choose(stage: Stage, learn: Learner, best: Best):
     def score(weights):
         seen.append(validate(weights))
         return sign*seen[-1][k.monitor]
-    candidates = dict(best=stage.files.best_model, last=plain_state(learn.model.model), **_averages(stage, learn))
+    kept = weights_of(stage.files.best_model)
+    kept.origin = 'the best validation'   # no path: cards quote it
+    candidates = dict(best=kept, last=plain_state(learn.model.model), **_averages(stage, learn))
     choice = choose_weights(candidates, score)
     choice.table['difference'] *= sign
     for name in {'val_loss', k.monitor}: choice.table[name] = [m[name] for m in seen]
@@ -360,6 +365,9 @@ def _write_weights(stage: Stage, folder, weights, origin):
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-063
 def _keep_choice(stage: Stage, learn: Learner, best: Best):
     "Choose the weights and write the choice"
+    if best.value is None:
+        raise RunError(f"no validation of the {stage.name} gave a finite {best.monitor}, so there are no weights to "
+            f"keep. Lower {stage.name}.lr, or set runtime.precision=fp32, and train in another folder")
     choice, files = _choose(stage, learn, best), stage.files
     if not learn.backend.is_main: return
     if choice.name != 'best': _write_weights(stage, files.averaged, choice.weights, choice.origin)
@@ -437,5 +445,5 @@ def _resume(stage: Stage, learn: Learner):
 def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
-    for note in (dict(kind='machine', text=stage.machine.text), *stage.notes):
+    for note in (dict(kind='machine', text=stage.machine.text), *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

@@ -6,7 +6,7 @@
 __all__ = ['Calibration', 'Calibrated', 'calibrate']
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-002
-import json, math, re
+import math, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from fastcore.basics import patch
 
 from ..core import DataError, RunError, write_json
 from ..display import md_table, percent
+from ..training.history import read_json
 from ..training.run import CALIBRATION, Run
-from ..forecast import Forecast, Forecaster
+from ..forecast import Forecast, Forecaster, Forecasts
 from .baselines import LastValue
 from .origins import BANDS, pick_origins
 from ..evaluate import evaluate, fingerprint, overlap_of
@@ -66,6 +67,9 @@ def _learn(
     if n < _MIN_DATES:
         raise DataError(f"a calibration needs at least {_MIN_DATES} forecast origins, got {n}; "
                         "give more validation bars or raise origins")
+    if (rows[['y', 'q2.5']] <= 0).any(axis=None):
+        raise DataError("a calibration stretches the logarithm of prices, and these hold prices of 0 or less; "
+                        "set evaluate.calibrate=off")
     for level, low, high in BANDS:
         scores = _band_scores(rows, low, high)
         factors.append(_conformal_quantile(scores, int(level) / 100, n))
@@ -128,6 +132,9 @@ def _from_hub(name, revision):
         raise RunError(f"the hub did not say whether {str(name)!r} has a calibration.json "
                        f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #cf1965ce
+_SAID = dict(factors=[float], dates=int, before=[float], first=str, last=str)
+
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-026
 @patch(cls_method=True)
 def load(cls: Calibration,
@@ -140,8 +147,10 @@ def load(cls: Calibration,
         where = f"{str(source)!r}{' or its predictor' * Path(source).is_dir()}"
         raise RunError(f"there is no calibration.json in {where}. Set evaluate.calibrate=on for a run, or learn one "
                        "with calibrate(...) and save it beside the model")
-    said = json.loads(Path(path).read_text(encoding='utf-8'))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+    said = read_json(path, _SAID)
+    if len(said['factors']) != len(BANDS) or not all(math.isfinite(f) and f > 0 for f in said['factors']):
+        raise RunError(f"{str(path)!r} is damaged: it must hold {len(BANDS)} factors above 0, got {said['factors']}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in _SAID})
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-029
 def _of_forecaster(name): return property(lambda self: getattr(self.forecaster, name))
@@ -151,6 +160,7 @@ class Calibrated:
     "A forecaster whose paths are widened by a `Calibration`"
     predictor, predictors, normalizer = map(_of_forecaster, ('predictor', 'predictors', 'normalizer'))
     features, max_context, lookback_window = map(_of_forecaster, ('features', 'max_context', 'lookback_window'))
+    predict_window = _of_forecaster('predict_window')
 
     def __init__(self,
         forecaster, # `Forecaster`, or anything with `predict_many`
@@ -168,7 +178,7 @@ class Calibrated:
 @patch
 def predict_many(self: Calibrated,
     histories,           # As for the forecaster
-    predict_window: int, # `H`
+    predict_window: int | None = None, # `H`; None: as trained
     **kwargs,            # For the forecaster's `predict_many`
 ) -> list: # One `Forecast` per history
     "Forecast many histories with wider bands"
@@ -178,12 +188,12 @@ def predict_many(self: Calibrated,
 @patch
 def predict(self: Calibrated,
     bars: pd.DataFrame,  # Bars of one symbol or of several
-    predict_window: int, # `H`
+    predict_window: int | None = None, # `H`; None: as trained
     **kwargs,            # For the forecaster's `predict`
-):  # `Forecast`, or a dictionary of them by symbol
+):  # `Forecast`, or `Forecasts`, a dictionary of them by symbol
     "Forecast the bars that follow `bars` with wider bands"
     found = self.forecaster.predict(bars, predict_window, **kwargs)
-    if isinstance(found, dict): return {symbol: self.calibration.apply(f) for symbol, f in found.items()}
+    if isinstance(found, dict): return Forecasts({symbol: self.calibration.apply(f) for symbol, f in found.items()})
     return self.calibration.apply(found)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-034
@@ -271,3 +281,7 @@ def to_markdown(self: Calibration,
     return (f"## Calibration\n\nLearned from {self.dates} forecasts on the validation part ({self.first[:16]} to "
             f"{self.last[:16]}). Forecasts are widened on request: `Calibrated.from_pretrained(...)` with the folder "
             f"of the run or the hub id, or `kronos-nb forecast --calibrated`.\n\n{md_table(table)}\n")
+
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #7e88a958
+@patch
+def _repr_markdown_(self: Calibration): return self.to_markdown()

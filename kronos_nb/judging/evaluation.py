@@ -6,7 +6,7 @@
 __all__ = ['window_losses', 'date_losses', 'with_intervals', 'skill', 'Evaluation']
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-002
-import functools, io, json
+import base64, functools, html, io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,13 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RunError, check_choice, write_atomic, write_json
-from ..display import COLORS, figure, md_table, p_value, percent
+from ..core import RunError, check_choice, md_text, one_line, write_atomic, write_json
+from kronos_nb.display import (
+    COLORS, date_text, figure, legend_beside, md_key, md_table, p_value, percent, plain_text, png, save_figure,
+    show_card,
+)
+from ..hashes import sha256
+from ..training.history import read_json
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike
 from .stats import block_indices, block_length, diebold_mariano, interval, power
@@ -29,7 +34,7 @@ def _bar_losses(rows):
     y, last, scale = rows['y'], rows['last'], rows['scale']
     error, rise = abs(y - rows['q50']), (np.sign(y - last) + 1) / 2
     pinball = sum(quantile_score(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
-    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / last, mse_pct=(100 * error / last)**2)
+    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / abs(last), mse_pct=(100 * error / last)**2)
     out['quantile_loss'] = pinball / scale
     for level, lo, hi in BANDS:
         out[f'cover_{level}'] = (rows[lo] <= y) & (y <= rows[hi])
@@ -39,11 +44,16 @@ def _bar_losses(rows):
     return pd.DataFrame(out).astype(np.float64)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-009
+def _change(price, rows):
+    "Return a price as a change from the last close; of a close at or below 0, as a share of its size"
+    change = price / rows['last'] - 1
+    return change if (rows['last'] > 0).all() else change * np.sign(rows['last'])
+
 def _horizon_losses(rows):
     "Return what only the last bar of each forecast tells"
     end = rows[rows['h'] == rows['h'].max()]
     out = dict(vol_mae=100 * abs(np.sqrt(end['var']) - np.sqrt(end['rvar'])), qlike=qlike(end['var'], end['rvar']),
-               expected=end['mean'] / end['last'] - 1, realised=end['y'] / end['last'] - 1)
+               expected=_change(end['mean'], end), realised=_change(end['y'], end))
     at = pd.MultiIndex.from_arrays([end['date'], end['symbol']], names=['date', 'symbol'])
     return pd.DataFrame(out).astype(np.float64).set_axis(at)
 
@@ -145,41 +155,62 @@ def _verdict(
     return 'cannot tell'
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-031
+LIGHTS = {'helped': '\U0001F7E2 Better', 'did not help': '\U0001F534 Not better',   # a green, a red and a yellow circle
+          'cannot tell': '\U0001F7E1 Inconclusive'}
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #ea9889be
 _SAID = { # verdict -> with a base, without
-    'helped': ('Fine-tuning helped', 'The model beats the best baseline'),
-    'did not help': ('Fine-tuning did not help', 'The model does not beat the best baseline'),
-    'cannot tell': ('Cannot tell whether fine-tuning helped', 'Cannot tell whether the model beats the best baseline')}
+    'helped': ('Fine-tuning helped', 'The model beats naive forecasts'),
+    'did not help': ('Fine-tuning did not help', 'The model does not beat naive forecasts'),
+    'cannot tell': ('Cannot tell whether fine-tuning helped', 'Cannot tell whether the model beats naive forecasts')}
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #5ba6476d
+@dataclass
+class _Finding:
+    "What a verdict is said about"
+    verdict: str
+    tests: pd.DataFrame # Index: `base` and baselines; columns as in `skill`
+    best: str           # The baseline that is hardest to beat
+    n: int              # Origins
+    periods: int        # Stretches of time that they lie in
+    level: float        # Of the intervals
+    worthwhile: float   # Smallest skill worth having
+
+    @property
+    def shown(self) -> dict: # Name in words -> its comparison
+        names = {'base': 'the base model', self.best: f'{self.best}, the best naive forecast'}
+        return {names[m]: self.tests.loc[m] for m in names if m in self.tests.index}
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #3fbe271a
+@patch
+def _reason(self: _Finding):
+    "Return the first sentence: the verdict, and why"
+    said = _SAID[self.verdict]['base' not in self.tests.index]
+    if self.verdict == 'helped': return f"{said}: its forecasts are better than those of {' and of '.join(self.shown)}."
+    if self.verdict == 'cannot tell': return f"{said}: {self.n} origins do not tell a gain from a loss."
+    lost = [who for who, t in self.shown.items() if t['high'] < self.worthwhile]
+    return f"{said}: its forecasts are not {percent(self.worthwhile, 0)} better than those of {' or of '.join(lost)}."
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
-def _comparison(t, who):
-    "Return one comparison in words"
-    side = 'lower' if t['skill'] >= 0 else 'higher'
-    return f"{percent(abs(t['skill']))} {side} than that of {who} (skill {percent(t['low'])} to {percent(t['high'])})"
+def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
+
+@patch
+def _difference(self: _Finding):
+    "Return the second sentence: the quantity, the differences and their intervals"
+    def one(who, t):
+        return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
+    compared = ' and '.join(one(who, t) for who, t in self.shown.items())
+    return (f"Over {self.n} origins in {self.periods} periods its CRPS, the error of the whole predicted distribution, "
+            f"is {compared}; intervals are {100 * self.level:g} %.")
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-033
-def _power_sentence(t, n):
-    "Return what would settle an undecided comparison"
-    if not np.isfinite(t['needed']): return ''
-    return (f" Detecting a {percent(abs(t['skill']))} difference needs about {t['needed']:,.0f} origins; "
-            f"these {n} can detect {percent(t['detectable'])} or more (80 % power).")
-
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-034
-def _sentence(
-    verdict: str,        # From `_verdict`
-    tests: pd.DataFrame, # Index: `base` and baselines; columns as in `skill`
-    best: str,           # The baseline that is hardest to beat
-    n: int,              # Origins
-    periods: int,        # Stretches of time that they lie in
-    level: float,        # Of the intervals
-) -> str:
-    "Return the verdict in words"
-    names = {'base': 'the base model', best: f'the best baseline, {best}'}
-    shown = {m: tests.loc[m] for m in names if m in tests.index}
-    said = _SAID[verdict][0] if 'base' in shown else f'{_SAID[verdict][1]} (no base model was given)'
-    compared = ' and '.join(_comparison(t, names[m]) for m, t in shown.items())
-    out = f"{said}. Over {n} origins in {periods} periods its CRPS is {compared}; intervals are {100 * level:g} %."
-    weakest = min(shown.values(), key=lambda t: np.nan_to_num(t['low'], nan=-np.inf))
-    return out + (_power_sentence(weakest, n) if verdict == 'cannot tell' else '')
+@patch
+def _certainty(self: _Finding):
+    "Return the third sentence: what these origins can show, and how many a difference needs"
+    t = min(self.shown.values(), key=lambda t: np.nan_to_num(t['low'], nan=-np.inf))
+    found = f"These {self.n} origins can detect a difference of {percent(t['detectable'])} or more (80 % power)"
+    if self.verdict != 'cannot tell' or not np.isfinite(t['needed']): return f'{found}.'
+    return f"{found}; one of {percent(abs(t['skill']))} needs about {t['needed']:,.0f}."
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-038
 COLUMNS = ['scope', 'model', 'metric', 'value', 'low', 'high']
@@ -265,12 +296,24 @@ def verdict(self: Evaluation) -> str:
     "Return 'helped', 'did not help' or 'cannot tell'"
     return _verdict(self.tests, self.best_naive, self.settings['worthwhile'])
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
+@patch(as_prop=True)
+def light(self: Evaluation) -> str:
+    "Return a green, red or yellow circle with its word: better, not better or inconclusive"
+    return LIGHTS[self.verdict]
+
+@patch(as_prop=True)
+def sentences(self: Evaluation) -> list:
+    "Return the verdict with its reason, the differences with their intervals, and what the origins can show"
+    s = self.settings
+    found = _Finding(self.verdict, self.tests, self.best_naive, self.n, s['periods'], s['level'], s['worthwhile'])
+    return [found._reason(), found._difference(), found._certainty()]
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-049
 @patch(as_prop=True)
 def sentence(self: Evaluation) -> str:
     "Return the verdict in words"
-    periods, level = self.settings['periods'], self.settings['level']
-    return _sentence(self.verdict, self.tests, self.best_naive, self.n, periods, level)
+    return ' '.join(self.sentences)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-054
 @patch(as_prop=True)
@@ -296,19 +339,40 @@ def write_parquet(
     frame.to_parquet(buffer, index=False)
     return write_atomic(path, buffer.getvalue())
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #1b541a6e
+_FILES = ('rows.parquet', 'history.parquet', 'card.md')   # beside evaluation.json, which holds their hashes
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-059
 @patch
 def save(self: Evaluation,
     folder, # OUT/evaluation
 ) -> Path: # The folder
-    "Write rows.parquet, history.parquet, evaluation.json and card.md to `folder`"
+    "Write rows.parquet, history.parquet, evaluation.json, card.md and verdict.png to `folder`"
     folder = Path(folder)
     write_parquet(folder/'rows.parquet', self.rows)
     if self.history is not None: write_parquet(folder/'history.parquet', self.history)
     write_atomic(folder/'card.md', self.to_markdown())
+    save_figure(self.plot_verdict(), folder/'verdict.png')
     left_out = [] if self.left_out is None else self.left_out.to_dict('records')
     said = dict(settings=self.settings, left_out=left_out, verdict=self.verdict, sentence=self.sentence)
+    said['files'] = {name: sha256(folder/name) for name in _FILES if (folder/name).is_file()}
     return write_json(folder/EVALUATION, said).parent
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #65d26d1f
+_HOW = dict(lookback_window=int, predict_window=int, periods=int, paths=int, seed=int, overlap=int, draws=int,
+            level=float, worthwhile=float, sampling=dict)
+_LEFT_OUT = dict(symbol=str, count=int, reason=str)
+_FORM = dict(settings=_HOW, left_out=[_LEFT_OUT], verdict=str, sentence=str)
+
+def _read_rows(folder, hashes):
+    "Return rows and history, or None for a history that is not there"
+    damaged = [name for name, digest in hashes.items() if not (folder/name).is_file() or sha256(folder/name) != digest]
+    if damaged: raise RunError(f"{str(folder/damaged[0])!r} is not the file that was written. Evaluate the run again")
+    rows, past = folder/'rows.parquet', folder/'history.parquet'
+    try: return pd.read_parquet(rows), pd.read_parquet(past) if past.exists() else None
+    except Exception as e:   # whatever pyarrow raises
+        why = one_line(e)[:200]
+        raise RunError(f"the rows in {str(folder)!r} cannot be read ({why}). Evaluate the run again") from e
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-061
 @patch(cls_method=True)
@@ -321,11 +385,10 @@ def load(cls: Evaluation,
     if found is None:
         raise RunError(f"no evaluation in {str(folder)!r}: {EVALUATION} is missing. "
                        f"Run evaluate with out_dir={str(folder)!r} first")
-    said = json.loads((found/EVALUATION).read_text(encoding='utf-8'))
-    rows, past = found/'rows.parquet', found/'history.parquet'
-    history = pd.read_parquet(past) if past.exists() else None
+    said = read_json(found/EVALUATION, _FORM)
+    rows, history = _read_rows(found, said.get('files', {}))
     left_out = pd.DataFrame(said['left_out'], columns=['symbol', 'count', 'reason'])
-    return cls(pd.read_parquet(rows), said['settings'], history, left_out)
+    return cls(rows, said['settings'], history, left_out)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-064
 _SHOWN = ['crps', 'mase', 'rmse_pct', 'cover_80', 'direction', 'brier', 'qlike']
@@ -374,22 +437,99 @@ def _method(self: Evaluation):
 def _omissions(self: Evaluation, most=10):
     "Return what was left out and why; '' for nothing"
     if self.left_out is None or not len(self.left_out): return ''
-    named = '; '.join(f'{o.symbol}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
+    named = '; '.join(f'{md_text(o.symbol)}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
     rest = len(self.left_out) - most
     return f'Left out: {named}' + (f' and {rest} more.' if rest > 0 else '.')
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #92d0a6de
+_KEY = {
+    'against': 'the other forecast: `base` is the model before fine-tuning, the others are naive',
+    'CRPS skill': 'by how much the CRPS of the model is lower; below zero it is higher',
+    'interval': 'where that skill lies, from resampled origins; the model is better where all of it is above zero',
+    'Diebold-Mariano p': 'how often a difference as large would come by chance between equal forecasts',
+    'detectable skill': 'the smallest skill that these origins find in four of five cases',
+    'origins needed': 'how many origins would find the skill of this row in four of five cases'}
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #379c1c60
+_METRIC_KEY = {
+    'crps': 'error of the whole predicted distribution, in average one-bar moves; lower is better',
+    'mase': 'error of the median, in average one-bar moves; lower is better',
+    'rmse_pct': 'root mean squared error of the median, % of the last close; lower is better',
+    'cover_80': 'share of closes inside the 80 % band; 0.8 is right',
+    'direction': 'share of right directions; a coin has 0.5',
+    'brier': 'squared error of the probability of a rise; a coin has 0.25, lower is better',
+    'qlike': 'error of the predicted variance over the horizon; lower is better',
+    'ic, rank_ic': 'correlation of expected and realised returns across symbols, and of their ranks; `_t` and `_p` '
+                   'test whether it is zero'}
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #1a04a817
+@patch(as_prop=True)
+def summary(self: Evaluation) -> str:
+    "Return light and sentences as Markdown"
+    return '\n'.join((f'**{self.light}**\n', *(f'{o}  ' for o in self.sentences))).strip()
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #53cf3702
+@patch
+def details(self: Evaluation) -> str:
+    "Return comparisons, metrics and method as Markdown, each table with its key"
+    known = {k: v for k, v in _METRIC_KEY.items() if k in self.table() or k == 'ic, rank_ic' and len(self.ics)}
+    parts = ['### Compared with', md_table(self._compared()), md_key(_KEY), '### Metrics, with intervals',
+             md_table(self.table().reset_index())]
+    if len(self.ics): parts.append(md_table(self.ics.round(4).reset_index()))
+    parts += [md_key(known), '### Method', self._method(), self._omissions()]
+    return '\n\n'.join(p for p in parts if p) + '\n'
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-072
 @patch
 def to_markdown(self: Evaluation) -> str:
-    "Return the evaluation card: verdict, comparisons, metrics and method"
-    parts = ['## Evaluation', f'**{self.sentence}**', md_table(self._compared()), md_table(self.table().reset_index())]
-    if len(self.ics): parts.append(md_table(self.ics.round(4).reset_index()))
-    parts += [self._method(), self._omissions()]
-    return '\n\n'.join(p for p in parts if p) + '\n'
+    "Return the evaluation card: light, sentences, comparisons, metrics and method"
+    return '\n\n'.join(('## Evaluation', self.summary, self.details()))
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #f0eefa95
+def _draw_skill(ax, y, t, color):
+    "Draw one skill with its interval, in %, and write it at the right"
+    value, low, high = 100*t['skill'], 100*t['low'], 100*t['high']
+    ax.plot([low, high], [y, y], color=color, lw=3, alpha=.5, solid_capstyle='butt')
+    ax.plot(value, y, 'o', ms=5, color=color)
+    text = f"{value:+.1f} %" + (f" ({low:+.1f} to {high:+.1f})" if np.isfinite(low + high) else '')
+    ax.annotate(text, (1, y), (6, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', va='center',
+                fontsize=8, annotation_clip=False)
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #97e901bd
+@patch
+def plot_verdict(self: Evaluation): # The figure
+    "Draw the skill against the base and every baseline, with intervals"
+    t, colors = self.tests, {'base': COLORS['base'], self.best_naive: COLORS['history']}
+    names = {'base': 'the model before fine-tuning', self.best_naive: f'{self.best_naive} (best naive forecast)'}
+    fig, ax = figure(9, 1.1 + .27*len(t))
+    for y, (m, row) in enumerate(t.iterrows()): _draw_skill(ax, y, row, colors.get(m, COLORS['reference']))
+    ax.axvline(0, color=COLORS['reference'], lw=.8)
+    ax.axvline(100*self.settings['worthwhile'], color=COLORS['reference'], lw=.6, ls='--')
+    low, high = np.nanmin(t[['skill', 'low']]), np.nanmax(t[['skill', 'high']])
+    room = .05*max(high - low, .02)
+    ax.set(ylim=(len(t) - .5, -.5), xlim=(100*max(low - room, -1), 100*min(high + room, 1)))
+    ax.set_yticks(range(len(t)), [plain_text(names.get(m, m), 40) for m in t.index], fontsize=8)
+    ax.tick_params(axis='x', labelsize=8)
+    ax.set_xlabel('CRPS of the model lower by, %', fontsize=8)
+    word = self.light.partition(' ')[2]
+    color = COLORS[dict(zip(LIGHTS, ('best', 'truth', 'unsure')))[self.verdict]]
+    ax.set_title(f'{word}: CRPS against other forecasts, {self.n} origins', loc='left', fontsize=10, color=color)
+    return fig
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #557b252b
+@patch
+def summary_html(self: Evaluation) -> str:
+    "Return light, sentences and picture as HTML"
+    lines = ''.join(f'<div>{html.escape(o)}</div>' for o in self.sentences)
+    picture = base64.b64encode(png(self.plot_verdict())).decode()
+    return f"<b>{self.light}</b>{lines}<img src='data:image/png;base64,{picture}' style='max-width: 100%'>"
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-073
 @patch
 def _repr_markdown_(self: Evaluation): return self.to_markdown()
+
+@patch
+def _ipython_display_(self: Evaluation): show_card(self.summary, self.plot_verdict(), self.details())
 
 @patch
 def __repr__(self: Evaluation): return f'Evaluation({self.sentence})'
@@ -423,12 +563,15 @@ def _draw_fan(ax, rows, history):
     last = rows['last'].iloc[0]
     start = rows.iloc[:1].assign(h=0, y=last, **{c: last for c in QUANTILES})
     rows = pd.concat([start, rows])
-    ax.plot(range(1 - len(history), 1), history['close'], color=COLORS['history'], lw=.8)
-    for _, lo, hi in reversed(BANDS):
-        ax.fill_between(rows['h'], rows[lo], rows[hi], color=COLORS['model'], alpha=.2, lw=0)
+    ax.plot(range(1 - len(history), 1), history['close'], color=COLORS['history'], lw=.8, label='close, history')
+    for i, (_, lo, hi) in enumerate(reversed(BANDS)):
+        band = dict(color=COLORS['model'], alpha=.2, lw=0, label='' if i else '50, 80 and 95 % bands')
+        ax.fill_between(rows['h'], rows[lo], rows[hi], **band)
     ax.plot(rows['h'], rows['q50'], color=COLORS['model'], lw=1, label='median')
-    ax.plot(rows['h'], rows['y'], color=COLORS['truth'], lw=.8, label='actual')
-    ax.set_title(f"{rows['symbol'].iloc[0]}, {rows['origin'].iloc[0]:%Y-%m-%d %H:%M}", fontsize=8)
+    ax.plot(rows['h'], rows['y'], color=COLORS['truth'], lw=.8, label='what happened')
+    ax.set_title(f"{plain_text(rows['symbol'].iloc[0], 16)}, {date_text(rows['origin'].iloc[0])}", fontsize=8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.ticklabel_format(axis='y', useOffset=False)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-083
 @patch
@@ -439,7 +582,7 @@ def _draw_fans(self: Evaluation, axs):
     at = np.linspace(0, len(past) - 1, min(4, len(past))).round().astype(int)
     for ax, ((symbol, origin), history) in zip(axs, [past[i] for i in at]):
         _draw_fan(ax, rows[(rows['symbol'] == symbol) & (rows['origin'] == origin)], history)
-    axs[0].legend(fontsize=7, frameon=False)
+    for ax in axs[len(at):]: ax.set_axis_off()
     axs[0].set_ylabel('close')
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-084
@@ -450,7 +593,6 @@ def _draw_reliability(self: Evaluation, ax, models):
     ax.plot([0, 1], [0, 1], color=COLORS['reference'], lw=.6, ls='--')
     for m in models: ax.plot(LEVELS, found[m], 'o-', ms=3, lw=1, color=COLORS[m], label=m)
     ax.set(title='reliability', xlabel='quantile', ylabel='share below')
-    ax.legend(fontsize=7, frameon=False)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-085
 @patch
@@ -473,15 +615,16 @@ def _skill_axes(ax, name, note, margin, against):
 @patch
 def _draw_horizons(self: Evaluation, ax, models):
     "Draw the skill against the first baseline by horizon"
-    against = self.baselines[0]
+    against, said = self.baselines[0], []
     for m in models:
         p = diebold_mariano(self.losses[m]['crps'], self.losses[against]['crps'], self.settings['overlap'])[1]
+        said += [f'{m} {p_value(p)}']
         h = self.skill_by('h', m, against)
-        ax.plot(100 * h['skill'], '-', lw=1, color=COLORS[m], label=f'{m}, {p_value(p)}')
+        ax.plot(100 * h['skill'], '-', lw=1, color=COLORS[m])
         filled = np.where(h['p'] < .05, COLORS[m], 'white')
         ax.scatter(h.index, 100 * h['skill'], 400 / max(len(h), 40), filled, edgecolors=COLORS[m], zorder=3)
-    _skill_axes(ax, 'horizon', 'bars; filled: p < 0.05', .35, against)
-    ax.legend(fontsize=7, frameon=False, title='Diebold-Mariano, all dates', title_fontsize=7)
+    _skill_axes(ax, 'horizon', 'bars; filled: p < 0.05', .12, against)
+    ax.set_xlabel(f"{ax.get_xlabel()}\nall dates: {', '.join(said)}")
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-089
 @patch
@@ -499,10 +642,11 @@ def _draw_periods(self: Evaluation, ax, models):
 def plot(self: Evaluation): # The figure
     "Draw forecasts, reliability, PIT, and skill by horizon and by period"
     models = [m for m in ('model', 'base') if m in self.models]
-    fig, axs = figure(12, 5.2, 2, 4)
+    fig, axs = figure(13.5, 5.2, 2, 4)
     self._draw_fans(axs[0])
     self._draw_reliability(axs[1, 0], models)
     self._draw_pit(axs[1, 1])
     self._draw_horizons(axs[1, 2], models)
     self._draw_periods(axs[1, 3], models)
+    legend_beside(fig)
     return fig

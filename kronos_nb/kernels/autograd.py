@@ -6,7 +6,7 @@
 __all__ = ['Dropout', 'causal_attention', 'rms_norm', 'swiglu', 'cross_entropy']
 
 # %% ../../nbs/api/2_kernels/21_autograd.ipynb #cell-002
-import importlib, threading
+import importlib, sys, threading
 from functools import cache
 
 import numpy as np
@@ -162,8 +162,12 @@ class _CausalBlocks(torch.autograd.Function):
         return *(o.view(ctx.shape) for o in (dq.mul_(q.shape[-1]**-.5), dk, dv)), None
 
 # %% ../../nbs/api/2_kernels/21_autograd.ipynb #cell-032
-@torch.compiler.disable
 def _causal_blocks(q, k, v, dropout_p): return _CausalBlocks.apply(q, k, v, dropout_p)
+
+def __getattr__(name):
+    "Make `_blocks_outside_graphs` at its first use"
+    if name != '_blocks_outside_graphs': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return globals().setdefault(name, torch.compiler.disable(_causal_blocks))
 
 # %% ../../nbs/api/2_kernels/21_autograd.ipynb #cell-033
 def causal_attention(
@@ -172,7 +176,9 @@ def causal_attention(
     dropout_p: float = 0., # On the weights
 ):  # (B, H, T, head_dim)
     "Return softmax(q k' / sqrt(head_dim)) v over the bars up to each"
-    if mask is None and q.device.type == 'cpu': return _causal_blocks(q, k, v, dropout_p)
+    if mask is None and q.device.type == 'cpu':
+        if not torch.compiler.is_compiling(): return _causal_blocks(q, k, v, dropout_p)
+        return sys.modules[__name__]._blocks_outside_graphs(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None)
 
 # %% ../../nbs/api/2_kernels/21_autograd.ipynb #cell-044

@@ -6,6 +6,7 @@
 __all__ = ['Panel']
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-002
+import asyncio
 import contextlib
 import html
 import traceback
@@ -32,6 +33,32 @@ def widget_tree(
             todo += [v for v in values if isinstance(v, Widget)]
     return list(found.values())
 
+# %% ../../nbs/api/9_faces/90_base.ipynb #34fe3e9d
+class Later:
+    "Call a function once after a series of changes"
+    def __init__(self,
+        function,
+        pause: float = .3, # Seconds without a change
+    ):
+        self.function, self.pause, self.timer = function, pause, None
+
+    def ask(self):
+        "Call soon, in the thread of the event loop; at once where none runs"
+        self.cancel()
+        try: loop = asyncio.get_running_loop()
+        except RuntimeError: return self.function()
+        self.timer = loop.call_later(self.pause, self.settle)
+
+    def settle(self):
+        "Call now if a call is due"
+        if self.cancel(): self.function()
+
+    def cancel(self) -> bool: # Whether a call was due
+        "Forget the call that is due"
+        timer, self.timer = self.timer, None
+        if timer is not None: timer.cancel()
+        return timer is not None
+
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-009
 class _Widgets:
     widget = None   # The outermost one, once `open` has made it
@@ -46,8 +73,14 @@ class _Widgets:
             self.refresh()
         return self.widget
 
+    def _later(self): return [o for o in vars(self).values() if isinstance(o, Later)]
+    def settle(self):
+        "Do now what waits for a pause"
+        for later in self._later(): later.settle()
+
     def close(self):
         "Close all widgets of the panel"
+        for later in self._later(): later.cancel()
         for w in widget_tree(self.widget) if self.widget is not None else []: w.close()
         self.widget = None
 
@@ -123,19 +156,30 @@ def guarded(
     return handler
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-025
-def button(text, output, function, icon='', style=''):
+def button(text, output, function, icon='', style='', hint=''):
     "Return a button that calls `function` and shows its error in `output`"
     import ipywidgets as W
-    b = W.Button(description=text, icon=icon, button_style=style, layout=W.Layout(width='auto'))
+    b = W.Button(description=text, icon=icon, button_style=style, tooltip=hint or text, layout=W.Layout(width='auto'))
     b.on_click(guarded(output, function))
     return b
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #8d0aed97
+@contextlib.contextmanager
+def working(
+    button,    # It takes no click meanwhile
+    text: str, # Its label meanwhile
+):
+    "Show on a button that its work is going on"
+    label, button.description, button.disabled = button.description, text, True
+    try: yield
+    finally: button.description, button.disabled = label, False
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-026
 def html_box(*classes):
     "Return an empty HTML widget with CSS classes"
     import ipywidgets as W
     box = W.HTML()
-    for name in classes: box.add_class(name)
+    for name in ('knb', *classes): box.add_class(name)
     return box
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-027
@@ -157,37 +201,95 @@ def show_figure(
 def code_html(text: str) -> str: return f'<pre>{html.escape(text)}</pre>'
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-030
-def folded(*titles):
-    "Return an accordion that opens on a click, and its HTML boxes"
+class Folded:
+    "Texts that open on a click; a text is made while it is open, so that a closed one costs nothing"
+    def __init__(self, output, **texts): # HTML widget for errors; title -> function that returns the text
+        import ipywidgets as W
+        self.output, self.texts = output, list(texts.values())
+        self.boxes = [html_box('knb-code') for _ in texts]
+        self.widget = W.Accordion(children=self.boxes, selected_index=None)
+        self.widget.add_class('knb-fold')
+        for i, title in enumerate(texts): self.widget.set_title(i, title.replace('_', ' '))
+        self.widget.observe(guarded(output, self.fill), 'selected_index')
+
+    def fill(self):
+        "Make the text that is open"
+        i = self.widget.selected_index
+        if i is not None: self.boxes[i].value = code_html(self.texts[i]())
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #f45b07ba
+def grid(controls):
+    "Return controls in columns of equal width, as many as fit"
     import ipywidgets as W
-    boxes = [html_box('knb-code') for _ in titles]
-    accordion = W.Accordion(children=boxes, selected_index=None)
-    accordion.add_class('knb-fold')
-    for i, title in enumerate(titles): accordion.set_title(i, title)
-    return accordion, boxes
+    box = W.GridBox(list(controls))
+    box.add_class('knb-grid')
+    return box
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #31bb9949
+def bar(*parts):
+    "Return widgets in a row that wraps"
+    import ipywidgets as W
+    box = W.HBox(parts)
+    box.add_class('knb-bar')
+    return box
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-032
-CSS = """<style>
+_LOOK = """
 .knb-changed .widget-label, .knb-changed label {font-weight: 700; color: #b3541e}
 .knb-note, .knb-note .widget-html-content {line-height: 1.35; font-size: 12px; color: #666}
 .knb-note b {color: #b3541e} .knb-note i {color: #c62828; font-style: normal; font-weight: 600}
 .knb-code pre {margin: 0; padding: 6px 8px; background: #f6f6f6; color: #222}
 .knb-code pre {font-size: 12px; line-height: 1.35; overflow: auto; white-space: pre}
 .knb table {font-size: 12px; border-collapse: collapse; line-height: 1.3; margin: 4px 0} .knb td {white-space: nowrap}
-.knb.widget-html > .widget-html-content {line-height: 1.45}
+.knb.widget-html > .widget-html-content {line-height: 1.45; overflow-x: auto}
 .knb td, .knb th {padding: 1px 10px 1px 0; text-align: left; border: 0}
 .knb tr:nth-child(even) td {background: #f7f7f7} .knb th {color: #555; font-weight: 600}
 .knb-fold .jupyter-widget-Collapse-header, .knb-fold .p-Collapse-header, .knb-fold .lm-Collapse-header
   {padding: 3px 8px; font-size: 12px}
 .knb-fold .p-Collapse, .knb-fold .lm-Collapse {margin-top: 2px}
-.knb-error {color: #c62828}
-</style>"""
+.knb-error {color: #c62828; overflow-wrap: anywhere}"""
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #8ca319f2
+_SIZES = """
+.knb-page {container-type: inline-size; max-width: 1100px}
+.knb-grid {grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 2px 14px}
+.knb-grid > .widget-inline-hbox, .knb-grid > button {width: auto; min-width: 0; margin: 1px 0}
+.knb-bar {flex-wrap: wrap; align-items: center; gap: 2px 6px}
+.knb-rows {grid-template-columns: minmax(260px, 330px) 160px 1fr; overflow: auto; max-height: 300px}
+.knb-rows {align-items: center; gap: 2px 8px}
+.knb-rows > * {width: auto; margin: 0; min-width: 0}
+.knb-wrap td {white-space: normal}
+.knb-picture {overflow-x: auto; overflow-y: hidden} .knb-picture img {max-width: none}
+.knb-upload {font-size: 0} .knb-upload i {font-size: 13px}
+.knb-upload::after {content: "Upload a file"; font-size: 13px}
+.knb-tabs > div > .lm-TabBar-content, .knb-tabs > div > .p-TabBar-content {flex-wrap: wrap}"""
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #7feea089
+_NARROW = """
+@media (max-width: 760px) {
+  .knb-tabs .lm-TabBar-tab, .knb-tabs .p-TabBar-tab {flex: 0 1 auto; min-width: 0; max-width: none}
+}
+@container (max-width: 700px) {
+  .knb-rows {grid-template-columns: 1fr 84px} .knb-rows > :nth-child(3n) {grid-column: 1 / -1; margin-bottom: 8px}
+  .knb-rows .widget-label {width: 112px !important} .knb-rows .widget-hslider {width: auto !important; min-width: 0}
+  .knb-picture img {min-width: 640px}
+}"""
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #1bc91ae0
+CSS = f'<style>{_LOOK}{_SIZES}{_NARROW}</style>'
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-033
 def panel_page(*parts):
-    "Return the parts below each other, with the style of all panels"
+    "Return the parts below each other, with the style of all panels; wide pictures scroll"
     import ipywidgets as W
-    return W.VBox([W.HTML(CSS), *parts], layout=W.Layout(max_width='1000px'))
+    def framed(part):
+        if not isinstance(part, W.Image): return part
+        frame = W.Box([part])
+        frame.add_class('knb-picture')
+        return frame
+    page = W.VBox([W.HTML(CSS), *map(framed, parts)])
+    page.add_class('knb-page')
+    return page
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-041
 @contextlib.contextmanager
@@ -203,6 +305,16 @@ def value_of(
 ):
     "Return the value of a panel, such as a ConfigPanel's config; anything else as it is"
     return x.value if isinstance(x, Panel) else x
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #8294c5a4
+def bars_of(
+    x, # A panel with bars, or what `fit` takes
+):
+    "Return the bars that a data panel has read; anything else as it is"
+    return x.bars if isinstance(x, Panel) else x
+
+# %% ../../nbs/api/9_faces/90_base.ipynb #93e07727
+AT_WORK = {}   # Resolved folder -> the job that runs there
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-047
 def is_sample(source) -> bool: return isinstance(source, str) and source == 'sample'

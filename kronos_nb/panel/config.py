@@ -8,39 +8,56 @@ __all__ = ['ConfigPanel']
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-002
 import dataclasses
 import html
+import json
 import math
 import typing
 
 import yaml
 from fastcore.basics import patch
 
-from ..core import ConfigError, KronosError
+from ..core import ConfigError, KronosError, RunError
 from ..settings import format_setting, span_text
-from ..config import PRESETS, SECTIONS, VARIANTS, Config
-from ..train import resolve
-from ..estimate import architecture, estimate, n_params
+from ..config import OWN, PRESET_NAMES, SECTIONS, VARIANTS, Config
+from ..estimate import architecture, estimate
+from ..fitting.prepare import prepare
+from ..own import config_for, is_own, own_config, plan_table
 from .base import (
-    Panel, code_html, error_html, folded, guarded, html_box, ignoring_changes, panel_page, source_text, value_of)
+    AT_WORK, Later, Panel, bar, bars_of, button, Folded, guarded, html_box, ignoring_changes, is_sample,
+    panel_page, source_text, value_of, working)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-007
-def preset_of(config) -> str | None: return config if isinstance(config, str) and config in PRESETS else None
+def preset_of(
+    config,        # As for `fit`
+    data='sample', # As for `fit`
+) -> str | None:
+    "Return the name of the preset that a run starts from; None where it is given setting by setting"
+    if is_own(data, config): return OWN
+    if config is None: return 'quickstart'
+    return config if isinstance(config, str) and config in PRESET_NAMES else None
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-008
 def changes_from(
     preset: str | None, # None: the defaults
     cfg: Config,
+    bars=None,          # For the preset own, which fits the rest to them
 ) -> dict: # 'section.name' -> value in `cfg`
-    "Return the settings that differ from a preset"
-    return cfg.diff(Config.preset(preset) if preset else Config())['this'].to_dict()
+    "Return the settings to change in a preset so that it gives `cfg`"
+    if preset != OWN: return cfg.diff(Config.preset(preset) if preset else Config())['this'].to_dict()
+    changes, more = {}, None
+    while more is None or more: # a given setting may move others, which are then given, too
+        more = cfg.diff(own_config(bars, changes))['this'].to_dict()
+        changes |= more
+    return changes
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-009
 def as_yaml(
     cfg: Config,
     preset: str | None = None, # As in `changes_from`
+    bars=None,                 # As in `changes_from`
 ) -> str: # For `Config.load`
     "Return a configuration as YAML"
     groups = {'preset': preset} if preset else {}
-    for path, value in changes_from(preset, cfg).items():
+    for path, value in changes_from(preset, cfg, bars).items():
         section, _, name = path.partition('.')
         groups.setdefault(section, {})[name] = value
     return yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
@@ -58,13 +75,25 @@ def as_code(
     preset: str | None = None, # As in `changes_from`
     data='sample',
     out_dir=None,
+    bars=None,                 # As in `changes_from`
 ) -> str:
     "Return a configuration as a call of `fit`"
     args = [source_text(data), repr(preset) if preset else 'Config()']
     if out_dir is not None: args.append(repr(str(out_dir)))
-    if changes := changes_from(preset, cfg): args.append(_keywords(changes))
+    if changes := changes_from(preset, cfg, bars): args.append(_keywords(changes))
     head = '' if preset else 'from kronos_nb.config import Config\n'
     return f"{head}from kronos_nb.train import fit\n\nresult = fit({', '.join(args)})"
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #fb241689
+def suited(
+    data,      # A source of bars
+    bars=None, # What was read from it; None: nothing could be
+    changes=None, # Settings that are given
+) -> tuple: # Name of the preset or None, and the `Config`
+    "Return the settings to start with for a source"
+    if is_sample(data): return 'quickstart', Config.preset('quickstart', **changes or {})
+    if bars is not None: return OWN, own_config(bars, changes)
+    return None, Config.preset('quickstart', **{'data.symbols': None, 'base.symbols': None} | (changes or {}))
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-015
 def check_section(
@@ -185,13 +214,15 @@ class _ConfigView(Panel):
     busy = False
 
     def __init__(self,
-        config='quickstart', # A preset's name, a YAML file, a dict, or a `Config`
-        data='sample',       # As for `fit`, or a DataPanel
-        out_dir=None,        # Folder in the code; None leaves it out
+        config=None,   # As for `fit`: a preset's name, a YAML file, a dict, a `Config`; None: what suits the bars
+        data='sample', # As for `fit`, or a DataPanel
+        out_dir=None,  # Folder in the code; None leaves it out
     ):
-        self.preset, self.data, self.out_dir = preset_of(config), data, out_dir
-        self.base = self.cfg = resolve(config, {})
+        self.data, self.out_dir, source = data, out_dir, value_of(data)
+        self.preset = preset_of(config, source)
+        self.base = self.cfg = config_for(bars_of(data) if self.preset == OWN else source, config)
         self.rows, self.errors = {}, {}   # 'section.name' -> SettingRow, and -> message
+        self.later, self.known = Later(self._show_rest), set()   # code and estimate, and what was measured for it
 
     @property
     def config(self) -> Config:
@@ -201,39 +232,83 @@ class _ConfigView(Panel):
     value = config
 
     @property
-    def code(self) -> str: return as_code(self.cfg, self.preset, value_of(self.data), self.out_dir)
+    def code(self) -> str:
+        return as_code(self.cfg, self.preset, value_of(self.data), self.out_dir, bars_of(self.data))
     @property
-    def yaml(self) -> str: return as_yaml(self.cfg, self.preset)
+    def yaml(self) -> str: return as_yaml(self.cfg, self.preset, bars_of(self.data))
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-038
-class ConfigPanel(_ConfigView):
-    "Show and change all settings of a run"
-    usage = ("panel.set(**{'predictor.lr': 1e-5}) changes settings, panel.config.table() lists them all, "
-             "panel.code and panel.yaml return them as text")
-
+class _ConfigChanges(_ConfigView):
     def set(self, **changes): # As for `Config.replace`
         "Change settings"
         self.cfg = self.config.replace(**changes)
         self.refresh()
 
     def use_preset(self, preset: str):
-        "Start again from a preset"
-        self.preset, self.base, self.cfg, self.errors = preset, Config.preset(preset), Config.preset(preset), {}
+        "Start again from a preset; the bars stay those of the data panel"
+        source = value_of(self.data)
+        choice = self.data.settings if isinstance(self.data, Panel) else {}
+        fitted = preset == OWN
+        base = own_config(bars_of(self.data), choice) if fitted else config_for(source, preset)
+        self.preset, self.base, self.errors = preset, base, {}
+        self.cfg = base if fitted else base.replace(**choice)
         self.refresh()
+
+    def refresh(self):
+        with ignoring_changes(self):
+            if self.rows: self.presets.value = self.preset or ''
+            for path, value in _values(self.cfg).items():
+                if path in self.rows: self.rows[path]._show(value)
+        self._read_controls()
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #881e26dc
+class _FittedConfig(_ConfigChanges):
+    def suit(self,
+        data,        # A source of bars
+        bars=None,   # What was read from it; None: nothing could be
+        choice=None, # Settings that say which of its bars
+        new=True,    # False: another choice among the same bars
+    ):
+        "Start from what suits the bars; keep the changes that are not about bars"
+        dropped = ('data', 'base') if new else ()
+        kept = {path: v for path, v in self.cfg.diff(self.base)['this'].items()
+                if path.partition('.')[0] not in dropped and path not in (choice or {})}
+        self.preset, self.base = suited(data, bars, choice)
+        self.cfg, self.errors = self.base.replace(**kept), {}
+        self.refresh()
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #27f692b3
+def _measured_parts(cfg: Config):
+    "Return what the measurement of a window depends on"
+    d, r = cfg.data, cfg.runtime
+    stages = [(s, getattr(cfg, s)) for s in ('tokenizer', 'predictor')]
+    models = [(json.dumps(architecture(s, k, d.features)), k.batch_size) for s, k in stages]
+    return *models, d.lookback_window + d.predict_window, r.device, r.precision, r.gradient_checkpointing, r.micro_batch
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #5c94664a
+class ConfigPanel(_FittedConfig):
+    "Show and change all settings of a run"
+    usage = ("panel.set(**{'predictor.lr': 1e-5}) changes settings, panel.measure() measures time and memory, "
+             "panel.config.table() lists them all, panel.code and panel.yaml return them as text")
+
+    def measure(self): # A frame: what, chosen, change it with
+        "Measure the run on this machine, and return what it will do and how long that takes"
+        if AT_WORK:
+            raise RunError(f"a run is at work in {', '.join(AT_WORK)}, and measuring would disturb it; "
+                "stop it first, or read the time left on its page")
+        cfg, bars = self.config, self._estimated_bars()
+        table = plan_table(cfg, prepare(bars, cfg))
+        estimate(cfg, bars)
+        self.known.add(_measured_parts(cfg))
+        return table
 
     def text(self) -> str:
         name = self.preset or 'the given configuration'
         changes = self.cfg.diff(self.base, names=('here', name))
         head = changes.to_string() if len(changes) else f'no changes from {name}'
-        try: cost = self._cost_text(_is_quick(self.cfg))
+        try: cost = self._cost_text()
         except KronosError as e: cost = f'{type(e).__name__}: {e}'
         return f'{head}\n\n{cost}\n\n# as code\n{self.code}\n\n# as YAML\n{self.yaml}'
-
-    def refresh(self):
-        with ignoring_changes(self):
-            for path, value in _values(self.cfg).items():
-                if path in self.rows: self.rows[path]._show(value)
-        self._read_controls()
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-040
 def _values(cfg): return {f'{s}.{k}': v for s in SECTIONS for k, v in vars(getattr(cfg, s)).items()}
@@ -255,18 +330,18 @@ def _read_controls(self: ConfigPanel):
         row._annotate(base[path], bool(wrong) or values[path] != base[path], wrong)
     self._summarise()
 
-# %% ../../nbs/api/9_faces/91_config.ipynb #cell-043
-def _is_quick(cfg):
-    "Return whether a window of both models is measured within about a second"
-    archs = {s: architecture(s, getattr(cfg, s), cfg.data.features) for s in ('tokenizer', 'predictor')}
-    window = cfg.data.lookback_window + cfg.data.predict_window
-    return all(a is not None and n_params(s, a)*window < 5e7 for s, a in archs.items())
-
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-044
 @patch
-def _cost_text(self: ConfigPanel, measured):
-    "Return what the run costs, in a sentence"
-    return estimate(self.cfg, value_of(self.data), measured=measured).sentence
+def _estimated_bars(self: ConfigPanel):
+    "Return the bars of the run as they are read already, or their source where a base needs other symbols, too"
+    return value_of(self.data) if self.cfg.base.symbols else bars_of(self.data)
+
+@patch
+def _cost_text(self: ConfigPanel):
+    "Return what the run costs, in a sentence, without what was not measured"
+    measured = _measured_parts(self.cfg) in self.known
+    text = estimate(self.cfg, self._estimated_bars(), measured=measured).sentence
+    return ', '.join(part for part in text.split(', ') if not part.startswith('unknown'))
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-045
 @patch
@@ -275,17 +350,30 @@ def _count_changes(self: ConfigPanel):
     if self.errors:
         return f"<i>{len(self.errors)} settings are invalid: {html.escape(', '.join(self.errors))}</i>"
     n = len(self.cfg.diff(self.base))
-    return f"{n or 'no'} change{'s'*(n != 1)} from the {'preset' if self.preset else 'given configuration'}"
+    start = f'preset {self.preset}' if self.preset else 'given configuration'
+    return f"{n or 'no'} change{'s'*(n != 1)} from the {start}"
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-046
 @patch
 def _summarise(self: ConfigPanel):
-    self.count.value = self._count_changes()
-    head = '# the last valid settings\n' if self.errors else ''
-    for box, text in zip(self.folded, (self.code, self.yaml)): box.value = code_html(head + text)
-    if self.errors: return
-    try: self.cost.value = html.escape(self._cost_text(self.measured.value))
-    except KronosError as e: self.cost.value = error_html(e)
+    self.count.value, self.plan.value = self._count_changes(), ''
+    self.later.ask()
+
+@patch
+def _show_rest(self: ConfigPanel):
+    "Show what takes longer than an edit: the estimate, and code or YAML where they are open"
+    def show():
+        self.folded.fill()
+        if not self.errors: self.cost.value = html.escape(self._cost_text())
+    guarded(self.cost, show)()
+
+# %% ../../nbs/api/9_faces/91_config.ipynb #7ef46fcd
+@patch
+def _show_plan(self: ConfigPanel):
+    "Show the plan of the run, with measured times"
+    with working(self.measuring, 'Measuring …'): table = self.measure()
+    self._show_rest()
+    self.plan.value = table.to_html(index=False, border=0)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-049
 @patch
@@ -295,16 +383,17 @@ def _make_page(self: ConfigPanel, section, layouts, empty):
     kinds = typing.get_type_hints(cls)
     rows = [SettingRow(section, f, kinds[f.name], layouts, self._read_controls) for f in dataclasses.fields(cls)]
     self.rows |= {f'{section}.{row.name}': row for row in rows}
-    cells = [cell for row in rows for cell in (row.control, row.slider or empty, row.note)]
-    return W.GridBox(cells, layout=W.Layout(
-        grid_template_columns='335px 160px 1fr', max_height='320px', overflow='auto', align_items='center'))
+    page = W.GridBox([cell for row in rows for cell in (row.control, row.slider or empty, row.note)])
+    page.add_class('knb-rows')
+    return page
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-050
 @patch
 def _make_tabs(self: ConfigPanel):
     import ipywidgets as W
-    layouts, empty = dict(control=W.Layout(width='330px'), note=W.Layout(width='auto')), W.Box()
+    layouts, empty = dict(control=W.Layout(), note=W.Layout(width='auto')), W.Box()
     tabs = W.Tab(children=[self._make_page(s, layouts, empty) for s in SECTIONS])
+    tabs.add_class('knb-tabs')
     for i, s in enumerate(SECTIONS): tabs.set_title(i, s)
     tabs.selected_index = 0
     return tabs
@@ -313,27 +402,27 @@ def _make_tabs(self: ConfigPanel):
 @patch
 def _make_head(self: ConfigPanel):
     import ipywidgets as W
-    look = dict(layout=W.Layout(width='260px'), style=dict(description_width='60px'))
-    given = [] if self.preset else [('as given', '')]
-    presets, variants = [(p, p) for p in PRESETS], [(v, v) for v in VARIANTS]
-    self.presets = W.Dropdown(description='preset', options=[*given, *presets], value=self.preset or '', **look)
+    look = dict(layout=W.Layout(width='250px'), style=dict(description_width='60px'))
+    presets, variants = [(p, p) for p in PRESET_NAMES], [(v, v) for v in VARIANTS]
+    presets = [('as given', ''), *presets]
+    self.presets = W.Dropdown(description='preset', options=presets, value=self.preset or '', **look)
     self.variants = W.Dropdown(description='variant', options=[('choose', ''), *variants], value='', **look)
     def use_preset():
-        if self.presets.value: self.use_preset(self.presets.value)
+        if self.presets.value and not self.busy: self.use_preset(self.presets.value)
     def use_variant():
         if self.variants.value: self.set(**VARIANTS[self.variants.value])
     self.presets.observe(guarded(self.error, use_preset), 'value')
     self.variants.observe(guarded(self.error, use_variant), 'value')
-    return W.HBox([self.presets, self.variants, self.count], layout=W.Layout(align_items='center'))
+    return bar(self.presets, self.variants, self.count)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-053
 @patch
 def _build(self: ConfigPanel):
-    import ipywidgets as W
     self.count, self.cost, self.error = html_box('knb-note'), html_box(), html_box()
-    self.measured = W.Checkbox(description='measure time and memory here', value=_is_quick(self.cfg), indent=False,
-        layout=W.Layout(width='240px'))
-    self.measured.observe(lambda _: self._summarise(), 'value')
-    cost = W.HBox([self.measured, self.cost], layout=W.Layout(align_items='center'))
-    fold, self.folded = folded('as code', 'as YAML')
-    return panel_page(self._make_head(), self._make_tabs(), cost, self.error, fold)
+    self.measuring = button('Measure time and memory', self.error, self._show_plan, 'clock-o',
+        hint='Measure a step of both models here, and list what the run will do')
+    self.plan = html_box('knb-wrap')
+    valid = lambda text: ('# the last valid settings\n' if self.errors else '') + text
+    self.folded = Folded(self.error, as_code=lambda: valid(self.code), as_YAML=lambda: valid(self.yaml))
+    cost = bar(self.measuring, self.cost)
+    return panel_page(self._make_head(), self._make_tabs(), cost, self.plan, self.error, self.folded.widget)

@@ -6,26 +6,34 @@
 __all__ = ['plot_window', 'DataPanel']
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-002
+import contextlib
+import glob
+import html
 import os
+import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 
+from ..core import DataError, KronosError
 from ..settings import format_setting
-from ..config import Config, DataConfig
-from ..display import COLORS, figure
+from ..config import OWN, Config, DataConfig
+from ..display import COLORS, date_text, figure, interval_text, percent, plain_text
 from ..data.augment import Augment
 from ..data.check import check_klines
 from ..data.normalize import NORMALIZERS
+from ..data.read import read_klines
 from ..data.repair import repair_klines
 from ..data.window import WindowDataset
 from ..fitting.prepare import load_bars
 from ..training.run import Run
 from .base import (
-    Panel, code_html, folded, guarded, html_box, ignoring_changes, is_sample, panel_page, picture, read_call,
-    show_figure, value_of)
-from .config import ConfigPanel
+    Folded, Later, Panel, grid, guarded, html_box, ignoring_changes, is_sample, panel_page, picture,
+    read_call, show_figure, source_text, value_of)
+from .config import ConfigPanel, suited
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-007
 FILE_ENDS = ('.csv', '.csv.gz', '.zip', '.parquet', '.feather')
@@ -46,6 +54,46 @@ def find_bar_files(
             found += [str(Path(folder)/f) for f in sorted(files) if f.lower().endswith(FILE_ENDS)]
             if len(found) >= most: return found[:most]
     return found
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #386df96e
+UPLOAD_ENDS = (*FILE_ENDS, '.pq', '.txt', '.tsv', '.txt.gz', '.tsv.gz')
+UPLOAD_BYTES = 100_000_000   # a larger file is read where it lies
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #214a2259
+def _plain_name(name):
+    "Return the last part of a path in letters, digits, dots, dashes and underscores; raise unless it may hold bars"
+    plain = re.sub(r'[^\w.-]+', '_', re.split(r'[/\\]', name)[-1])[-100:].lstrip('._-')
+    if plain.lower().endswith(UPLOAD_ENDS): return plain
+    raise DataError(f"an uploaded file must end in {', '.join(UPLOAD_ENDS)}, got {name[-100:]!r}; save it as csv")
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #a3270364
+def _free_file(folder, name, content):
+    "Return the file of this name, or of this name and a number, that is not there or holds the content already"
+    stem, dot, ends = name.partition('.')
+    taken = lambda file: file.exists() and not (file.is_file() and file.read_bytes() == content)
+    numbered = (folder/f'{stem}-{i}{dot}{ends}' for i in range(2, 10**6))
+    first = folder/name
+    return first if not taken(first) else next(file for file in numbered if not taken(file))
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #f2607af0
+def save_upload(
+    name: str,        # As the browser gives it
+    content: bytes,
+    folder='uploads', # Made if needed
+) -> Path: # The file
+    "Keep an uploaded file of bars; raise `DataError` and leave nothing where it is none"
+    plain, folder = _plain_name(name), Path(folder)
+    if len(content) > UPLOAD_BYTES:
+        raise DataError(f"{plain} has {len(content)/1e6:.0f} MB, and an upload may have {UPLOAD_BYTES/1e6:.0f}; "
+            "copy it beside the notebook and type its path")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.') as trial:
+        tried = Path(trial)/plain
+        tried.write_bytes(content)
+        if read_klines(tried).empty: raise DataError(f'{plain} holds no bars; it needs a time and four prices a row')
+        file = _free_file(folder, plain, content)
+        os.replace(tried, file)
+    return file
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-012
 def _window_data(bars, cfg, index, seed):
@@ -76,13 +124,16 @@ def plot_window(
     axes[2].plot(plain[:, 3], color=COLORS['history'], lw=2.5, alpha=.3)
     axes[2].plot(augmented[:, 3], color=COLORS['model'], lw=1)
     symbol, first, _ = ds.where(index)
-    titles = (f'{symbol}, close, from {first:%Y-%m-%d}', 'normalised, in sigmas',
+    titles = (f'{plain_text(symbol)}, close, from {first:%Y-%m-%d}', 'normalised, in sigmas',
         'augmented' if cfg.augment.on else 'augmented: nothing is switched on')
     for ax, title in zip(axes, titles):
         ax.set_title(title, fontsize=10)
         ax.axvline(ds.lookback_window - .5, ls='--', lw=.7, color=COLORS['reference'])
     axes[1].legend(fontsize=8)
     return fig
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #ef1136bf
+def _choice_of(cfg): return {name: getattr(cfg.data, name) for name in ('symbols', 'start', 'end', 'repair')}
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-018
 class _BarChoice(Panel):
@@ -92,66 +143,154 @@ class _BarChoice(Panel):
         source='sample', # A file, a folder, a frame of bars, or 'sample'
         config=None,     # A ConfigPanel that follows the choice; or a `Config`, for the windows; None: the defaults
         folders=('.', '/kaggle/input'), # Where to look for files
+        uploads='uploads', # Where uploaded files are kept
     ):
-        self.source, self.config, self.folders = source, config, folders
-        cfg = config.cfg if isinstance(config, ConfigPanel) else config or Config()
-        self.choice = {name: getattr(cfg.data, name) for name in ('symbols', 'start', 'end', 'repair')}
+        self.source, self.config, self.folders, self.uploads = source, config, folders, uploads
+        self.choice = _choice_of(config.cfg if isinstance(config, ConfigPanel) else config or Config())
+        self.was_read = None, None   # what was read, and its bars, changes and report
+        self.fitted = self.unsuited = None   # what the settings were fitted to, and why they could not be
+        self.later = Later(lambda: self._draw_guarded(), .15)
 
     @property
     def value(self): return self.source
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #d35baffe
+class _ChosenBars(_BarChoice):
+    @property
+    def bars(self) -> pd.DataFrame: return self.read()[0]
     @property
     def settings(self) -> dict:
         "Return the choice for `Config.replace`"
         base = {} if is_sample(self.source) else {'base.symbols': None}
         return base | {f'data.{name}': v for name, v in self.choice.items()}
     @property
-    def extra_features(self) -> tuple | None: return value_of(self.config).data.extra_features if self.config else None
-
+    def extra_features(self) -> tuple | None:
+        cfg = self.config.cfg if isinstance(self.config, ConfigPanel) else self.config or Config()
+        return cfg.data.extra_features
     @property
-    def code(self) -> str: return _reading_code(self.source, self.choice, self.extra_features)
+    def code(self) -> str: return self.reading()
+    def reading(self, symbols=None) -> str: # None: those chosen
+        "Return code that reads the bars"
+        choice = self.choice | dict(symbols=symbols or self.choice['symbols'])
+        return _reading_code(self.source, choice, self.extra_features)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-019
 def _reading_code(source, choice, extra):
-    "Return code that reads, repairs and checks the bars"
+    "Return code that reads and repairs the bars"
     choice = dict(choice)
     repair = choice.pop('repair') == 'standard'
-    features = f', features=(*FEATURES, *{tuple(extra)!r})' if extra else ''
-    lines = ['from kronos_nb.core import FEATURES'] if extra else []
-    lines += ['from kronos_nb.data.kline import check_klines, read_klines, repair_klines, sample_klines', '']
+    lines = ['from kronos_nb.core import FEATURES'] if extra and repair else []
+    names = 'read_klines, repair_klines, sample_klines' if repair else 'read_klines, sample_klines'
+    lines += [f'from kronos_nb.data.kline import {names}', '']
     lines += [f'bars = {read_call(source, **choice, extra_features=extra)}']
-    if repair: lines += [f'bars, changes = repair_klines(bars{features})']
-    return '\n'.join([*lines, f'check_klines(bars{features})'])
+    features = f', features=(*FEATURES, *{tuple(extra)!r})' if extra else ''
+    return '\n'.join(lines + [f'bars, changes = repair_klines(bars{features})']*repair)
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #9b493db2
+def _files_of(source):
+    "Return the files of a source"
+    if isinstance(source, (list, tuple)): return [f for o in source for f in _files_of(o)]
+    if Path(source).is_file(): return [Path(source)]
+    found = Path(source).rglob('*') if Path(source).is_dir() else map(Path, glob.glob(str(source), recursive=True))
+    return sorted(f for f in found if f.is_file())
+
+def _version_of(source):
+    "Return something that differs where the bars of a source may differ"
+    if is_sample(source): return source
+    if isinstance(source, pd.DataFrame): return id(source)
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files_of(source))
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #d8120ad5
+@patch
+def _what(self: _BarChoice):
+    "Return what decides which bars are read"
+    return _version_of(self.source), tuple(self.choice.values()), self.extra_features
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #9e24d3d4
+class _Reading(_ChosenBars):
+    @contextlib.contextmanager
+    def _saying(self):
+        "Show that bars are read, in place of the report and picture of others"
+        if self.widget is not None:
+            self.report.value = f"<div class='knb-note'>Reading {html.escape(source_text(self.source))} …</div>"
+            show_figure(self.chart, None)
+        try: yield
+        except Exception:
+            if self.widget is not None: self.report.value = ''
+            raise
+
+    def read(self) -> tuple: # Bars, the changes by repair or None, and the report
+        "Return the bars, repaired if that is chosen, and what the check found"
+        what = self._what()
+        if self.was_read[0] != what:
+            with self._saying(): self.was_read = what, self._read()
+        return self.was_read[1]
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #e4881a1a
+class _Sources(_Reading):
+    def start_with(self, source):
+        "Begin with another source: forget the choice among the bars of the old one"
+        self.source, self.was_read = source, (None, None)
+        self.choice = _choice_of(suited(source)[1])
+        if not is_sample(source): self.choice['repair'] = 'standard'
+        if isinstance(self.config, ConfigPanel): self._suit(new=True)
+
+    def take_file(self,
+        name: str, # As in `save_upload`
+        content: bytes,
+    ):
+        "Keep a file of bars in the folder of uploads, and make it the source"
+        self.set(source=str(save_upload(name, content, self.uploads)))
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-021
-class DataPanel(_BarChoice):
+class DataPanel(_Sources):
     "Choose bars, see what is wrong with them, and look at their windows"
-    usage = ("panel.set(source='bars.csv', symbols=('AAPL',), repair='standard') chooses, "
+    usage = ("panel.set(source='bars.csv') or panel.set(symbols=('AAPL',), repair='standard') chooses, "
              "panel.read() returns bars, changes and report")
 
     def set(self, **choice): # source, symbols, start, end, repair
-        "Choose which bars are read"
-        if 'source' in choice: self.source = choice.pop('source')
+        "Choose which bars are read; another source starts with what suits it"
+        if 'source' in choice: self.start_with(choice.pop('source'))
         self.choice |= {name: DataConfig.parse(name, v) for name, v in choice.items()}
         if self.widget is None: self._hand_over()
         self.refresh()
 
-    def read(self) -> tuple: # Bars, the changes by repair or None, and the report
-        "Read the bars, repair them if that is chosen, and check them"
-        data = {k: v for k, v in self.settings.items() if k.startswith('data.')}
-        cfg = Config().replace(**data, **{'data.extra_features': self.extra_features})
-        bars, changes = load_bars(self.source, cfg), None
-        if cfg.data.repair == 'standard': bars, changes = repair_klines(bars, features=cfg.data.features)
-        return bars, changes, check_klines(bars, features=cfg.data.features)
-
-    def text(self) -> str: return f'{_report_text(*self.read())}\n{self.code}'
+    def text(self) -> str:
+        few = '' if self.unsuited is None else f'{type(self.unsuited).__name__}: {self.unsuited}\n\n'
+        return f'{_report_text(*self.read())}\n{few}{self.code}'
     def refresh(self):
         if self.widget is not None: guarded(self.error, self._show)()
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #175e67b0
+@patch
+def _read(self: DataPanel):
+    "Read, repair and check"
+    data = {k: v for k, v in self.settings.items() if k.startswith('data.')}
+    cfg = Config().replace(**data, **{'data.extra_features': self.extra_features})
+    bars, changes = load_bars(self.source, cfg), None
+    if bars.empty:
+        raise DataError(f'the choice leaves no bars of {source_text(self.source)}; choose other symbols or dates')
+    if cfg.data.repair == 'standard': bars, changes = repair_klines(bars, features=cfg.data.features)
+    return bars, changes, check_klines(bars, features=cfg.data.features)
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #c0935831
+@patch
+def _suit(self: DataPanel, new):
+    "Fit the settings panel to the bars; without enough of them, keep the reason for `_show`"
+    self.fitted, self.unsuited = self._what(), None
+    try: self.config.suit(self.source, self.bars, self.settings, new)
+    except KronosError as e:
+        self.unsuited = e
+        self.config.suit(self.source, None, self.settings, new)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-022
 @patch
 def _hand_over(self: DataPanel):
-    "Put the choice into the settings panel"
-    if isinstance(self.config, ConfigPanel): self.config.set(**self.settings)
+    "Put the choice into the settings panel; where its settings fit the bars, they follow another choice"
+    if not isinstance(self.config, ConfigPanel): return
+    if self.config.preset != OWN and self.unsuited is None: self.config.set(**self.settings)
+    elif self.fitted != self._what(): self._suit(new=False)
+    if self.unsuited is not None: raise self.unsuited
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-023
 def _head_line(bars, changes, report):
@@ -169,21 +308,26 @@ def _report_text(bars, changes, report):
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-027
 _FIELDS = dict(path=('or path', 'file, folder or glob'), symbols=('symbols', 'all, or AAPL, IBM'),
                start=('from', 'YYYY-MM-DD'), end=('before', 'YYYY-MM-DD'))
+_LOOK = dict(style=dict(description_width='60px'))
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-028
 @patch
+def _source_options(self: DataPanel):
+    "Return the sources to choose from"
+    named = [o for o in (self.given, self.source) if isinstance(o, str)]
+    given = [] if isinstance(self.given, str) else [('the given bars', None)]
+    return [*given, *((o, o) for o in dict.fromkeys(['sample', *named, *find_bar_files(self.folders)]))]
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #d37c8415
+@patch
 def _make_controls(self: DataPanel):
     import ipywidgets as W
-    look = dict(style=dict(description_width='70px'), layout=W.Layout(width='320px'))
-    named = [self.source] if isinstance(self.source, str) else []
-    given = [] if named else [('the given bars', None)]
-    files = dict.fromkeys(['sample', *named, *find_bar_files(self.folders)])
-    source = W.Dropdown(description='bars', options=[*given, *((f, f) for f in files)], **look)
-    source.value = self.source if named else None
-    fields = {name: W.Text(description=label, placeholder=hint, continuous_update=False, **look)
+    options = self._source_options()
+    value = self.source if isinstance(self.source, str) else None
+    source = W.Dropdown(description='bars', options=options, value=value, **_LOOK)
+    fields = {name: W.Text(description=label, placeholder=hint, continuous_update=False, **_LOOK)
         for name, (label, hint) in _FIELDS.items()}
-    repair = W.Dropdown(description='repair', options=['off', 'standard'], **look)
-    self.window = W.IntSlider(description='window', min=0, max=0, continuous_update=False, **look)
+    repair = W.Dropdown(description='repair', options=['off', 'standard'], **_LOOK)
     return dict(source=source, **fields, repair=repair)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-029
@@ -193,10 +337,16 @@ def _build(self: DataPanel):
     self.error, self.report, self.chart, self.given = html_box(), html_box('knb'), picture(), self.source
     self.controls = self._make_controls()
     for control in self.controls.values(): control.observe(self._control_changed, 'value')
-    self.window.observe(guarded(self.error, self._draw), 'value')
-    fold, self.folded = folded('as code')
-    grid = W.GridBox(list(self.controls.values()), layout=W.Layout(grid_template_columns='330px 330px 330px'))
-    return panel_page(grid, self.error, self.report, self.window, self.chart, fold)
+    self.upload = W.FileUpload(description='Upload a file', accept=','.join(UPLOAD_ENDS), multiple=False,
+        tooltip=f'A file of bars from your computer; it is kept in {self.uploads}/')
+    self.upload.add_class('knb-upload')
+    self.upload.observe(guarded(self.error, self._take_upload), 'value')
+    self.window = W.IntSlider(description='window', min=0, max=0, continuous_update=False, **_LOOK)
+    self.window.observe(lambda change: self.later.ask(), 'value')
+    self.folded = Folded(self.error, as_code=lambda: self.code)
+    source, path, *rest = self.controls.values()
+    controls = grid([source, path, self.upload, *rest, self.window])
+    return panel_page(controls, self.error, self.report, self.chart, self.folded.widget)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-031
 @patch
@@ -204,27 +354,59 @@ def _control_changed(self: DataPanel, change):
     if self.busy: return
     name, value = next(k for k, control in self.controls.items() if control is change['owner']), change['new']
     if name == 'path': name, value = 'source', value or self.controls['source'].value
-    self.set(**{name: self.given if name == 'source' and value is None else value})
+    elif name == 'source':
+        with ignoring_changes(self): self.controls['path'].value = ''
+    def choose(): self.set(**{name: self.given if name == 'source' and value is None else value})
+    guarded(self.error, choose)()
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #4f67f577
+def _uploaded(value):
+    "Return name and content of each uploaded file; ipywidgets 7 and 8 write them down differently"
+    files = [o | dict(name=name) for name, o in value.items()] if isinstance(value, dict) else value
+    return [(o['name'], bytes(o['content'])) for o in files]
+
+# %% ../../nbs/api/9_faces/94_data.ipynb #1f3054c0
+@patch
+def _take_upload(self: DataPanel):
+    "Take what the browser has sent, and free its memory"
+    files = _uploaded(self.upload.value)
+    if not files: return
+    self.upload.value = type(self.upload.value)()
+    self.report.value = f"<div class='knb-note'>Checking {html.escape(files[0][0])} …</div>"
+    try: self.take_file(*files[0])
+    finally: self._list_source()
+
+@patch
+def _list_source(self: DataPanel):
+    "Choose the source in the list, where it may be new"
+    with ignoring_changes(self):
+        self.controls['path'].value = ''
+        self.controls['source'].options = self._source_options()
+        self.controls['source'].value = self.source if isinstance(self.source, str) else None
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-033
+_SHOWN = dict(bars='{:,}'.format, gaps='{:,}'.format, coverage=lambda share: percent(share, 1),
+              first=date_text, last=date_text, interval=lambda t: interval_text(t.total_seconds()))
+
 def _report_html(bars, changes, report):
     issues = report.issues.head(12)
     first = [', '.join(map(str, stamps)) for stamps in issues['first']]
     found = '' if issues.empty else issues.assign(first=first).to_html(index=False, border=0)
-    summary = report.summary.head(8).to_html(index=False, border=0)
-    return f"<div class='knb'><b>{_head_line(bars, changes, report)}.</b>{found}{summary}</div>"
+    summary = report.summary.head(8).to_html(index=False, border=0, formatters=_SHOWN)
+    more = f'and {len(report.summary) - 8:,} more symbols' if len(report.summary) > 8 else ''
+    return f"<div class='knb'><b>{_head_line(bars, changes, report)}.</b>{found}{summary}{more}</div>"
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #cell-034
+# %% ../../nbs/api/9_faces/94_data.ipynb #80fd4449
 @patch
 def _show(self: DataPanel):
     with ignoring_changes(self):
         for name, value in self.choice.items(): self.controls[name].value = format_setting(value)
-    self.folded[0].value, self.report.value = code_html(self.code), ''
-    self.bars, changes, report = self.read()
-    self.report.value = _report_html(self.bars, changes, report)
+    self.folded.fill()
+    bars, changes, report = self.read()
+    self.report.value = _report_html(bars, changes, report)
     self._hand_over()
-    self.window.max = max(len(self.bars) - 1, 0)
-    if report.ok: self._draw()
+    self.window.max = max(len(bars) - 1, 0)
+    if report.ok: self.later.ask()
     else: show_figure(self.chart, None)
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #cell-035
@@ -232,3 +414,6 @@ def _show(self: DataPanel):
 def _draw(self: DataPanel):
     config = Config() if self.config is None else value_of(self.config)
     show_figure(self.chart, plot_window(self.bars, config, self.window.value))
+
+@patch
+def _draw_guarded(self: DataPanel): guarded(self.error, self._draw)()

@@ -15,7 +15,7 @@ from ..judging.compare import compare
 from ..training.run import find_runs
 from ..tune import soup_runs
 from .base import (
-    Panel, button, code_html, folded, html_box, panel_page, picture, show_figure, source_text, value_of)
+    Folded, Panel, bar, button, html_box, panel_page, picture, show_figure, source_text, value_of)
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-007
 class _RunList(Panel):
@@ -58,6 +58,7 @@ class RunsPanel(_RunList):
         return soup
 
     def refresh(self):
+        if self.widget is None: return
         found = [str(run) for run in find_runs(self.folder)]
         self.list.options = found
         self.list.value = tuple(run for run in self.selected if run in found)
@@ -91,7 +92,7 @@ def _show_average(self: RunsPanel, method):
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-014
 @patch
-def _show_code(self: RunsPanel): self.folded[0].value = code_html(self.code)
+def _show_code(self: RunsPanel): self.folded.fill()
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-015
 @patch
@@ -104,13 +105,15 @@ def _select(self: RunsPanel, change):
 def _build(self: RunsPanel):
     import ipywidgets as W
     self.error, self.result, self.chart = html_box(), html_box('knb'), picture()
-    self.list = W.SelectMultiple(rows=6, layout=W.Layout(width='520px'))
+    self.list = W.SelectMultiple(rows=6, layout=W.Layout(width='min(520px, 100%)'))
     self.list.observe(self._select, 'value')
     self.buttons = dict(
-        compare=button('Compare', self.error, self._show_comparison, 'columns'),
-        mean=button('Average', self.error, lambda: self._show_average('mean'), 'plus'),
-        greedy=button('Soup', self.error, lambda: self._show_average('greedy'), 'filter'),
-        refresh=button('Refresh', self.error, self.refresh, 'refresh'))
-    fold, self.folded = folded('as code')
-    head = W.HBox([self.list, W.VBox(list(self.buttons.values()))])
-    return panel_page(head, self.error, self.result, self.chart, fold)
+        compare=button('Compare the selected runs', self.error, self._show_comparison, 'columns'),
+        mean=button('Average their weights', self.error, lambda: self._show_average('mean'), 'plus',
+            hint='The plain mean, in a folder beside the runs'),
+        greedy=button('Average those that help (soup)', self.error, lambda: self._show_average('greedy'), 'filter',
+            hint='The best run, and each further one that does not raise the validation loss'),
+        refresh=button('Look for new runs', self.error, self.refresh, 'refresh'))
+    self.folded = Folded(self.error, as_code=lambda: self.code)
+    head = bar(self.list, W.VBox(list(self.buttons.values())))
+    return panel_page(head, self.error, self.result, self.chart, self.folded.widget)

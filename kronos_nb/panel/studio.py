@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..own import is_own
 from .base import Panel
 from .config import ConfigPanel
 from .data import DataPanel
@@ -18,24 +19,20 @@ from .runs import RunsPanel
 from .train import TrainPanel
 
 # %% ../../nbs/api/9_faces/96_studio.ipynb #cell-005
-class Studio(Panel):
-    """Open all panels on one page: data, settings, train, forecast, runs
-
-    >>> import kronos_nb as kn
-    >>> kn.Studio()
-    >>> kn.Studio('bars.csv', 'btc_optimized', 'runs/btc')
-    """
-    usage = 'each page is a panel: studio.bars, studio.settings, studio.train, studio.forecast, studio.runs'
-
+class _Pages(Panel):
     def __init__(self,
-        data='sample', config='quickstart', # As for `fit`
-        out_dir='runs/panel', # As for `fit`; the page of runs lists its neighbours too
+        data='sample', # As for `fit`
+        config=None,   # As for `fit`; None: what suits the bars
+        out_dir=None,  # As for `fit`; None: runs/<bars>-<preset>. The page of runs lists its neighbours too
     ):
-        self.settings = ConfigPanel(config, None, out_dir)
+        own = is_own(data, config)
+        self.settings = ConfigPanel(*(('quickstart',) if own else (config, data)))
         self.bars = self.settings.data = DataPanel(data, self.settings)
+        if own: self.bars.start_with(data)
+        runs = 'runs' if out_dir is None else Path(out_dir).parent
         self.train = TrainPanel(self.bars, self.settings, out_dir)
-        self.forecast = ForecastPanel(self.train, self.bars)
-        self.runs = RunsPanel(Path(out_dir).parent, self.bars)
+        self.forecast = ForecastPanel(self.train, self.bars, runs=runs)
+        self.runs = RunsPanel(runs, self.bars)
 
     @property
     def panels(self) -> dict: # Title of the page -> panel
@@ -43,10 +40,24 @@ class Studio(Panel):
     @property
     def code(self) -> str: return self.train.code
 
+# %% ../../nbs/api/9_faces/96_studio.ipynb #02ed4219
+class Studio(_Pages):
+    """Open all panels on one page: data, settings, train, forecast, runs
+
+    >>> import kronos_nb as kn
+    >>> kn.Studio()
+    >>> kn.Studio('bars.csv')
+    >>> kn.Studio('bars.csv', 'btc_optimized', 'runs/btc')
+    """
+    usage = 'each page is a panel: studio.bars, studio.settings, studio.train, studio.forecast, studio.runs'
+
     def text(self) -> str:
         trained = self.train.job is not None and self.train.job.result is not None
         shown = {title: p for title, p in self.panels.items() if title != 'forecast' or trained}
         return '\n\n'.join(f'== {title}: {p!r}' for title, p in shown.items())
+
+    def settle(self):
+        for p in self.panels.values(): p.settle()
 
     def close(self):
         for p in self.panels.values(): p.close()
@@ -58,7 +69,8 @@ def _build(self: Studio):
     import ipywidgets as W
     self.settings.open()
     pages = {title: p.open() for title, p in self.panels.items()}
-    tabs = W.Tab(children=list(pages.values()), layout=W.Layout(max_width='1050px'))
+    tabs = W.Tab(children=list(pages.values()), layout=W.Layout(max_width='1130px'))
+    tabs.add_class('knb-tabs')
     for i, title in enumerate(pages): tabs.set_title(i, title)
     tabs.observe(self._show_page, 'selected_index')
     return tabs

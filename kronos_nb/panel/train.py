@@ -6,7 +6,10 @@
 __all__ = ['FitJob', 'plot_run', 'TrainPanel']
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-002
+import atexit
+import contextlib
 import html
+import os
 import threading
 import time
 from pathlib import Path
@@ -20,15 +23,18 @@ from ..training.diagnose import diagnose
 from ..training.history import plot_steps, plot_validation, summary_line
 from ..training.learner import Callback
 from ..training.monitor import RunFiles
-from ..train import fit, resolve
+from ..training.run import Run
+from ..own import config_for, free_folder, run_name
+from ..train import fit
 from .base import (
-    Panel, button, code_html, error_html, folded, guarded, html_box, panel_page, picture, show_figure, value_of)
+    AT_WORK, Folded, Panel, bar, bars_of, button, error_html, guarded, html_box, ignoring_changes,
+    panel_page, picture, show_figure, value_of)
 from .config import ConfigPanel, as_code, preset_of
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-007
 class _Job(Callback):
     order = Interrupts.order + 1
-    active = {}   # Resolved folder -> the job that runs there
+    active = AT_WORK   # Resolved folder -> the job that runs there
 
     def __init__(self,
         data,              # As for `fit`
@@ -139,6 +145,24 @@ class FitJob(_JobThread):
         line = f'{state}: {self.stage}, epoch {epoch} of {learn.epochs}, step {learn.step} of {total}'
         return learn.step/total, line + _time_left(self, learn)
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #e8bfbaa1
+_LAST_SECONDS = 4.   # Jupyter kills a kernel that has not ended after five
+
+@atexit.register
+def _stop_at_exit():
+    "Stop the runs at work, and wait for their checkpoints"
+    jobs, end = list(AT_WORK.values()), time.monotonic() + _LAST_SECONDS
+    for job in jobs:
+        with contextlib.suppress(Exception): job.stop()   # its widgets may be gone
+    for job in jobs: job.thread.join(max(end - time.monotonic(), 0))
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #0ebd96a7
+def _is_ours(folder, cfg) -> bool:
+    "Return whether a folder holds a run whose settings differ at most in how it runs"
+    run = Run(folder)
+    if not run.exists: return False
+    return all(path.startswith(('runtime.', 'data.source')) for path in cfg.diff(run.config).index)
+
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-021
 def plot_run(
     history,  # A `History`
@@ -154,30 +178,49 @@ def plot_run(
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-022
 class _TrainView(Panel):
+    busy = False
+
     def __init__(self,
-        data='sample',       # As for `fit`, or a DataPanel
-        config='quickstart', # As for `fit`, or a ConfigPanel
-        out_dir='runs/panel',
-        every: float = 2.,   # Seconds between two pictures, at least
+        data='sample', # As for `fit`, or a DataPanel
+        config=None,   # As for `fit`, or a ConfigPanel
+        out_dir=None,  # None: named after bars and preset
+        every: float = 2., # Seconds between two pictures, at least
     ):
-        self.data, self.config, self.out_dir, self.every = data, config, str(out_dir), every
+        self.data, self.every, self.given = data, every, None if out_dir is None else str(out_dir)
+        self.settings, self.source = config, value_of(data)
+        if not isinstance(config, Panel):
+            self.name, self.settings = preset_of(config, self.source), config_for(self.source, config)
         self.next_picture, self.lock = 0., threading.RLock()
-        self.job = FitJob.active.get(str(Path(out_dir).resolve()))
+        self.job = AT_WORK.get(str(Path(self.given).resolve())) if self.given else next(iter(AT_WORK.values()), None)
+
+    @property
+    def config(self): return value_of(self.settings)
+    @property
+    def preset(self) -> str | None:
+        return self.settings.preset if isinstance(self.settings, ConfigPanel) else self.name
 
     @property
     def code(self) -> str:
-        preset = self.config.preset if isinstance(self.config, ConfigPanel) else preset_of(self.config)
-        return as_code(resolve(value_of(self.config), {}), preset, value_of(self.data), self.out_dir)
+        return as_code(self.config, self.preset, value_of(self.data), self.out_dir, bars_of(self.data))
 
     @property
     def value(self):
         "Return what the fit returned"
-        if self.job is None or self.job.result is None:
-            raise RunError('the training panel has no finished run: press Start there, and wait for the end')
-        return self.job.result
+        if self.job is not None and self.job.result is not None: return self.job.result
+        raise RunError('the train page has no finished run; start one there and wait for its end')
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #6d416afc
+class _TrainFolder(_TrainView):
+    @property
+    def out_dir(self) -> str:
+        "Return the folder of the next run, or of the one at work"
+        if self.given: return self.given
+        if self.job is not None and self.job.alive: return str(self.job.out_dir)
+        name = run_name(value_of(self.data), {} if self.preset is None else self.preset)
+        return str(free_folder(Path('runs')/name, lambda folder: _is_ours(folder, self.config))[0])
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-024
-class _JobView(_TrainView):
+class _JobView(_TrainFolder):
     def follow(self, job: FitJob):
         "Show another job"
         self.job = job
@@ -185,11 +228,26 @@ class _JobView(_TrainView):
 
     def refresh(self, job=None):
         with self.lock:
+            self._forget_old_bars()
             if self.widget is not None: self._update()
 
     def close(self):
         if self.job is not None and self.refresh in self.job.listeners: self.job.listeners.remove(self.refresh)
         with self.lock: super().close()
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #4cd5a57c
+@patch
+def _forget_old_bars(self: _JobView):
+    "Drop a job of other bars once it has ended"
+    source = value_of(self.data)
+    same = source is self.source or (isinstance(source, (str, tuple, list, Path)) and source == self.source)
+    if same or (self.job is not None and self.job.alive): return
+    self.source = source
+    if self.job is not None and self.refresh in self.job.listeners: self.job.listeners.remove(self.refresh)
+    self.job = None
+    if self.widget is None: return
+    show_figure(self.chart, None)
+    for box in (self.status, self.findings, self.verdict, self.error): box.value = ''
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-025
 class TrainPanel(_JobView):
@@ -199,7 +257,7 @@ class TrainPanel(_JobView):
 
     def start(self):
         "Begin, or continue what is in the folder"
-        config = resolve(value_of(self.config), {'runtime.progress': False})
+        config = self.config.replace(**{'runtime.progress': False})
         self.follow(FitJob(value_of(self.data), config, self.out_dir))
         self.job.start()
 
@@ -229,33 +287,58 @@ def _lines(self: TrainPanel):
 def _make_head(self: TrainPanel):
     import ipywidgets as W
     self.buttons = dict(
-        start=button('Start', self.error, self.start, 'play', 'success'),
-        pause=button('Pause', self.error, self.pause, 'pause'),
-        stop=button('Stop', self.error, self.stop, 'stop', 'warning'))
-    self.folder = W.Text(value=self.out_dir, description='folder', continuous_update=False,
-        layout=W.Layout(width='300px'), style=dict(description_width='50px'))
-    self.folder.observe(lambda change: setattr(self, 'out_dir', change['new']), 'value')
+        start=button('Start training', self.error, self.start, 'play', 'success', 'Train both stages, then judge them'),
+        pause=button('Pause', self.error, self.pause, 'pause', hint='Hold after the step at work'),
+        stop=button('Stop and save', self.error, self.stop, 'stop', 'warning', 'End after this step, continue later'))
+    self.folder = W.Text(description='folder', continuous_update=False, layout=W.Layout(width='300px'),
+        style=dict(description_width='50px'))
+    self.folder.observe(self._folder_typed, 'value')
     self.bar = W.FloatProgress(min=0., max=1., layout=W.Layout(width='180px'))
-    return W.HBox([*self.buttons.values(), self.folder, self.bar])
+    return bar(*self.buttons.values(), self.folder, self.bar)
+
+@patch
+def _folder_typed(self: TrainPanel, change):
+    "Take the typed folder; an empty one goes back to the name of bars and preset"
+    if self.busy: return
+    self.given = change['new'].strip() or None
+    self.refresh()
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #22f08296
+_KEEP_OPEN = ("<div class='knb-note'>Keep this page open while it trains. Closing it stops the run with a checkpoint, "
+              "and the next time the first button continues it.</div>")
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-030
 @patch
 def _build(self: TrainPanel):
     self.error, self.status, self.chart = html_box(), html_box(), picture()
     self.findings, self.verdict = html_box('knb'), html_box('knb')
-    fold, self.folded = folded('as code')
+    self.folded = Folded(self.error, as_code=lambda: self.code)
+    if 'VOILA_APP_PORT' in os.environ: self.status.value = _KEEP_OPEN
     if self.job is not None: self.follow(self.job)
-    return panel_page(self._make_head(), self.status, self.error, self.chart, self.findings, self.verdict, fold)
+    shown = self.status, self.error, self.chart, self.findings, self.verdict
+    return panel_page(self._make_head(), *shown, self.folded.widget)
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-032
+@patch
+def _start_label(self: TrainPanel, state):
+    "Return what the first button does: begin, or go on with what the folder holds"
+    run = Run(self.out_dir)
+    if run.finished: return 'Open the finished run'
+    return 'Continue training' if state in ('interrupted', 'failed') or run.exists else 'Start training'
+
+# %% ../../nbs/api/9_faces/92_train.ipynb #a23cf00d
 @patch
 def _update_buttons(self: TrainPanel, state):
     start, pause, stop = self.buttons.values()
     alive = state in ('running', 'paused', 'stopping')
     start.disabled, pause.disabled, stop.disabled = alive, not alive, not alive or state == 'stopping'
-    start.description = 'Continue' if state in ('interrupted', 'failed') else 'Start'
-    pause.description = 'Go on' if state == 'paused' else 'Pause'
-    if not alive: guarded(self.error, lambda: setattr(self.folded[0], 'value', code_html(self.code)))()
+    pause.description = 'Resume' if state == 'paused' else 'Pause'
+    if alive: return
+    def show():
+        start.description = self._start_label(state)
+        with ignoring_changes(self): self.folder.value = self.out_dir
+        self.folded.fill()
+    guarded(self.error, show)()
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-033
 @patch
@@ -290,10 +373,10 @@ def _show_end(self: TrainPanel):
     job, result = self.job, self.job.result
     if job.error is not None: self.error.value = error_html(job.error)
     if result is None or result.interrupted: return
-    sentence, table = 'Not judged: no test part was held back.', ''
+    head, table = '<b>Not judged: no test part was held back.</b>', ''
     if result.evaluation is not None:
-        sentence = result.evaluation.sentence
+        head = result.evaluation.summary_html()
         metrics = result.evaluation.table().to_html(border=0)
         table = f'<details><summary>metrics, with 95 % intervals</summary>{metrics}</details>'
     report = html.escape(str(result.run.report_file))
-    self.verdict.value = f"<div class='knb'><b>{html.escape(sentence)}</b><br>{table}Report: {report}</div>"
+    self.verdict.value = f"<div class='knb'>{head}{table}Report: {report}</div>"

@@ -208,6 +208,7 @@ NOTE_KINDS = dict(
     checkpoint='a damaged checkpoint was passed over',
     codebook_collapse='few tokens of the codebook are in use',
     compile='`torch.compile` does not work here and is left out',
+    damaged='a file of the run, or a part of it, could not be read and is left out',
     early_stopping='the fit ends because validation no longer improves',
     lr_find='the learning rate finder ran',
     lr_reduced='the plateau schedule lowered the learning rate',
@@ -217,6 +218,7 @@ NOTE_KINDS = dict(
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
+    validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-043

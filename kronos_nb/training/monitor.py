@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import ConfigError, check_choice, write_atomic, write_json, writing
-from ..display import clock, png, progress_bar
+from ..display import EVERY, clock, current_run, png, progress_bar
 from ..model.tokenizer import KronosTokenizer
 from .history import LINES, json_line, plot_losses, summary_line, write_metrics
 from .run import RunStage
@@ -24,74 +24,71 @@ from .learner import Callback, to_float64
 from .optim import Clip
 from .diagnose import describe_collapse
 
-# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-008
-def _can_redraw(stream) -> bool:
-    "Return whether a line on `stream` can be drawn over: on a terminal or in a notebook"
-    return stream.isatty() or type(stream).__module__.startswith('ipykernel')
-
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-009
 class Progress(Callback):
     "Shows how far the fit is, its loss, and the time left"
     order = 90
     def __init__(self,
-        style='auto',     # 'bar', 'text', 'silent', or 'auto': a bar where it can be redrawn, else text
-        every: float = 10, # 'text': seconds between lines
-        name='',          # Stage, shown in front
+        style='auto',     # 'bar', 'text', 'silent', or 'auto': a bar where it can be drawn over, else text
+        every: float = EVERY, # 'text': seconds between lines
+        name='',          # Shown in front, where no run names the stage
         stream=None,      # Default: standard error
     ):
         self.style = check_choice('style', style, ('auto', 'bar', 'text', 'silent'))
         self.every, self.label, self.stream = every, name, stream
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #edd83a8d
+_OF_RUN = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'   # without the time left of this fit alone
+
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-010
 @patch
 def before_fit(self: Progress, learn):
-    "Choose how to show progress, and start the bar"
-    stream, self.shown = self.stream or sys.stderr, self.style
-    if self.style == 'auto': self.shown = 'bar' if _can_redraw(stream) else 'text'
-    if not learn.backend.is_main: self.shown = 'silent'
-    self.out, self.began, self.first, self.printed = stream, time.monotonic(), learn.step, -float('inf')
-    if self.shown != 'bar': return
-    how = dict(initial=learn.step, leave=True, dynamic_ncols=True)
-    self.bar = progress_bar(learn.total_steps, self.label or None, 'step', stream=stream, **how)
+    "Start the bar"
+    self.run, self.began = current_run(), None
+    show = self.style != 'silent' and learn.backend.is_main
+    how = dict(initial=learn.step, leave=True, dynamic_ncols=True, every=self.every)
+    if self.run: how['bar_format'] = _OF_RUN
+    self.bar = progress_bar(learn.total_steps, None if self.run else self.label, 'step', show,
+        self.stream or sys.stderr, dict(bar=False, text=True).get(self.style), **how)
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-011
 @patch
 def after_step(self: Progress, learn):
-    if self.shown == 'bar':
-        self.bar.update(learn.step - self.bar.n)
-        self.bar.set_postfix_str(self._status(learn), refresh=False)
-    elif self.shown == 'text' and time.monotonic() - self.printed >= self.every: self._print(learn)
+    if self.began is None: self.began, self.first = time.monotonic(), learn.step   # the first step compiles
+    self.bar.set_postfix_str(self._status(learn), refresh=False)
+    self.bar.update(learn.step - self.bar.n)
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-012
 @patch
-def after_validate(self: Progress, learn):
-    if self.shown == 'bar': self.bar.set_postfix_str(self._status(learn))
-    elif self.shown == 'text': self._print(learn)
+def after_validate(self: Progress, learn): self.bar.set_postfix_str(self._status(learn))
 
 @patch
 def cleanup_fit(self: Progress, learn):
-    if self.shown == 'bar': self.bar.close()
-    elif self.shown == 'text' and learn.stop_reason:
-        print(f'{self.label} stopped: {learn.stop_reason}'.strip(), file=self.out, flush=True)
+    self.bar.close()
+    if self.run and self.began: self.run.end(*self._done(learn))
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-013
 @patch
-def _status(self: Progress, learn) -> str: # 'epoch 2/3, loss 0.1234, val 0.1301'
-    "Return the epoch and the last losses"
+def _status(self: Progress, learn) -> str: # 'epoch 2/3, loss 0.1234, val 0.1301, about 1:40 left in all'
+    "Return the epoch, the last losses, and the time left of the run"
     parts = [f'epoch {min(learn.epoch+1, learn.epochs)}/{learn.epochs}']
     if learn.history.steps: parts.append(f"loss {learn.history.steps[-1].get('loss', float('nan')):.4f}")
     if 'val_loss' in learn.metrics: parts.append(f"val {learn.metrics['val_loss']:.4f}")
-    return ', '.join(parts)
+    return ', '.join(parts + self._left(learn))
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-014
 @patch
-def _print(self: Progress, learn):
-    "Print a line of text"
-    self.printed, left = time.monotonic(), ''
-    done, spent = learn.step - self.first, self.printed - self.began
-    if done and learn.step < learn.total_steps: left = f', {clock(spent/done*(learn.total_steps - learn.step))} left'
-    text = f'{self.label} step {learn.step}/{learn.total_steps}, {self._status(learn)}, {clock(spent)} spent{left}'
-    print(text.strip(), file=self.out, flush=True)
+def _done(self: Progress, learn) -> tuple: # Share of the steps, seconds
+    "Return what was done since the first step"
+    return (learn.step - self.first)/learn.total_steps, time.monotonic() - self.began
+
+@patch
+def _left(self: Progress, learn) -> list: # Of one text, or empty where no run goes on or it is too early to tell
+    "Return the time left of the run"
+    if not (self.run and self.began): return []
+    share, seconds = self._done(learn)
+    left = self.run.left(share, 1 - learn.step/learn.total_steps, seconds)
+    return [] if left is None else [f'about {clock(left)} left in all']
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-020
 _PARTS = dict(loss='Loss', reconstruction_loss='Recon', quantization_loss='Quant', ce_s1='S1', ce_s2='S2',

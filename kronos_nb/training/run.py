@@ -15,8 +15,9 @@ import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from ..core import RunError, check_choice, write_json, writing
+from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
 from ..config import Config
+from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-007
@@ -81,7 +82,16 @@ def has_model(self: RunStage) -> bool: return is_model(self.best_model) or is_mo
 @patch(as_prop=True)
 def model_config(self: RunStage) -> dict: # Architecture, normaliser, windows, hash of the tokenizer
     "Return what the best model says about itself"
-    return read_json(self.model()/'config.json')
+    file = self.model()/'config.json'
+    check_sums(file)
+    return read_json(file)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #eb43f9e2
+def _with_damage(history, damaged):
+    "Append a note for everything that could not be read"
+    at = {k: max((r[k] for r in (history.steps or history.notes)[-1:]), default=0) for k in ('epoch', 'step')}
+    history.notes += [dict(**at, kind='damaged', text=text) for text in damaged]
+    return history
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-020
 @patch(as_prop=True)
@@ -90,8 +100,11 @@ def history(self: RunStage) -> History:
     if not self.begun:
         raise RunError(f"no stage of a run in {str(self.folder)!r}: it has no {self.metrics_file.name} "
             "and no steps.jsonl. Give the folder tokenizer or predictor of a run")
-    rows = {kind: read_lines(self.rows_file(kind)) for kind in LINES}
-    return History(epochs=read_metrics(self.metrics_file), **rows)
+    damaged = []
+    rows = {kind: read_lines(self.rows_file(kind), damaged) for kind in LINES}
+    try: epochs = read_metrics(self.metrics_file)
+    except RunError as e: epochs = damaged.append(str(e)) or []
+    return _with_damage(History(epochs=epochs, **rows), damaged)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-021
 @patch(as_prop=True)
@@ -100,20 +113,30 @@ def metrics(self: RunStage) -> pd.DataFrame: # One row per epoch; empty before t
     return pd.DataFrame(read_metrics(self.metrics_file))
 
 @patch(as_prop=True)
-def notes(self: RunStage) -> list: return read_lines(self.rows_file('notes'))   # dicts of epoch, step and text
+def notes(self: RunStage) -> list: return self.history.notes if self.begun else []   # dicts of epoch, step and text
+
+# %% ../../nbs/api/4_training/41_run.ipynb #be58723e
+_CANDIDATE = dict(candidate=str, val_loss=(float, None), chosen=bool)
+_CHOICE = dict(chosen=str, origin=str, table=[_CANDIDATE])
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-022
 @patch(as_prop=True)
 def choice(self: RunStage) -> dict: # chosen, origin, table; {} where nothing was chosen
     "Return which weights were kept"
-    return read_json(self.weights_file) if self.weights_file.is_file() else {}
+    return read_json(self.weights_file, _CHOICE) if self.weights_file.is_file() else {}
+
+# %% ../../nbs/api/4_training/41_run.ipynb #a807ec69
+_COUNTS = dict.fromkeys(('step', 'total_steps', 'epoch', 'epochs', 'first_step', 'pid'), int)
+_STATUS = _COUNTS | dict(state=str, why=(str, None), host=str, updated=float, began=float, every=float)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-026
 @patch(as_prop=True)
 def status(self: RunStage) -> dict: # As written, `state` corrected to 'killed' or 'silent'; {} without a file
-    "Return where the stage is"
+    "Return where the stage is; 'unknown' with a reason where the file is damaged"
     if not self.status_file.is_file(): return {}
-    s = read_json(self.status_file)
+    try: s = read_json(self.status_file, _STATUS)
+    except RunError as e: return dict(state='unknown', why=str(e))
+    if s['state'] not in _STATES: return dict(state='unknown', why=f"state is {s['state']!r} in {self.status_file}")
     if s['state'] != 'running': return s
     if s['host'] == platform.node() and not psutil.pid_exists(s['pid']): return s | dict(state='killed')
     silent = time.time() - s['updated'] > max(20*s['every'], 600)
@@ -128,6 +151,7 @@ _STATES = dict(running='Running,', finished='Ended', interrupted='Interrupted', 
 def ended(self: RunStage) -> str: # '' without a status
     "Return a sentence: why and when the stage stopped, or that it goes on"
     if not (s := self.status): return ''
+    if s['state'] == 'unknown': return f"Unknown: {s['why']}."
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(s['updated']))
     at = f"at step {s['step']:,} of {s['total_steps']:,} (epoch {s['epoch']} of {s['epochs']}), {when}"
     return f"{_STATES[s['state']]} {at}{': ' + s['why'] if s['why'] else ''}."
@@ -145,7 +169,7 @@ class Run(_Folder):
     evaluation_folder, evaluation_card = _under('evaluation'), _under('evaluation', 'card.md')
     evaluation_file, no_calibration_file = _under('evaluation', EVALUATION), _under('predictor', 'no_calibration.txt')
 
-    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{symbol}.png'
+    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
     @property
     def forecast_plots(self) -> list: return sorted(self.plots.glob('forecast_*.png'))
     @property
@@ -153,17 +177,40 @@ class Run(_Folder):
     @cached_property
     def config(self) -> Config:
         if not self.exists: raise _no_run(self.folder, self.config_file.name)
-        return Config.load(self.config_file)
+        try: return self._checked(Config.load(self.config_file))
+        except ConfigError as e:
+            if str(self.config_file) in str(e): raise
+            raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
+
+# %% ../../nbs/api/4_training/41_run.ipynb #76109fed
+_SPAN = dict(first=str, last=str, bars=int)
+_SERIES = _SPAN | dict(symbol=str, interval=(float, None), gaps=int)
+_PART = _SPAN | dict(part=str, symbols=int)
+_FACTS = dict(data=str, bars=int, symbols=int, files=[str], series=[_SERIES], parts=[_PART], windows={str: int},
+              device=str, versions={str: str})
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-036
 @patch(as_prop=True)
 def facts(self: Run) -> dict: # Hash of the bars, series, parts, windows, device, versions
     "Return what run.json says"
     if not self.facts_file.is_file(): raise _no_run(self.folder, self.facts_file.name)
-    return read_json(self.facts_file)
+    return read_json(self.facts_file, _FACTS)
 
 @patch(as_prop=True)
 def base(self: Run): return Run(self.base_folder) if self.base_folder.is_dir() else None   # None: it trained no base
+
+# %% ../../nbs/api/4_training/41_run.ipynb #9f19c02d
+@patch
+def _checked(self: Run, cfg: Config) -> Config:
+    "Raise unless the settings are those that the run was started with"
+    try: kept, now = self.facts.get('settings', {}), jsonable(cfg.flat())
+    except RunError: return cfg
+    wrong = [k for k, v in kept.items() if k in now and now[k] != v] if isinstance(kept, dict) else []
+    if not wrong: return cfg
+    more = f' and {len(wrong) - 1} more' * (len(wrong) > 1)
+    is_now, was = (short_repr(values[wrong[0]], 80) for values in (now, kept))
+    raise RunError(f"{str(self.config_file)!r} is damaged or changed: {wrong[0]} is {is_now}{more}, but the run was "
+        f"started with {was}. Call fit again as at first: it writes the file anew")
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-039
 @patch
@@ -236,10 +283,15 @@ def tokenizer(self: Run,
         "Train it first, or set predictor.tokenizer to a folder or a hub id")
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-055
+_SEED_FOLDER = re.compile(r'(seed_\d+/)?predictor(_\d+)?')   # nothing outside of the run
+
 @patch(as_prop=True)
 def ensemble(self: Run) -> list: # Of RunStage
     "Return the predictors that forecast together"
-    names = read_json(self.ensemble_file)['predictors'] if self.ensemble_file.is_file() else ['predictor']
+    names = ['predictor']
+    if self.ensemble_file.is_file(): names = read_json(self.ensemble_file, dict(predictors=[str]))['predictors']
+    if not names or any(not _SEED_FOLDER.fullmatch(name) for name in names):
+        raise RunError(f"{str(self.ensemble_file)!r} must name predictors of the run, got {short_repr(names)}")
     return [RunStage(self.folder/name) for name in names]
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-056
@@ -258,7 +310,8 @@ def judged(self: Run) -> bool: return self.evaluation_file.is_file()
 @patch(as_prop=True)
 def verdict(self: Run) -> dict: # verdict, sentence, settings, left_out; {} where the run was not judged
     "Return what evaluation.json says"
-    return read_json(self.evaluation_file) if self.judged else {}
+    like = dict(verdict=str, sentence=str, settings=dict, left_out=[dict])
+    return read_json(self.evaluation_file, like) if self.judged else {}
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-061
 @patch(as_prop=True)
@@ -273,7 +326,7 @@ def calibration_file(self: Run) -> Path | None: # None where there is none
 def why_not_calibrated(self: Run) -> str | None: # None where there is a calibration, or none was tried
     "Return why no calibration was learnt"
     file = self.no_calibration_file
-    return file.read_text(encoding='utf-8') if file.is_file() else None
+    return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else None
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-066
 @patch(cls_method=True)

@@ -357,7 +357,7 @@ def encode_windows(
     shape = (len(dataset), dataset.window, 2)
     kind = np.int16 if max(tokenizer.s1_bits, tokenizer.s2_bits) <= 15 else np.int32
     out = np.empty(shape, kind) if folder is None else _mapped(Path(folder), shape, kind)
-    bar = progress_bar(len(dataset), 'encoding windows', 'window', progress)
+    bar = progress_bar(len(dataset), 'encoding', 'window', progress)
     with torch.no_grad(), matmul_precision('highest'), bar:
         _encode_blocks(tokenizer.to(device).eval(), dataset, out, note, bar)
     return out
