@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'SECTIONS', 'PRESETS', 'VARIANTS', 'DataConfig', 'Augmen
            'PredictorConfig', 'BaseConfig', 'EvaluateConfig', 'RuntimeConfig', 'Config']
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-002
-import dataclasses
+import dataclasses, importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from zoneinfo import ZoneInfo, available_timezones
@@ -31,7 +31,7 @@ class _SourceConfig(Settings):
     max_rows: int | None = setting(None, "read at most this many rows", lo=1, unit='rows')
     tz: str | None = setting(None, "zone of stamps without one in files, such as America/New_York; none: UTC")
     market_tz: str | None = setting(
-        None, "zone whose clock the models read, such as Asia/Shanghai; none: UTC as in the bars")
+        None, "zone of the exchange, whose clock the models read, such as Asia/Shanghai; none: tz, else UTC")
     layout: dict = setting(dict, "how to read files: columns, dayfirst, decimal, units, bar_end and what else "
                            "read_klines takes")
     allow_negative_prices: bool = setting(False, "take prices of zero and below, such as spreads; off: they are errors")
@@ -57,10 +57,13 @@ class _WindowConfig(_SourceConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
 @dataclass(frozen=True, kw_only=True)
 class _SplitConfig(_WindowConfig):
-    train: float = setting(.7, "share of each symbol's bars to train on", lo=0.01, hi=1.)
+    train: float = setting(.7, "share of the bars to train on, the earliest", lo=0.01, hi=1.)
     val: float = setting(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
+    split: str = setting(
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one may "
+        "train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
@@ -89,6 +92,8 @@ class DataConfig(_SplitConfig):
     "Which bars, and how they become windows"
     @property
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
+    @property
+    def clock(self) -> str | None: return self.market_tz or self.tz
     @property
     def reading(self) -> dict:
         "Arguments of `read_klines` that say how files are read"
@@ -231,7 +236,7 @@ class BaseConfig(Settings):
 class EvaluateConfig(Settings):
     "The comparison on the untouched end of each symbol"
     origins: int | None = setting(
-        None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 32", lo=2, hi=100_000)
+        None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 64", lo=2, hi=100_000)
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
     temperature: float = setting(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
@@ -375,16 +380,24 @@ def _part(key, value) -> tuple[str, dict]:
     check_keys(part, fields, f'config.{group}')
     return group, part
 
+# %% ../nbs/api/0_ground/03_config.ipynb #bd577eec
+def grouped(
+    changes: dict, # As for `Config.replace`
+) -> dict: # Group -> {setting: value}
+    "Return changes by group; raise `ConfigError` for a name that does not exist"
+    parts = {}
+    for key, value in changes.items():
+        group, part = _part(key, value)
+        parts.setdefault(group, {}).update(part)
+    return parts
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-052
 @patch
 def replace(self: Config,
     **changes, # `**{'predictor.lr': 1e-5}` or `predictor=dict(lr=1e-5)`; values may be text
 ) -> Config:
     "Return a new configuration with settings changed by name; raise `ConfigError` for unknown names and wrong values"
-    parts = {}
-    for key, value in changes.items():
-        group, part = _part(key, value)
-        parts.setdefault(group, {}).update(part)
+    parts = grouped(changes)
     return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **p) for s, p in parts.items()})
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-053
@@ -459,22 +472,41 @@ VARIANTS = dict(
     aggressive_schedule={'tokenizer.lr': 2e-4, **_both(warmup=.05, div_factor=10)},
 )
 
+# %% ../nbs/api/0_ground/03_config.ipynb #6e5e8e3d
+OWN = 'own'
+PRESET_NAMES = (OWN, *PRESETS)   # everything that `Config.preset` knows
+
+# %% ../nbs/api/0_ground/03_config.ipynb #ed59ba19
+def _fitted(data, changes):
+    "Return the configuration that fits `data`, around the settings in `changes`"
+    if data is None:
+        raise ConfigError("preset own fits its settings to your bars, and got none: pass Config.preset('own', "
+                          "data='my.csv'), or on the command line kronos-nb fit my.csv")
+    return importlib.import_module('kronos_nb.own').own_config(data, changes)
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-069
 @patch(cls_method=True)
 def preset(cls: Config,
-    name: str,      # A key of `PRESETS`
+    name: str,      # One of `PRESET_NAMES`
     *variants: str, # Keys of `VARIANTS`, applied in order
+    data=None,      # For 'own': bars, or anything `read_klines` takes; a dict is the group of settings of that name
     **changes,      # As in `replace`, applied last
 ) -> Config:
-    "Return a named configuration"
-    cfg = cls().replace(**PRESETS[check_choice('preset', name, PRESETS)])
+    """Return a named configuration
+
+    >>> kn.Config.preset('own', data='my.csv')
+    """
+    check_choice('preset', name, PRESET_NAMES)
+    if isinstance(data, dict): changes, data = changes | dict(data=data), None
+    cfg = _fitted(data, changes) if name == OWN else cls().replace(**PRESETS[name])
     for v in variants: cfg = cfg.replace(**VARIANTS[check_choice('variant', v, VARIANTS)])
     return cfg.replace(**changes)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-075
 def _read_yaml(path) -> dict:
     if not Path(path).is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {', '.join(PRESETS)}")
+        known = ', '.join(PRESET_NAMES)
+        raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {known}")
     try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
 
@@ -483,17 +515,19 @@ def _read_yaml(path) -> dict:
 def load(cls: Config,
     source,       # Path of a YAML file, or a dict
     report=print, # Called with one line per key that was renamed or has no counterpart
+    data=None,    # Bars, where the file says `preset: own`
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
     if not isinstance(d, dict):
         raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {type(d).__name__}")
-    d = dict(d)
-    start = cls.preset(d.pop('preset')) if 'preset' in d else cls()
+    d, name = dict(d), d.get('preset')
+    d.pop('preset', None)
     if is_foreign(d):
         d, changed = translate(d, cls().flat())
         for old, new, why in changed: report(f"{old} -> {new or 'left out'}{': ' + why if why else ''}")
-    return start.replace(**d)
+    if name == OWN: return _fitted(data, d)
+    return (cls.preset(name) if name else cls()).replace(**d)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-077
 @patch

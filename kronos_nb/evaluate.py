@@ -177,7 +177,8 @@ def evaluate(
     sampling = Sampling.of(sampling, **kwargs)
     sizes = _sizes(forecaster, lookback_window, predict_window)
     picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap)
-    check_untouched(picked[0], _extra(forecaster).get('trained_on') if used is None else used)
+    known = _extra(forecaster)
+    check_untouched(picked[0], known.get('trained_on') if used is None else used, known.get('split') != 'symbol')
     if baselines is None: baselines = default_baselines(bars, sizes[0])
     return _evaluate(_by_name(forecaster, base, baselines), bars, picked, sizes, sampling, out_dir, progress)
 

@@ -294,6 +294,7 @@ class Forecaster:
         cross_rope: str | None = None, # 'reference' or 'trained'; None: from the config
         compile=False,            # Compile what lies between matrix products
         precision: str = 'float32', # Of the predictor: 'float32' or 'bfloat16'
+        market_tz: str | None = None, # Zone whose clock the models read; None: that of training, or UTC
     ):
         _check_options(cross_rope, precision)
         self.cross_rope, self.compile, self.precision = cross_rope, compile, precision
@@ -301,6 +302,7 @@ class Forecaster:
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
         self.max_context = self._context(max_context)
         self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
+        self.market_tz = market_tz or _recorded(self.predictors, 'market_tz') or 'UTC'
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-042
 @patch
@@ -399,6 +401,16 @@ def _batches(self: Forecaster, lengths, horizon, paths, memory):
             for k in range(0, paths, per_path):
                 yield same[i:i+per_call], range(k, min(k+per_path, paths))
 
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #e9c680d6
+@patch
+def _notes(self: Forecaster, hist) -> list:
+    "Return what a reader of the forecast must know about its history"
+    notes, (L, known) = [], (len(hist.x), _recorded([*self.predictors, self.tokenizer], 'normalizer'))
+    if L > self.max_context: notes.append(f"the lookback has {L} bars, and the model reads the last {self.max_context}")
+    if known is None and isinstance(self.normalizer, ZScore):
+        notes.append(self.normalizer.leaves_reference(hist.x, self.features))
+    return [note for note in notes if note]
+
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-055
 @patch
 def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, futures):
@@ -410,9 +422,11 @@ def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, fu
     futures = [None]*len(hists) if futures is None else list(futures)
     if len(futures) != len(hists):
         raise ConfigError(f"futures must give the stamps of each of {len(hists)} histories, got {len(futures)}")
-    ahead = [future_stamps(h.t, horizon, calendar, f) for h, f in zip(hists, futures)]
+    for h in hists: h.notes += self._notes(h)
+    ahead = [future_stamps(h.t, horizon, calendar, f, self.market_tz) for h, f in zip(hists, futures)]
     scales = [self.normalizer.fit(h.x, len(h.x)) for h in hists]
-    return hists, scales, [time_stamps(h.t.append(t)) for h, (t, _) in zip(hists, ahead)], ahead
+    stamps = [time_stamps(h.t.append(t), tz=self.market_tz) for h, (t, _) in zip(hists, ahead)]
+    return hists, scales, stamps, ahead
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-056
 @patch
@@ -563,7 +577,7 @@ def save_pretrained(self: Forecaster, folder) -> Path:
     names = ['predictor', *(f'predictor_{i}' for i in range(2, len(self.predictors)+1))]
     for name, m in zip(['tokenizer', *names], [self.tokenizer, *self.predictors]):
         own = dict(m.extra)
-        m.extra.update(normalizer=self.normalizer.to_dict(), max_context=self.max_context)
+        m.extra.update(normalizer=self.normalizer.to_dict(), max_context=self.max_context, market_tz=self.market_tz)
         try: m.save_pretrained(Path(folder)/name)
         finally:
             m.extra.clear()

@@ -32,7 +32,8 @@ from .forecast import Forecaster
 from .judging.baselines import LastValue
 from .evaluate import evaluate
 from .fitting.prepare import load_bars, prepare
-from .train import FitResult, fit, resolve
+from .own import config_for, name_of
+from .train import FitResult, fit
 from .estimate import architecture
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-007
@@ -580,12 +581,18 @@ def _checked_space(data, cfg, space):
     check_columns(data, cfg, space)
     return space
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+def _folder_for(data, cfg):
+    "Return the folder of a search that names none"
+    data = data if data is not None else list(cfg.data.source or ()) or 'sample'
+    return Path('runs')/('tune' if isinstance(data, str) and data == 'sample' else f'{name_of(data)}-tune')
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
     data=None,           # As for `fit`
-    config='quickstart', # As for `fit`
+    config=None,         # As for `fit`
     space=None,          # Setting -> (low, high), or a list; None: `default_space` with all extra columns
-    out_dir='runs/tune', # Folder of the search
+    out_dir=None,        # Folder of the search; None: runs/<file>-tune, or runs/tune for the sample
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
     storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
@@ -597,8 +604,8 @@ def tune(
     >>> kn.tune('bars.csv', 'quickstart', {'predictor.lr': (1e-4, 1e-2)}, trials=20)
     """
     _optuna()
-    out, ends = Path(out_dir), _deadline(timeout)
-    cfg = resolve(config, overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    cfg = config_for(data, config, **overrides).replace(**{'runtime.progress': False, 'runtime.plots': False})
+    out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
     study = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker)

@@ -47,12 +47,29 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE)]
+_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+               *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
 def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
+def _has_begun(run: Run) -> bool:
+    "Return whether a run has written more than its facts"
+    traces = (run.config_file, run.base_folder, *(run.stage(s).folder for s in STAGES))
+    return run.facts_file.is_file() and any(path.exists() for path in traces)
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #83b5e8f3
+def holds(
+    run: Run,
+    cfg: Config,
+    data: Prepared,
+) -> bool:
+    "Return whether a folder holds the run with these settings, on these bars"
+    if not _has_begun(run) or not run.exists: return False
+    return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
@@ -65,12 +82,6 @@ def _check_same(run: Run, cfg: Config, data: Prepared):
     if was['data'] != data.hash:
         sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
         raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)")
-
-# %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
-def _has_begun(run: Run) -> bool:
-    "Return whether a run has written more than its facts"
-    traces = (run.config_file, run.base_folder, *(run.stage(s).folder for s in STAGES))
-    return run.facts_file.is_file() and any(path.exists() for path in traces)
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):

@@ -59,7 +59,8 @@ def model_facts(self: Stage) -> dict:
     d = self.cfg.data
     seen = {str(s): [str(first), str(last)] for s, (first, last) in self.data.span('train', 'val').items()}
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
-        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen)
+        lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
+        market_tz=d.clock or 'UTC', split=d.split)
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
     return facts
@@ -413,5 +414,5 @@ def _resume(stage: Stage, learn: Learner):
 def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
-    for note in (dict(kind='machine', text=stage.machine.text), *stage.notes):
+    for note in (dict(kind='machine', text=stage.machine.text), *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

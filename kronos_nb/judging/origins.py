@@ -141,19 +141,29 @@ def _used_ranges(
     return {s: (pd.Timestamp(a), pd.Timestamp(b)) for s, (a, b) in used.items()}
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-028
+def _touching(origins, used, across):
+    "Yield (symbol, first, last, forecasts that touch its bars) of what was used"
+    for s, (a, b) in _used_ranges(used).items():
+        o = origins[(origins['first'] <= b) & (origins['last'] >= a)]
+        o = o if across else o[o['symbol'] == s]
+        if len(o): yield s, a, b, o.sort_values('symbol', key=lambda c: c != s, kind='stable')
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #8519aad6
 def check_untouched(
     origins: pd.DataFrame, # From `pick_origins`
     used, # Bars, or {symbol: (first, last)}, that trained or selected the model
+    across: bool = True, # Look at the days of all symbols; False compares each symbol with itself alone
 ):
     "Raise if a forecast bar lies within what trained or selected the model"
-    for s, (a, b) in _used_ranges(used).items():
-        o = origins[(origins['symbol'] == s) & (origins['first'] <= b) & (origins['last'] >= a)]
-        if not len(o): continue
-        raise DataError(
-            f"the evaluation touches bars that trained or selected the model: {s} is forecast from "
-            f"{max(o['first'].min(), a)} to {min(o['last'].max(), b)} and was used from {a} to {b} "
-            f"({len(o)} forecasts); "
-            f"pass start='{b + (o['first'] - o['origin']).min()}' or later, or other bars")
+    s, a, b, o = next(_touching(origins, used, across), (None,) * 4)
+    if s is None: return
+    name = o['symbol'].iloc[0]
+    last = max(d for _, _, d, _ in _touching(origins, used, across))
+    other = '' if name == s else f" for {s}, whose days count for all symbols"
+    raise DataError(
+        f"the evaluation touches bars that trained or selected the model: {name} is forecast from "
+        f"{max(o['first'].min(), a)} to {min(o['last'].max(), b)} and was used from {a} to {b}{other} "
+        f"({len(o)} forecasts); pass start='{last + (o['first'] - o['origin']).min()}' or later, or other bars")
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-032
 QUANTILES = tuple(f'q{100 * p:g}' for p in LEVELS) # columns of the rows: q2.5 ... q97.5
