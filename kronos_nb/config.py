@@ -98,6 +98,10 @@ class DataConfig(_SplitConfig):
     def reading(self) -> dict:
         "Arguments of `read_klines` that say how files are read"
         return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
+    @property
+    def rules(self) -> dict:
+        "Arguments of `check_klines` and `repair_klines`"
+        return dict(features=self.features, allow_negative_prices=self.allow_negative_prices)
     def check(self):
         for name in ('tz', 'market_tz'):
             if getattr(self, name) is not None: _check_zone(name, getattr(self, name))

@@ -21,7 +21,8 @@ from kronos_nb.core import (
 )
 from .settings import Sampling, with_sampling
 from .display import progress_bar
-from .data.parse import time_stamps
+from .data.parse import time_stamps, to_utc
+from .data.read import as_frame
 from .data.normalize import ZScore, normalizer_from_dict
 from .data.calendar import future_stamps
 from .model.layers import evaluating
@@ -114,8 +115,7 @@ def _as_lookback(
     features=FEATURES,    # Columns that the model reads
 ) -> _Lookback:
     "Check the bars of one symbol"
-    if not isinstance(bars, pd.DataFrame):
-        raise DataError(f"the history must be a DataFrame of bars, got {type(bars).__name__}; use read_klines()")
+    bars = as_frame(bars)
     symbol = str(bars['symbol'].iloc[-1]) if 'symbol' in bars and len(bars) else ''
     name = symbol or 'the history'
     if 'timestamps' not in bars and not isinstance(bars.index, pd.DatetimeIndex):
@@ -123,8 +123,7 @@ def _as_lookback(
     if lookback_window is not None: bars = bars.iloc[-lookback_window:]
     if len(bars) < 2:
         raise DataError(f"{name} has {len(bars)} bars; a forecast needs at least 2, better the lookback of training")
-    t = pd.DatetimeIndex(bars['timestamps'] if 'timestamps' in bars else bars.index)
-    if t.tz is not None: t = t.tz_convert('UTC').tz_localize(None)
+    t = pd.DatetimeIndex(to_utc(bars['timestamps'] if 'timestamps' in bars else bars.index)[0])
     x, notes = _feature_array(bars, features)
     _check_numbers(name, t, x, features)
     _check_times(name, t)
@@ -516,7 +515,8 @@ def predict(self: Forecaster,
     **kwargs,            # For `predict_many`: `sampling`, or its settings paths=100, temperature=1., top_p=.9, ...
 ):  # `Forecast`, or a dictionary of them by symbol
     "Forecast the bars that follow `bars`"
-    several = isinstance(bars, pd.DataFrame) and 'symbol' in bars and bars['symbol'].nunique() > 1
+    bars = as_frame(bars)
+    several = 'symbol' in bars and bars['symbol'].nunique() > 1
     if not several:
         futures = None if future is None else [future]
         return self.predict_many([bars], predict_window, futures=futures, **kwargs)[0]

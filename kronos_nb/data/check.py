@@ -31,7 +31,7 @@ RULES = dict( # rule: (level, what it means)
     price_not_positive=('error', 'a price is zero or negative'),
     high_low=('error', 'high or low do not contain open and close'),
     negative_volume=('error', 'volume or amount is negative'),
-    too_short=('error', 'fewer bars than one window; a warning where other symbols have enough'),
+    too_short=('error', 'fewer bars than one window'),
 )
 
 # %% ../../nbs/api/1_data/12_check.ipynb #d36b7fbe
@@ -278,10 +278,9 @@ def _move_rules(b, jump, stale_run):
     return dict(stale=np.bincount(run)[run] >= stale_run, split_like=split, jump=large)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-036
-def _issue(rule, symbol, count, stamps, detail='', level=None):
+def _issue(rule, symbol, count, stamps, detail=''):
     first = [pd.Timestamp(t) for t in stamps[:3]]
-    level = level or RULES[rule][0]
-    return dict(rule=rule, level=level, symbol=symbol, count=int(count), first=first, detail=detail)
+    return dict(rule=rule, level=RULES[rule][0], symbol=symbol, count=int(count), first=first, detail=detail)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-037
 def _which_features(rule, x, features):
@@ -396,15 +395,14 @@ def _interval_issue(name, t):
 def _symbol_issues(b, window):
     "Return issues of whole symbols, and the summary of each"
     rows, summary, stamps = [], [], {}
-    enough = window and np.bincount(b.code).max(initial=0) >= window
+
     for name, s in b.groups():
         n, t = s.stop - s.start, np.sort(b.t[s][~np.isnat(b.t[s])])
         t = t[np.r_[True, t[1:] != t[:-1]][:len(t)]]
         row, gaps = _symbol_row(name, t, n)
         rows += ([gaps] if gaps else []) + _interval_issue(name, t)
         if _off_grid(t, bar_interval(t)): rows.append(_issue('unfinished', name, 1, t[-1:]))
-        short = f'a window has {window}', 'warning' if enough else 'error'
-        if window and n < window: rows.append(_issue('too_short', name, n, [], *short))
+        if window and n < window: rows.append(_issue('too_short', name, n, [], f'a window has {window}'))
         small = _small_features(b.x[s], b.features) if n else []
         if small: rows.append(_issue('small_unit', name, n, t, ', '.join(small)))
         if n and not b.x[s, 4].any(): rows.append(_issue('no_volume', name, n, []))

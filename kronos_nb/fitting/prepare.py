@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import ConfigError, DataError
 from ..config import Config
 from ..display import name_list
-from ..data.read import read_klines, read_log, sample_klines
+from ..data.read import is_canonical, read_klines, read_log, sample_klines
 from ..data.check import RULES, KlineReport, ReportSection, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import NORMALIZERS, with_scales
@@ -39,8 +39,8 @@ def load_bars(
     if data is None: data = list(d.source or ()) or 'sample'
     if isinstance(data, str) and data == 'sample': data = sample_klines(list(d.symbols) if d.symbols else None)
     if _is_read(data, d): return data
-    return read_klines(data, tz=d.tz, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows,
-                       extra_features=d.extra_features)
+    how = dict(extra_features=d.extra_features) if is_canonical(data) else d.reading # such a frame is in UTC
+    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **how)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #ebf1fb5c
 def _symbols_in(data, cfg) -> list:
@@ -85,7 +85,7 @@ def offer(
     d,          # `cfg.data`
 ) -> str: # A sentence
     "Return the windows that fit bars, as settings to add"
-    good, _ = repair_klines(bars, features=d.features)
+    good, _ = repair_klines(bars, **d.rules)
     room = find_room(good, d.train, d.val, d.test, d.max_gap, d.split) if len(good) else None
     fitting = room and fitting_windows(room, (d.lookback_window, d.predict_window))
     if fitting:
@@ -109,7 +109,7 @@ def _leave_out_short(bars, report, d):
     window, short = d.lookback_window + d.predict_window, report.issues[report.issues.rule == 'too_short']
     if len(short) == len(report.summary): raise _too_short(bars, report, d)
     bars = bars[~bars.symbol.isin(short.symbol)].reset_index(drop=True)
-    kept = check_klines(bars, window, features=d.features)
+    kept = check_klines(bars, window, **d.rules)
     issues = pd.concat([short.assign(level='warning'), kept.issues], ignore_index=True)
     return bars, pd.DataFrame(), replace(kept, issues=issues)
 
@@ -125,17 +125,17 @@ def _all_dropped(bars, changes):
 def _repair(bars, d):
     "Return repaired bars, what was changed, and their report; raise where nothing is left"
     window = d.lookback_window + d.predict_window
-    fixed, changes = repair_klines(bars, features=d.features)
+    fixed, changes = repair_klines(bars, **d.rules)
     if not len(fixed): raise _all_dropped(bars, changes)
-    report = check_klines(fixed, window, features=d.features)
+    report = check_klines(fixed, window, **d.rules)
     if (report.summary.bars < window).all(): raise _too_short(fixed, report, d)
-    fixed, changes = repair_klines(bars, min_bars=window, features=d.features)
-    return fixed, changes, check_klines(fixed, window, features=d.features)
+    fixed, changes = repair_klines(bars, min_bars=window, **d.rules)
+    return fixed, changes, check_klines(fixed, window, **d.rules)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-016
 def _check_bars(bars, d):
     "Return the bars, repaired where `d.repair` asks for it, what repair changed, and the report on them"
-    report, changes = check_klines(bars, d.lookback_window + d.predict_window, features=d.features), pd.DataFrame()
+    report, changes = check_klines(bars, d.lookback_window + d.predict_window, **d.rules), pd.DataFrame()
     if not report.ok and d.repair == 'standard': bars, changes, report = _repair(bars, d)
     if report.ok: return bars, changes, report
     bad = report.issues[report.issues.level == 'error']

@@ -242,8 +242,7 @@ def _bars_of(run, d):
     "Return the bars that the settings of a run name"
     if not d.source:
         return sample_klines(list(d.symbols) if d.symbols else None)
-    return read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows,
-                       extra_features=d.extra_features, tz=d.tz)
+    return read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **d.reading)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-038
 def _of_run(folder, bars):
@@ -251,8 +250,8 @@ def _of_run(folder, bars):
     run = Run.find(folder)
     d = run.config.data
     bars = _bars_of(run, d) if bars is None else bars
-    if d.repair == 'standard' and not check_klines(bars, features=d.features).ok:
-        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, features=d.features)
+    if d.repair == 'standard' and not check_klines(bars, **d.rules).ok:
+        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **d.rules)
     forecaster = Forecaster.from_pretrained(run)
     dataset = partial(WindowDataset, lookback_window=d.lookback_window, predict_window=d.predict_window,
                       normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features,

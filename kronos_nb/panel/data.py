@@ -140,8 +140,8 @@ class DataPanel(_BarChoice):
         data = {k: v for k, v in self.settings.items() if k.startswith('data.')}
         cfg = Config().replace(**data, **{'data.extra_features': self.extra_features})
         bars, changes = load_bars(self.source, cfg), None
-        if cfg.data.repair == 'standard': bars, changes = repair_klines(bars, features=cfg.data.features)
-        return bars, changes, check_klines(bars, features=cfg.data.features)
+        if cfg.data.repair == 'standard': bars, changes = repair_klines(bars, **cfg.data.rules)
+        return bars, changes, check_klines(bars, **cfg.data.rules)
 
     def text(self) -> str: return f'{_report_text(*self.read())}\n{self.code}'
     def refresh(self):
