@@ -207,7 +207,7 @@ def own_config(
 def _usable(data, cfg):
     "Return the bars as they will be trained on"
     bars = load_bars(data, cfg)
-    if cfg.data.repair == 'standard': bars = repair_klines(bars, features=cfg.data.features)[0]
+    if cfg.data.repair == 'standard': bars = repair_klines(bars, **cfg.data.rules)[0]
     if len(bars): return bars
     prepare(data, cfg)   # says what is wrong with them
     raise DataError(f"the bars of {name_of(data)} are empty. {least_text()}")

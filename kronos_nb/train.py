@@ -386,7 +386,7 @@ def _base_stopped(result: FitResult, data, prepared: Prepared, session: _Session
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-057
 def _finish(result: FitResult, data: Prepared, inits: dict, judge: bool):
-    "Write down which predictors forecast together, judge, and write the model cards; the report comes last: a run that has one is done"
+    "Write down which predictors forecast together, judge, write the model cards, and last the report"
     run, seeds = result.run, result.config.runtime.seeds
     if seeds and len(result.predictors) == len(seeds): run.write_ensemble([run.predictor(seed) for seed in seeds])
     if judge: _judge(result, data, inits)
