@@ -278,9 +278,10 @@ def _move_rules(b, jump, stale_run):
     return dict(stale=np.bincount(run)[run] >= stale_run, split_like=split, jump=large)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-036
-def _issue(rule, symbol, count, stamps, detail=''):
+def _issue(rule, symbol, count, stamps, detail='', level=None):
     first = [pd.Timestamp(t) for t in stamps[:3]]
-    return dict(rule=rule, level=RULES[rule][0], symbol=symbol, count=int(count), first=first, detail=detail)
+    level = level or RULES[rule][0]
+    return dict(rule=rule, level=level, symbol=symbol, count=int(count), first=first, detail=detail)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-037
 def _which_features(rule, x, features):

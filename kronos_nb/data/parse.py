@@ -548,8 +548,8 @@ def _decimal_mark(cells, point_seen=False):
     if len(comma) or len(point) or point_seen: return ',' if len(comma) else '.'
     commas = cells[bare.str.fullmatch(r'[-+]?\d{1,3},\d{3}')]
     if not len(commas): return '.'
-    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can every number "
-                    f"of the file that has a comma. Pass decimal=',' or decimal='.'{IN_A_RUN}")
+    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can "
+                    f"every number of the file that has a comma. Pass decimal=',' or decimal='.'{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #281eaa3a
 def _feature_rows(values, names, n):
