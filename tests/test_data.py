@@ -444,7 +444,7 @@ def test_split_covers_every_bar_once():
     split = split_by_time(bars)
     parts = pd.concat([split.train, split.val, split.test])
     assert parts.sort_values(['symbol', 'timestamps'], ignore_index=True).equals(bars)
-    apart = split_by_time(bars, embargo=5)
+    apart = split_by_time(bars, embargo=5, by='symbol')
     lost = sum(min(5, a) + min(5, b) for a, b in ((70, 15), (25, 6), (2, 0)))
     assert len(apart.train) + len(apart.val) + len(apart.test) == len(bars) - lost
     assert split_by_date(bars, '2024-01-03').test.empty
