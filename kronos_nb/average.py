@@ -24,7 +24,7 @@ from .training.history import read_json
 from .training.run import RunStage
 from .training.learner import Callback
 from .training.optim import Best
-from .training.checkpoint import damage
+from .training.checkpoint import damage, is_extra
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-007
 class Weights(dict):
@@ -91,14 +91,15 @@ def _step_of(path):
     "Return (N, file of the weights) of a checkpoint, or None"
     m, file = re.fullmatch(r'.*step_?(\d+)(\.safetensors)?', path.name), path
     if path.is_dir(): file = path/'model.safetensors'
-    return (int(m[1]), file) if m and not path.name.startswith('.') and file.is_file() else None
+    if m is None or path.name.startswith('.') or not file.is_file() or is_extra(path): return None
+    return int(m[1]), file
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-015
 def step_files(
     source,                  # A folder, or the stage's folder above its `checkpoints/`
     pattern='*.safetensors', # What names (`step_400.safetensors`, `step_000400/model.safetensors`) must look like
 ) -> list: # (N, file), oldest first
-    "Return the weights of checkpoints, in the order of their steps"
+    "Return the weights of checkpoints, in the order of their steps; those that an interruption added are left out"
     source = Path(source)
     if (below := RunStage(source).checkpoints).is_dir(): source = below
     if not source.is_dir(): raise RunError(f"there is no folder {str(source)!r}; name one with checkpoints")

@@ -561,7 +561,7 @@ def _without_gpu_count(argv: list) -> list:
 def _launch_env(n: int, gpus: int) -> dict:
     "Return the environment for `n` processes, which share the cores where there is no GPU"
     from kronos_nb.machine import cores
-    env = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600') | os.environ
+    env = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600') | os.environ | dict(KRONOS_NB_LAUNCHER=str(os.getpid()))
     if not gpus and 'OMP_NUM_THREADS' not in os.environ:
         env['OMP_NUM_THREADS'] = str(max(cores()//n, 1))
     return env

@@ -7,7 +7,7 @@ __all__ = ['PRICES', 'FEATURES', 'STAMPS', 'GLOSSARY', 'KronosError', 'ConfigErr
            'seed_everything', 'pick_device', 'safe_name', 'symbol_of']
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-002
-import contextlib, difflib, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
+import contextlib, difflib, errno, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +167,26 @@ def _write_flushed(fd, content: bytes):
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../nbs/api/0_ground/00_core.ipynb #edb46126
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # only writing fails like this
+
+def _disk_says(e, full) -> str:
+    "Return what the system said about a file; '' for an error of another kind"
+    if isinstance(e, OSError): return '' if full and e.errno not in _FULL else e.strerror or str(e)
+    return str(e) if type(e).__name__ == 'SafetensorError' and 'os error' in str(e) else ''
+
+@contextlib.contextmanager
+def writing(
+    path,       # What is being written, for the message
+    full=False, # Whether the block also reads, so that only a full or read-only disk counts
+):
+    "Raise `RunError` where the disk refuses what the block writes"
+    try: yield
+    except Exception as e:
+        if not (why := _disk_says(e, full)): raise
+        raise RunError(f"{str(path)!r} could not be written ({why}). Free some space or make the folder writable, and "
+            "run the same command again: what was written before is whole") from e
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-039
 def write_atomic(
     path,                # Target file; its folder is made if needed
@@ -174,16 +194,17 @@ def write_atomic(
 ) -> Path: # The target
     "Write `content` to `path` by temporary file, flush and rename"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        _write_flushed(fd, content.encode() if isinstance(content, str) else content)
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+        try:
+            _write_flushed(fd, content.encode() if isinstance(content, str) else content)
+            os.chmod(tmp, 0o644)
+            os.replace(tmp, path)
+        except BaseException:
+            with contextlib.suppress(OSError): os.unlink(tmp)
+            raise
+        fsync_folder(path.parent)
     return path
 
 # %% ../nbs/api/0_ground/00_core.ipynb #95b210f9

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -21,7 +22,6 @@ from kronos_nb.data.read import sample_klines
 from kronos_nb.panel import ConfigPanel, DataPanel, FitJob, ForecastPanel, RunsPanel, Studio, TrainPanel
 from kronos_nb.panel.base import AT_WORK, Later, widget_tree
 from kronos_nb.panel.data import save_upload
-from kronos_nb.panel.train import free_folder
 from kronos_nb.settings import Sampling
 from kronos_nb.training.learner import Callback
 from kronos_nb.training.run import Run
@@ -281,14 +281,14 @@ def test_nothing_is_measured_beside_a_run(opened, monkeypatch):
     assert not panel.measuring.disabled
 
 
-def test_a_run_with_other_settings_goes_into_another_folder(tmp_path, opened):
-    folder = tmp_path/'run'
-    assert free_folder(str(folder), SMALL) == str(folder)
-    folder.mkdir()
+def test_a_run_with_other_settings_goes_into_another_folder(tmp_path, opened, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(TrainPanel('sample', SMALL).out_dir)
+    folder.mkdir(parents=True)
     SMALL.save(folder/'config.yaml')
-    assert free_folder(str(folder), SMALL.replace(**{'runtime.threads': 2})) == str(folder)
-    assert free_folder(str(folder), SMALL.replace(**{'predictor.lr': 2e-3})) == f'{folder}-2'
-    assert opened(TrainPanel('sample', SMALL, folder)).buttons['start'].description == 'Continue training'
+    assert TrainPanel('sample', SMALL.replace(**{'runtime.threads': 2})).out_dir == str(folder)
+    assert TrainPanel('sample', SMALL.replace(**{'predictor.lr': 2e-3})).out_dir == f'{folder}-2'
+    assert opened(TrainPanel('sample', SMALL)).buttons['start'].description == 'Continue training'
 
 
 def test_an_error_shows_in_the_panel(tmp_path, opened):

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-002
-import importlib.metadata, platform
+import importlib.metadata, platform, uuid
 
 from .. import __version__
-from ..core import ConfigError, RunError, next_folder, pick_device, write_atomic, write_json
+from ..core import ConfigError, KronosError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
 from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
@@ -81,7 +81,8 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
+    try: return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    except KronosError: return False   # damaged: `claim_folder` decides, and writes the settings anew
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
@@ -106,6 +107,11 @@ def _check_empty(run: Run):
             "Choose another folder (out_dir, --out), so that nothing is overwritten",
             options=f'--out {next_folder(run)}')
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #1a0f2aab
+def check_place(run: Run):
+    "Raise if the folder holds anything but a run, before anything is written there"
+    if not _has_begun(run): _check_empty(run)
+
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-021
 def claim_folder(
     run: Run,
@@ -114,10 +120,15 @@ def claim_folder(
     resume: bool, # False: a run that is there is an error, too
 ):
     "Write facts, settings and the data report into the folder of a run; raise if another run is there"
-    if not _has_begun(run): _check_empty(run)
-    elif resume: _check_same(run, cfg, data)
-    else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
-    write_json(run.facts_file, run_facts(cfg, data) | dict(settings=_deciding(cfg)))
+    check_place(run)
+    begun, identity = _has_begun(run), uuid.uuid4().hex
+    if begun and not resume:
+        raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
+    if begun:
+        _check_same(run, cfg, data)
+        identity = run.facts.get('id', identity)
+    run.report_file.unlink(missing_ok=True)   # it is written last: a run without it is not done
+    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity, settings=_deciding(cfg)))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())

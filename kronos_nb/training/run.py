@@ -6,15 +6,16 @@
 __all__ = ['RunStage', 'Run', 'find_runs']
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-002
-import platform, re, time
+import contextlib, errno, platform, re, time, warnings
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import psutil
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
-from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json
+from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
 from ..config import Config
 from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
@@ -363,3 +364,75 @@ def table(self: Run) -> pd.DataFrame: # One row per stage that has begun
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-071
 @patch
 def _repr_html_(self: Run): return self.table.to_html(index=False)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #c411d2c5
+def answers(process: psutil.Process) -> bool:
+    "Return whether a process is there and not stopped"
+    away = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    try: return process.is_running() and process.status() not in away
+    except psutil.Error: return False
+
+# %% ../../nbs/api/4_training/41_run.ipynb #e7c97c53
+def watch(
+    processes: dict, # Name -> `psutil.Process`
+    patience: float, # Seconds that one of them may be away
+    leave,           # Called with name, process and `patience` when one has been away for longer
+    over,            # `threading.Event` that ends the watch
+):
+    "Look at processes once a second, from a thread of its own"
+    away = dict.fromkeys(processes, 0)
+    while not over.wait(1):
+        for name, process in processes.items():
+            away[name] = 0 if answers(process) else away[name]+1
+            if away[name] == patience: leave(name, process, patience)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #58ff1334
+LOCK = '.lock'
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)   # what file systems without locks say
+
+def _try_lock(folder, wait):
+    "Return the lock of a folder once it is held; None where the file system has none"
+    lock = FileLock(Path(folder)/LOCK)
+    try: lock.acquire(timeout=wait)
+    except (NotImplementedError, OSError) as e:
+        if isinstance(e, Timeout) or isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise
+        warnings.warn(f"the file system of {str(folder)!r} has no locks: see to it that one process writes there")
+        return None
+    return lock
+
+# %% ../../nbs/api/4_training/41_run.ipynb #268a1044
+_LEFT = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')   # as `write_atomic` names them
+
+def remove_leftovers(
+    folder, # Of a run, with its lock held
+):
+    "Remove the temporary files of processes that were killed"
+    for path in list(Path(folder).rglob('.*.tmp')):
+        if _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #732d3bc3
+def _busy(folder):
+    return RunError(f"another process writes into {str(folder)!r}. Wait until it has ended, or stop it; or choose "
+        "another folder (out_dir, --out)")
+
+@contextlib.contextmanager
+def only_writer(
+    folder,        # Of a run; made if needed
+    wait: float = 10, # Seconds to wait for a process that is ending
+):
+    "Hold the lock of a folder inside the block; raise `RunError` where another process holds it"
+    with writing(folder):
+        try: lock = _try_lock(folder, wait)
+        except Timeout: raise _busy(folder) from None
+        remove_leftovers(folder)
+    try: yield
+    finally:
+        if lock is not None: lock.release()
+
+# %% ../../nbs/api/4_training/41_run.ipynb #f1cf4d98
+@patch(as_prop=True)
+def run_id(self: RunStage) -> str | None: # None outside of a run, and in runs of older versions
+    "Return the identity of the run that the stage belongs to"
+    runs = (Run(p) for p in list(self.folder.parents)[:2])   # `seed_N/predictor` lies one deeper
+    found = next((r for r in runs if r.facts_file.is_file()), None)
+    return found and found.facts.get('id')
