@@ -26,6 +26,8 @@ from .training.run import CALIBRATION, STAGES, Run, only_writer
 from .training.learner import Backend
 from .training.task import build_model, check_features, matmul_precision
 from .training.monitor import check_tracker
+
+# %% ../nbs/api/7_fit/77_train.ipynb #0a57f0c8
 from .forecast import Forecaster
 from .judging.origins import pick_origins
 from .judging.evaluation import Evaluation
