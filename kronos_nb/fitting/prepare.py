@@ -111,8 +111,9 @@ def _check(bars, d):
     window = d.lookback_window + d.predict_window
     return check_klines(bars, window, **d.rules)
 
-def _repaired(bars, d, **kwargs):
-    return repair_klines(bars, **d.rules, **kwargs)
+def repaired(bars, d) -> tuple: # Bars, changes
+    "Repair bars as the settings ask for"
+    return repair_klines(bars, **d.rules)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d5b6c497
 def _too_short(bars, report, d):
@@ -146,12 +147,11 @@ def _all_dropped(bars, changes):
 def _repair(bars, d):
     "Return repaired bars, what was changed, and their report; raise where nothing is left"
     window = d.lookback_window + d.predict_window
-    fixed, changes = _repaired(bars, d)
+    fixed, changes = repaired(bars, d)
     if not len(fixed): raise _all_dropped(bars, changes)
     report = _check(fixed, d)
     if (report.summary.bars < window).all(): raise _too_short(fixed, report, d)
-    fixed, changes = _repaired(bars, d, min_bars=window)
-    return fixed, changes, _check(fixed, d)
+    return fixed, changes, report
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-016
 def _check_bars(bars, d):
