@@ -14,7 +14,7 @@ from pathlib import Path
 from . import __version__
 from kronos_nb.core import (
     FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
-    write_atomic,
+    safe_name, write_atomic,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESET_NAMES, SECTIONS, VARIANTS, Config
@@ -429,8 +429,8 @@ def _studio_parser(sub):
         help='files of bars; none: the bundled sample, and a button to upload a file')
     p.add_argument('--preset', metavar='NAME', help=f"start from: {', '.join(PRESET_NAMES)}; none: as for fit")
     p.add_argument('--out', metavar='RUN', help='folder of the run; none: as for fit')
-    p.add_argument('--ip', default='127.0.0.1', help='address to listen on (127.0.0.1); 0.0.0.0 is all of this machine')
-    p.add_argument('--port', type=int, default=8866, help='port to listen on (8866), or the next free one')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8866, help='port to listen on, or the next free one')
     p.add_argument('--no-browser', action='store_true', help='print the address and open nothing')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
@@ -823,9 +823,6 @@ def _model_and_bars(a):
     cfg = run.config if run else Config()
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
-    if not run:   # a model alone knows the windows that it was trained on
-        said = {k: f.predictor.extra.get(k) for k in ('lookback_window', 'predict_window')}
-        cfg = cfg.replace(data={k: v for k, v in said.items() if v})
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
@@ -892,7 +889,6 @@ def _forecast_folder(a, symbols) -> Path:
 def _write_forecasts(found: dict, out: Path):
     "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
     import pandas as pd
-    from kronos_nb.core import safe_name
     from kronos_nb.display import save_figure
     out.mkdir(parents=True, exist_ok=True)
     rows = []
