@@ -435,4 +435,4 @@ def run_id(self: RunStage) -> str | None: # None outside of a run, and in runs o
     "Return the identity of the run that the stage belongs to"
     runs = (Run(p) for p in list(self.folder.parents)[:2])   # `seed_N/predictor` lies one deeper
     found = next((r for r in runs if r.facts_file.is_file()), None)
-    return found and found.facts.get('id')
+    return found and read_json(found.facts_file).get('id')
