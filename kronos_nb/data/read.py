@@ -817,6 +817,7 @@ def extra_columns(
     **how,   # Its other arguments
 ) -> list: # Names for `extra_features`
     "Return the columns beside the six features that a tokenizer could read"
+    if isinstance(source, pd.DataFrame): source = pd.DataFrame(source)   # its columns as they are, without its log
     ignored = [entry['ignored'] for entry in read_log(read_klines(source, **how))]
     if not ignored: return []
     ours = {theirs: name for name, text in EXTRA_NAMES.items() for theirs in text.split()}
