@@ -111,7 +111,10 @@ _SHARES = (
     Layout('Nasdaq', 'HistoricalData.csv', _lines('Date,Close/Last,Volume,Open,High,Low',
         '01/13/2024,$1.50,10,$1.00,$2.00,$0.50'), 'HistoricalData', '2024-01-13'),
     Layout('Investing.com', 'AAPL.csv', _lines('Date,Price,Open,High,Low,Vol.,Change %',
-        '13/01/2024,1.5,1,2,0.5,0.01K,1%'), 'AAPL', '2024-01-13'),
+        '13/01/2024,1.5,1,2,0.5,0.01K,1%'), 'AAPL', '2024-01-13'))
+
+# %% ../../nbs/api/1_data/19_layouts.ipynb #a1c60ff0
+_OTHERS = (
     Layout('European numbers and dates', 'DAX.csv', _lines('Date;Open;High;Low;Close;Volume',
         '02.01.2024;1,0;2,0;0,5;1,5;10'), 'DAX', _DAY, asks='dayfirst', how=dict(dayfirst=True)),
     Layout('a date of two orders', 'X.csv', _lines('Date,Open,High,Low,Close,Volume', '01/02/2024,1,2,0.5,1.5,10'),
@@ -132,6 +135,7 @@ _EASTMONEY = _lines('\u65e5\u671f,\u80a1\u7968\u4ee3\u7801,\u5f00\u76d8,\u6536\u
                     '\u6210\u4ea4\u91cf,\u6210\u4ea4\u989d,\u6362\u624b\u7387',
                     f'{_DAY},000001,1,1.5,2,0.5,10,1250,0.3')
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #41812562
 _CHINA = (
     Layout('akshare, Eastmoney', '000001.csv', _EASTMONEY, '000001', _DAY, amount=1250),
     Layout('akshare, Sina, days', 'sh600000.csv', _lines(
@@ -142,7 +146,10 @@ _CHINA = (
         how=dict(bar_end=True)),
     Layout('tushare, days: lots and thousands', 'daily.csv', _lines(
         'ts_code,trade_date,open,high,low,close,pre_close,vol,amount', '600000.SH,20240102,1,2,0.5,1.5,1,10,1.25'),
-        '600000.SH', _DAY, volume=1000, amount=1250),
+        '600000.SH', _DAY, volume=1000, amount=1250))
+
+# %% ../../nbs/api/1_data/19_layouts.ipynb #6ac42211
+_CHINA_MINUTES = (
     Layout('tushare, minutes', 'mins.csv', _lines('ts_code,trade_time,close,open,high,low,vol,amount',
         '600000.SH,2024-01-02 09:36:00,2,1.5,2,1,10,15', '600000.SH,2024-01-02 09:31:00,1.5,1,2,0.5,10,15',
         ), '600000.SH', '2024-01-02 09:26', amount=15, how=dict(bar_end=True)),
@@ -185,7 +192,8 @@ def _frames():
     return *out, Layout('pandas on Arrow', '', table.to_pandas(types_mapper=pd.ArrowDtype)), Layout('Arrow', '', table)
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #cef19af7
-LAYOUTS = (*_EXCHANGES, *_CLIENTS, *_TERMINALS, *_SHARES, *_CHINA, *_FOLDERS, *_frames())
+LAYOUTS = (*_EXCHANGES, *_CLIENTS, *_TERMINALS, *_SHARES, *_OTHERS, *_CHINA, *_CHINA_MINUTES, *_FOLDERS,
+           *_frames())
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #1675795c
 @patch

@@ -763,22 +763,21 @@ def _read(sources, features, limits, wanted):
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-072
 def read_klines(
-    source,           # Path, glob, folder, DataFrame, list of bars, or a list or dict {symbol: ...} of them
-    symbol=None,      # Of files without such a column; None takes it from the file name
+    source,           # Path, glob, folder, frame, list of bars, or a list or dict {symbol: ...} of them
+    symbol=None,      # Of files without such a column; None: the file name
     *, tz=None,       # Zone of stamps without one; None is UTC
-    dayfirst=None,    # How to read 03/04/2024; None finds out or raises
-    columns=None,     # {'their name': 'ours'} for names that are not recognised; a list names all in order
-    extra_features=(), # Numeric columns to keep beside the six, as recorded
-    adjust=False,     # Apply the adjusted close (splits, dividends) to prices and volume
-    decimal=None,     # Decimal mark of text, '.' or ','; None finds out or raises
-    units=None,       # {'volume': 100, 'amount': 1000}: what 1 stands for in the source; None leaves them as recorded
-    bar_end=False,    # Stamps mark the end of a bar: move them to its start
-    ambiguous=None,   # 'first' or 'last' of an hour that the clock of `tz` shows twice and the source once; None raises
+    dayfirst=None,    # How to read 03/04/2024; None finds out
+    columns=None,     # {'theirs': 'ours'}; a list names all
+    extra_features=(), # Numeric columns beside the six
+    adjust=False,     # Apply the adjusted close to prices and volume
+    decimal=None,     # Decimal mark, '.' or ','; None finds out or raises
+    units=None,       # {'volume': 100}: what 1 stands for in the source; None is 1
+    bar_end=False,    # Stamps mark the end of a bar
+    ambiguous=None,   # 'first' or 'last' of an hour that occurs twice
     symbols=None,     # Keep these only
     start=None, end=None, # Keep start <= timestamps < end (UTC)
-    max_rows=None,    # Stop after this many kept rows
-    chunk=500_000,    # Rows held in raw form at a time
-    max_bytes=2**33, max_ratio=100, # Limits on what compressed input may expand to
+    max_rows=None,    # Keep at most this many
+    **limits,         # `chunk`, `max_bytes`, `max_ratio`, see `_Limits`
 ) -> pd.DataFrame: # Canonical and extra columns, grouped by symbol, in the order found
     """Return the bars of a source
 
@@ -786,10 +785,13 @@ def read_klines(
     """
     extra = (extra_features,) if isinstance(extra_features, str) else tuple(extra_features or ())
     options = ParseOptions(symbol, tz, dayfirst, columns, adjust, extra, decimal, units, bar_end, ambiguous)
+    return _read_all(source, options, _Limits(**limits), _Filter(symbols, start, end, max_rows))
+
+# %% ../../nbs/api/1_data/11_read.ipynb #3e738321
+def _read_all(source, options, limits, wanted):
+    "Return the wanted rows of a source, and keep the logs of frames that were read before"
     sources = _sources(source, options)
-    limits, wanted = _Limits(chunk, max_bytes, max_ratio), _Filter(symbols, start, end, max_rows)
-    bars = _read(sources, (*FEATURES, *extra), limits, wanted)
-    return _keep_logs(bars, sources)
+    return _keep_logs(_read(sources, (*FEATURES, *options.extra), limits, wanted), sources)
 
 # %% ../../nbs/api/1_data/11_read.ipynb #28b04373
 def _keep_logs(bars, sources):
