@@ -769,14 +769,14 @@ def read_klines(
     dayfirst=None,    # How to read 03/04/2024; None finds out
     columns=None,     # {'theirs': 'ours'}; a list names all
     extra_features=(), # Numeric columns beside the six
-    adjust=False,     # Apply the adjusted close to prices and volume
+    adjust=False,     # Apply the adjusted close
     decimal=None,     # Decimal mark, '.' or ','; None finds out or raises
     units=None,       # {'volume': 100}: what 1 stands for in the source; None is 1
     bar_end=False,    # Stamps mark the end of a bar
     ambiguous=None,   # 'first' or 'last' of an hour that occurs twice
     symbols=None,     # Keep these only
     start=None, end=None, # Keep start <= timestamps < end (UTC)
-    max_rows=None,    # Keep at most this many
+    max_rows=None,    # Of the result
     **limits,         # `chunk`, `max_bytes`, `max_ratio`, see `_Limits`
 ) -> pd.DataFrame: # Canonical and extra columns, grouped by symbol, in the order found
     """Return the bars of a source
