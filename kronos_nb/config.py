@@ -378,7 +378,7 @@ class Config:
         "Return dotted names to values"
         return {f'{s}.{k}': v for s, part in self.to_dict().items() for k, v in part.items()}
 
-# %% ../nbs/api/0_ground/03_config.ipynb #cell-050
+# %% ../nbs/api/0_ground/03_config.ipynb #054ced2a
 def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
@@ -386,6 +386,7 @@ def check_keys(got, allowed, where: str):
         few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
         raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
 
+# %% ../nbs/api/0_ground/03_config.ipynb #cell-050
 def _meant(key) -> str:
     "Return a suggestion for a name whose group is missing or misspelt"
     names = list(Config().flat())

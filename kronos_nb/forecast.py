@@ -432,9 +432,10 @@ def device(self: Forecaster): return self.tokenizer.device
 @patch(as_prop=True)
 def dtype(self: Forecaster): return getattr(torch, self.precision)
 
-# %% ../nbs/api/5_forecast/53_forecast.ipynb #1a901613
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #d753e58e
 RELEASED_UNTIL = '2024-07-01'   # released weights may have seen the bars before it
 
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #1a901613
 @patch(as_prop=True)
 def seen_until(self: Forecaster) -> pd.Timestamp | None: # None: the bars of training are recorded, or nothing is known
     "Return the moment before which the weights may have seen every market"

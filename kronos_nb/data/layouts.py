@@ -33,9 +33,10 @@ class Layout:
     asks: str = ''          # Parameter that the error names
     how: dict = field(default_factory=dict) # Arguments of `read_klines` that settle it
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #90ecffc3
+# %% ../../nbs/api/1_data/19_layouts.ipynb #3391f8c4
 def _lines(*rows): return '\n'.join(rows) + '\n'
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #90ecffc3
 _EXCHANGES = (
     Layout('Binance archive, ms', 'BTCUSDT-1h-2024-01.csv', _lines(
         '1704187800000,1,2,0.5,1.5,10,1704191399999,15,3,5,7,0', '1704191400000,1.5,2,1,2,10,1704194999999,15,3,5,7,0'),
@@ -53,10 +54,11 @@ _EXCHANGES = (
         'Unix,Date,Symbol,Open,High,Low,Close,Volume BTC,Volume USDT,tradecount',
         '1704187800000,2024-01-02 09:30:00,BTCUSDT,1,2,0.5,1.5,10,15,3'), 'BTCUSDT', amount=15))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #c297c5d5
+# %% ../../nbs/api/1_data/19_layouts.ipynb #0977f263
 _MS = 1704187800000 # 2024-01-02 09:30
 _CCXT = [[_MS, 1, 2, .5, 1.5, 10], [_MS + 3_600_000, 1.5, 2, 1, 2, 10]]
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #c297c5d5
 _CLIENTS = (
     Layout('ccxt', '', _CCXT, 'UNKNOWN'),
     Layout('ccxt, saved as JSON', 'BTCUSDT_1h.json', json.dumps(_CCXT), 'BTCUSDT'),
@@ -95,9 +97,10 @@ _TERMINALS = (
         'symbol,exchange,datetime,open_price,high_price,low_price,close_price,volume,turnover,open_interest',
         'rb2405,SHFE,2024-01-02 09:30:00,1,2,0.5,1.5,10,125,1000'), 'rb2405', amount=125))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #10959a8a
+# %% ../../nbs/api/1_data/19_layouts.ipynb #5ecf4543
 _DAY = '2024-01-02'
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #10959a8a
 _SHARES = (
     Layout('Yahoo', 'AAPL.csv', _lines('Date,Open,High,Low,Close,Adj Close,Volume', f'{_DAY},1,2,0.5,1.5,0.75,10'),
         'AAPL', _DAY),
@@ -160,7 +163,7 @@ _CHINA_MINUTES = (
         'sh.600000', amount=15),
     Layout('TDX', 'SZ#000001.txt', _TDX, 'SZ000001', amount=15))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #15b1b4e8
+# %% ../../nbs/api/1_data/19_layouts.ipynb #25c8aeed
 def _qlib_folder():
     "Return {name: bytes} of a qlib folder of one share that is listed on the second day"
     fields = dict(open=1, high=2, low=.5, close=1.5, volume=10, factor=1)
@@ -169,6 +172,7 @@ def _qlib_folder():
     return files | {'calendars/day.txt': b'2024-01-01\n2024-01-02\n2024-01-03\n',
                     'instruments/all.txt': b'SH600000\t2024-01-02\t2024-01-02\n'}
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #15b1b4e8
 _FOLDERS = (Layout('qlib', 'cn_data', _qlib_folder(), 'SH600000', _DAY),)
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #921e321e

@@ -189,13 +189,14 @@ def _repairable(bars, features):
         raise DataError(f"cells that are no numbers: {counts}; pass the table through read_klines first")
     return b
 
-# %% ../../nbs/api/1_data/13_repair.ipynb #484da863
+# %% ../../nbs/api/1_data/13_repair.ipynb #5595b5a7
 _REMEDIES = dict(
     bad_timestamp='columns names another column of stamps',
     nan="nan='ffill' fills holes", inf="nan='ffill' fills holes",
     price_not_positive='allow_negative_prices keeps such prices', high_low="high_low='widen' keeps the bars",
     negative_volume="volume='zero' keeps the bars", too_short='bring more bars or shorten the window')
 
+# %% ../../nbs/api/1_data/13_repair.ipynb #484da863
 def _check_left(r, n):
     "Raise where a repair has dropped all of `n` bars"
     if len(r.t) or not n: return

@@ -348,7 +348,7 @@ def _one_epoch(self: Learner):
 @patch
 def _next_epoch(self: Learner): self.epoch, self.epoch_step, self._means = self.epoch+1, 0, Mean()
 
-# %% ../../nbs/api/4_training/42_learner.ipynb #cell-057
+# %% ../../nbs/api/4_training/42_learner.ipynb #56df42be
 @patch
 def _train(self: Learner):
     self._decide()
@@ -360,6 +360,7 @@ def _train(self: Learner):
         self._validate_if_due()
         if self._train_is_over(): break
 
+# %% ../../nbs/api/4_training/42_learner.ipynb #cell-057
 @patch
 def _train_is_over(self: Learner) -> bool:
     return self.ends or self.epoch_step >= self.steps_per_epoch or self.step >= self.total_steps
@@ -591,7 +592,7 @@ def interrupted(self: Learner) -> bool: return self.leaving is not None
 @patch(as_prop=True)
 def stop_reason(self: Learner) -> str | None: return self.leaving or self.ending
 
-# %% ../../nbs/api/4_training/42_learner.ipynb #cell-093
+# %% ../../nbs/api/4_training/42_learner.ipynb #70f2ef8b
 @patch
 def _agree(self: Learner):
     "Let all processes know what any of them was asked for"
@@ -600,6 +601,7 @@ def _agree(self: Learner):
     if leaves: self.stop('another process was interrupted', interrupted=True)
     return leaves
 
+# %% ../../nbs/api/4_training/42_learner.ipynb #cell-093
 @patch
 def _decide(self: Learner):
     "Decide about a stop, on all processes at the same place"
