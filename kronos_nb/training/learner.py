@@ -204,12 +204,15 @@ def halve_on_oom(
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-039
 NOTE_KINDS = dict(
+    absent='symbols without bars in a part of the split',
     advice='a finding of the diagnosis made while the fit ran; `finding` is its kind',
     checkpoint='a damaged checkpoint was passed over',
     codebook_collapse='few tokens of the codebook are in use',
     compile='`torch.compile` does not work here and is left out',
+    context='a lookback is longer than what the model reads at once',
     damaged='a file of the run, or a part of it, could not be read and is left out',
     early_stopping='the fit ends because validation no longer improves',
+    left_out='symbols with fewer bars than a window has',
     lr_find='the learning rate finder ran',
     lr_reduced='the plateau schedule lowered the learning rate',
     machine='threads, loader processes and compiler that were chosen',
@@ -217,6 +220,7 @@ NOTE_KINDS = dict(
     note='anything else, and every note of runs that knew no kinds',
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
+    split='training bars of a symbol lie after bars that judge another one',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
     validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
