@@ -361,7 +361,7 @@ _SESSIONS = 'stamps are dates without a time of day: sessions, which no zone mov
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
 @patch
-def to_utc(self: Clock, wall):
+def instants(self: Clock, wall):
     "Return the wall clock as UTC, the mask of hours that occur twice, and notes"
     none = np.zeros(len(wall), bool)
     if self.tz in (None, 'UTC') or not len(wall): return wall, none, []
@@ -378,7 +378,7 @@ def stamps(self: Clock, out, naive, mixed=None):
     twice, notes = np.zeros(len(out), bool), []
     if naive.any():
         out = out.copy()
-        out[naive], twice[naive], notes = self.to_utc(out[naive])
+        out[naive], twice[naive], notes = self.instants(out[naive])
     mixed = np.zeros(len(out), bool) if mixed is None else mixed
     return Stamps(_sane(out), mixed, twice, notes, bool(naive.any()))
 
