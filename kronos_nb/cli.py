@@ -8,7 +8,7 @@ __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'ru
            'run_bundle', 'run_check', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
-import argparse, dataclasses, os, signal, subprocess, sys, textwrap
+import argparse, dataclasses, os, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
 from . import __version__
@@ -911,7 +911,9 @@ def run_forecast(a):
     out = _forecast_folder(a, list(bars.symbol.unique()))
     lookback, horizon = _windows(a, f, bars)
     how = dict(lookback_window=lookback, calendar=a.calendar, future=future, sampling=_sampling_of(a))
-    found = f.predict(bars, horizon, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)   # the notes say the same
+        found = f.predict(bars, horizon, **how)
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))

@@ -340,7 +340,7 @@ def write_parquet(
     return write_atomic(path, buffer.getvalue())
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #1b541a6e
-_FILES = ('rows.parquet', 'history.parquet', 'card.md')   # beside evaluation.json, which holds their hashes
+_FILES = ('rows.parquet', 'history.parquet')   # evaluation.json holds their hashes; a calibration is added to card.md
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-059
 @patch
