@@ -669,10 +669,10 @@ def dry_run(cfg: Config, data, out: Path,
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-078
 def _print_result(result, data):
     "Print the verdict of a finished run, where its report is, and the command that uses it"
-    verdict = 'Not judged: no test part was held back.'
-    if result.evaluation is not None:
-        verdict = result.evaluation.sentence
-    print(f"\n{verdict}\nReport: {result.run.report_file}")
+    e, lines = result.evaluation, ['Not judged: no test part was held back.']
+    if e is not None:
+        lines = [e.light, *e.sentences]
+    print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")
 
@@ -1106,6 +1106,9 @@ def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
     "Run the command line of `kronos-nb`"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')   # a terminal may lack a sign
     a = parser().parse_args(argv)
     a.argv = list(sys.argv[1:] if argv is None else argv)
     try:
