@@ -413,6 +413,9 @@ def _check_parser(sub):
     p.add_argument('--lookback-window', type=int, default=Config().data.lookback_window,
         help='bars of history over which the scale of each normaliser is shown')
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--layout', default='', metavar='MAPPING',
+        help="how to read the files: 'dayfirst: true', \"decimal: ','\", 'units: {volume: 100}', 'bar_end: true'")
+    p.add_argument('--allow-negative-prices', action='store_true', help='prices of zero and below are no errors')
     p.add_argument('--extra-features', default='', metavar='A,B',
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
@@ -804,10 +807,11 @@ def _bars_of(a, cfg: Config, f):
         data, symbols = _data_of(run), symbols or [o['symbol'] for o in run.facts['series']]
     if not data:
         return sample_klines(list(symbols) if symbols else None)
-    bars = read_klines(data, symbols=symbols, extra_features=f.features[len(FEATURES):], tz=cfg.data.tz)
+    how = cfg.data.reading | dict(extra_features=f.features[len(FEATURES):])
+    bars = read_klines(data, symbols=symbols, **how)
     if missing := sorted(set(symbols or ()) - set(bars.symbol)):
         raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
-    return repair_klines(bars, features=f.features)[0] if a.repair == 'standard' else bars
+    return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
@@ -1042,8 +1046,10 @@ def _data_report(a):
     from kronos_nb.data.read import read_klines
     from kronos_nb.data.normalize import with_scales
     extra = tuple(o for o in a.extra_features.split(',') if o)
-    bars = read_klines(a.data, tz=a.tz, extra_features=extra)
-    return with_scales(check_klines(bars, a.window, features=(*FEATURES, *extra)), a.lookback_window)
+    d = Config().replace(**{'data.tz': a.tz, 'data.layout': a.layout, 'data.extra_features': extra or None,
+                            'data.allow_negative_prices': a.allow_negative_prices}).data
+    bars = read_klines(a.data, **d.reading)
+    return with_scales(check_klines(bars, a.window, **d.rules), a.lookback_window)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-112
 def run_check(a):

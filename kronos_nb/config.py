@@ -107,6 +107,10 @@ class DataConfig(_SplitConfig):
     def reading(self) -> dict:
         "Arguments of `read_klines` that say how files are read"
         return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
+    @property
+    def rules(self) -> dict:
+        "Arguments of `check_klines` and `repair_klines`"
+        return dict(features=self.features, allow_negative_prices=self.allow_negative_prices)
     def check(self):
         for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
         for name in ('tz', 'market_tz'):
@@ -136,7 +140,8 @@ class AugmentConfig(Settings):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class _WeightsConfig(Settings):
-    init: str = setting('scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
+    init: str = setting(
+        'scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
     trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")

@@ -23,7 +23,8 @@ from .settings import Sampling, with_sampling
 from kronos_nb.display import (
     COLORS, date_text, figure, interval_text, legend_beside, name_list, percent, plain_text, png, progress_bar,
 )
-from .data.parse import time_stamps
+from .data.parse import time_stamps, to_utc
+from .data.read import as_frame
 from .data.normalize import ZScore, normalizer_from_dict
 from .data.check import bar_interval
 from .data.calendar import future_stamps
@@ -124,8 +125,7 @@ def _as_lookback(
     features=FEATURES,    # Columns that the model reads
 ) -> _Lookback:
     "Check the bars of one symbol"
-    if not isinstance(bars, pd.DataFrame):
-        raise DataError(f"the history must be a DataFrame of bars, got {type(bars).__name__}; use read_klines()")
+    bars = as_frame(bars)
     symbol = str(bars['symbol'].iloc[-1]) if 'symbol' in bars and len(bars) else ''
     name = symbol or 'the history'
     if 'timestamps' not in bars and not isinstance(bars.index, pd.DatetimeIndex):
@@ -133,7 +133,7 @@ def _as_lookback(
     if lookback_window is not None: bars = bars.iloc[-lookback_window:]
     if len(bars) < 2:
         raise DataError(f"{name} has {len(bars)} bars; a forecast needs at least 2, better the lookback of training")
-    t = _utc(bars['timestamps'] if 'timestamps' in bars else bars.index)
+    t = pd.DatetimeIndex(to_utc(bars['timestamps'] if 'timestamps' in bars else bars.index)[0])
     x, notes = _feature_array(bars, features)
     _check_numbers(name, t, x, features)
     _check_times(name, t)
@@ -661,6 +661,7 @@ def predict(self: Forecaster,
     **kwargs,            # For `predict_many`: `sampling`, or its settings paths=100, temperature=1., top_p=.9, ...
 ):  # `Forecast`, or `Forecasts`, a dictionary of them by symbol
     "Forecast the bars that follow `bars`"
+    bars = as_frame(bars)
     groups = _by_symbol(bars)
     if groups is None:
         futures = None if future is None else [future]

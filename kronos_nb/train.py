@@ -388,12 +388,12 @@ def _base_stopped(result: FitResult, data, prepared: Prepared, session: _Session
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-057
 def _finish(result: FitResult, data: Prepared, inits: dict, judge: bool):
-    "Write down which predictors forecast together, judge, and write the model cards; the report comes last: a run that has one is done"
+    "Write down which predictors forecast together, judge, and write cards and report"
     run, seeds = result.run, result.config.runtime.seeds
     if seeds and len(result.predictors) == len(seeds): run.write_ensemble([run.predictor(seed) for seed in seeds])
     if judge: _judge(result, data, inits)
     write_cards(run)
-    if judge: result.report()
+    if judge: result.report()   # last: a run that has one is done
 
 # %% ../nbs/api/7_fit/77_train.ipynb #4c0b2f30
 def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
@@ -423,7 +423,6 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
         backend.wait()
         return _train_and_judge(FitResult(run.folder, cfg), data, prepared, session)
 
-
 # %% ../nbs/api/7_fit/77_train.ipynb #08355068
 def _train_and_judge(result: FitResult, data, prepared: Prepared, session: _Session) -> FitResult:
     "Train the base and the stages in the folder of a run, and judge"
@@ -436,7 +435,6 @@ def _train_and_judge(result: FitResult, data, prepared: Prepared, session: _Sess
     if backend.is_main: _finish(result, prepared, inits, session.judge)
     if not session.judge: backend.wait()
     return result
-
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-059
 def fit(

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core import FEATURES, PRICES, write_atomic
 from ..display import figure, md_table, plain_text, save_figure
-from .parse import COLUMNS, to_float, to_utc
+from .parse import COLUMNS, bar_interval, to_float, to_utc
 from .read import read_log, read_report
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-005
@@ -31,8 +31,7 @@ RULES = dict( # rule: (level, what it means)
     price_not_positive=('error', 'a price is zero or negative'),
     high_low=('error', 'high or low do not contain open and close'),
     negative_volume=('error', 'volume or amount is negative'),
-
-    too_short=('error', 'fewer bars than one window; a warning where other symbols have enough'),
+    too_short=('error', 'fewer bars than one window'),
 )
 
 # %% ../../nbs/api/1_data/12_check.ipynb #d36b7fbe
@@ -52,20 +51,8 @@ RULES |= dict(
     jump=('warning', 'a large move from one close to the next'),
 )
 
-# %% ../../nbs/api/1_data/12_check.ipynb #cell-009
-_DAY, _HOUR = 86400 * 10**9, 3600 * 10**9 # ns
-
-def bar_interval(
-    timestamps, # (T,) datetime64, sorted
-) -> int: # ns; 0 for fewer than two bars
-    "Return the commonest distance between bars"
-    d = np.diff(np.asarray(timestamps, 'M8[ns]').view('i8'))
-    d = d[d > 0]
-    if not len(d): return 0
-    distances, counts = np.unique(d, return_counts=True)
-    return int(distances[counts.argmax()])
-
 # %% ../../nbs/api/1_data/12_check.ipynb #6d242ee6
+_DAY, _HOUR = 86400 * 10**9, 3600 * 10**9 # ns
 _RUN = 24 # Bars on each side that must agree
 
 def _common_distances(d):

@@ -191,7 +191,8 @@ def _repairable(bars, features):
 
 # %% ../../nbs/api/1_data/13_repair.ipynb #484da863
 _REMEDIES = dict(
-    bad_timestamp='columns names another column of stamps', nan="nan='ffill' fills holes", inf="nan='ffill' fills holes",
+    bad_timestamp='columns names another column of stamps',
+    nan="nan='ffill' fills holes", inf="nan='ffill' fills holes",
     price_not_positive='allow_negative_prices keeps such prices', high_low="high_low='widen' keeps the bars",
     negative_volume="volume='zero' keeps the bars", too_short='bring more bars or shorten the window')
 

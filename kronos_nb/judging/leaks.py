@@ -250,9 +250,8 @@ def _of_run(folder, bars):
     run = Run.find(folder)
     d = run.config.data
     bars = _bars_of(run, d) if bars is None else bars
-    how = dict(features=d.features, allow_negative_prices=d.allow_negative_prices)
-    if d.repair == 'standard' and not check_klines(bars, **how).ok:
-        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **how)
+    if d.repair == 'standard' and not check_klines(bars, **d.rules).ok:
+        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **d.rules)
     forecaster = Forecaster.from_pretrained(run)
     dataset = partial(WindowDataset, lookback_window=d.lookback_window, predict_window=d.predict_window,
                       normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features,
