@@ -8,7 +8,7 @@ __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'ru
            'run_bundle', 'run_check', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
-import argparse, dataclasses, os, signal, subprocess, sys, textwrap
+import argparse, dataclasses, os, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
 from . import __version__
@@ -676,10 +676,10 @@ def dry_run(cfg: Config, data, out: Path,
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-078
 def _print_result(result, data):
     "Print the verdict of a finished run, where its report is, and the command that uses it"
-    verdict = 'Not judged: no test part was held back.'
-    if result.evaluation is not None:
-        verdict = result.evaluation.sentence
-    print(f"\n{verdict}\nReport: {result.run.report_file}")
+    e, lines = result.evaluation, ['Not judged: no test part was held back.']
+    if e is not None:
+        lines = [e.light, *e.sentences]
+    print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")
 
@@ -924,7 +924,9 @@ def run_forecast(a):
     out = _forecast_folder(a, list(bars.symbol.unique()))
     lookback, horizon = _windows(a, f, bars)
     how = dict(lookback_window=lookback, calendar=a.calendar, future=future, sampling=_sampling_of(a))
-    found = f.predict(bars, horizon, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)   # the notes say the same
+        found = f.predict(bars, horizon, **how)
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))
@@ -1120,6 +1122,9 @@ def main(
     argv=None, # Default: the command line's
 ) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
     "Run the command line of `kronos-nb`"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')   # a terminal may lack a sign
     a = parser().parse_args(argv)
     a.argv = list(sys.argv[1:] if argv is None else argv)
     try:
