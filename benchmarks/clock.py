@@ -20,10 +20,10 @@ from kronos_nb.training.optim import Clip, Schedule, adamw
 from kronos_nb.training.task import PredictorTask, TokenizerTask, TokenSource, WindowSource, build_model, encode_windows
 
 p = argparse.ArgumentParser()
-p.add_argument('--seeds', type=int, default=5)
-p.add_argument('--epochs', type=int, default=8)
-p.add_argument('--lookback', type=int, default=96)
-p.add_argument('--horizon', type=int, default=24)
+p.add_argument('--seeds', type=int, default=3)
+p.add_argument('--epochs', type=int, default=4)
+p.add_argument('--lookback', type=int, default=48)
+p.add_argument('--horizon', type=int, default=12)
 p.add_argument('--out', default=str(Path(__file__).parent))
 a = p.parse_args()
 CLOCKS = {'Shanghai': 'Asia/Shanghai', 'UTC': None}
@@ -62,7 +62,8 @@ for seed in range(a.seeds):
         for asked in CLOCKS:
             value = loss(model, judge, windows(split.test, asked, 12))
             rows.append(dict(seed=seed, trained=clock, asked=asked, loss=value))
-    print(f'seed {seed}: {time.time() - began:.0f} s', flush=True)
+    losses = ', '.join(f"{r['trained']} asked with {r['asked']} {r['loss']:.4f}" for r in rows[-4:])
+    print(f'seed {seed}, {time.time() - began:.0f} s: {losses}', flush=True)
 
 table = pd.DataFrame(rows).pivot_table(index='seed', columns=['trained', 'asked'], values='loss')
 own = {clock: table[clock, clock] for clock in CLOCKS}
