@@ -9,6 +9,7 @@ Results are appended to OUT/results.jsonl; a case that is there is not tried aga
 """
 import argparse
 import errno
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -151,6 +152,7 @@ def child(log, port, *args) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
@@ -179,9 +181,9 @@ def free_port() -> int:
 
 
 def stop_all(pids, number):
-    for pid in pids:
+    for pid, send in itertools.product(pids, (os.killpg, os.kill)):   # a child that has just begun leads no group
         try:
-            os.killpg(pid, number)
+            send(pid, number)
         except ProcessLookupError:
             pass
 
@@ -202,7 +204,9 @@ def call(out, log, case=None, judged=False, workers=0, world=1) -> list:
         if told is not None and time.monotonic() - told > 20:
             stop_all(set(pids) - set(codes), signal.SIGKILL)
         if time.monotonic() > ends:
-            stop_all(pids, signal.SIGKILL)
+            stop_all(set(pids) - set(codes), signal.SIGUSR1)   # say where they stand
+            time.sleep(2)
+            stop_all(set(pids) - set(codes), signal.SIGKILL)
             for pid in set(pids) - set(codes):
                 os.waitpid(pid, 0)
                 codes[pid] = 'stuck'
@@ -393,6 +397,7 @@ def run_cases(folder, cases, ends=float('inf')) -> list:
         kind = case.world, case.judged
         if kind not in expected:
             expected[kind] = reference(folder, *kind)[0]
+        (folder/'now.txt').write_text(f'{os.getpid()} {case.name}\n')
         result = try_case(folder, case, expected[kind])
         with file.open('a') as f:
             f.write(json.dumps(result) + '\n')
