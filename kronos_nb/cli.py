@@ -13,8 +13,8 @@ from pathlib import Path
 
 from . import __version__
 from kronos_nb.core import (
-    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, free_folder, nearest,
-    write_atomic,
+    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
+    safe_name, write_atomic,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESET_NAMES, SECTIONS, VARIANTS, Config
@@ -52,7 +52,7 @@ def _as_setting(option: str) -> str: # '' where no setting has this name
     found = named + [f'--set {key}=VALUE' for key in keys]
     return f"; did you mean {' or '.join(found)}?" if found else ''
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #720e1ab8
+# %% ../nbs/api/9_faces/98_cli.ipynb #b8c45e66
 class _Help(argparse.HelpFormatter):
     "Show a default where there is one"
     def __init__(self, prog): super().__init__(prog, max_help_position=30, width=min(_columns(), 120))
@@ -61,6 +61,7 @@ class _Help(argparse.HelpFormatter):
         quiet = str(action.default) in ('None', 'False', '[]', argparse.SUPPRESS)
         return action.help + ('' if quiet else ' (default: %(default)s)')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #720e1ab8
 def _columns() -> int:
     import shutil
     return shutil.get_terminal_size((120, 24)).columns
@@ -117,9 +118,10 @@ def _command(sub, name: str, run, text: str, takes='', description='') -> _Comma
     p.set_defaults(run=run)
     return p
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #4387ff93
+# %% ../nbs/api/9_faces/98_cli.ipynb #0a95286b
 def _both(name: str) -> tuple: return f'tokenizer.{name}', f'predictor.{name}'
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #4387ff93
 _OPTIONS = dict(   # option -> the settings that it sets
     symbols=('data.symbols',),
     repair=('data.repair',),
@@ -373,9 +375,10 @@ def _search_options(p):
     p.add_argument('--storage', help='file or URL of the study; several processes may share one')
     p.add_argument('--worker', type=int, default=0, help='another number for each process that shares a storage')
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-041
+# %% ../nbs/api/9_faces/98_cli.ipynb #6446c8ae
 _OF_SEARCH = ('symbols', 'repair', 'lookback_window', 'predict_window', 'epochs', 'seed', 'device')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-041
 def _tune_parser(sub):
     "Add the command `tune`"
     text = 'search for settings by validation; resumes, and keeps to its budget'
@@ -413,6 +416,9 @@ def _check_parser(sub):
     p.add_argument('--lookback-window', type=int, default=Config().data.lookback_window,
         help='bars of history over which the scale of each normaliser is shown')
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--layout', default='', metavar='MAPPING',
+        help="how to read the files: 'dayfirst: true', \"decimal: ','\", 'units: {volume: 100}', 'bar_end: true'")
+    p.add_argument('--allow-negative-prices', action='store_true', help='prices of zero and below are no errors')
     p.add_argument('--extra-features', default='', metavar='A,B',
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
@@ -426,8 +432,8 @@ def _studio_parser(sub):
         help='files of bars; none: the bundled sample, and a button to upload a file')
     p.add_argument('--preset', metavar='NAME', help=f"start from: {', '.join(PRESET_NAMES)}; none: as for fit")
     p.add_argument('--out', metavar='RUN', help='folder of the run; none: as for fit')
-    p.add_argument('--ip', default='127.0.0.1', help='address to listen on (127.0.0.1); 0.0.0.0 is all of this machine')
-    p.add_argument('--port', type=int, default=8866, help='port to listen on (8866), or the next free one')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8866, help='port to listen on, or the next free one')
     p.add_argument('--no-browser', action='store_true', help='print the address and open nothing')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
@@ -470,7 +476,7 @@ def _check_source(a):
             f"--preset NAME ({', '.join(PRESET_NAMES)}); for a size use --set predictor.init=NeoQuasar/Kronos-small "
             "(released weights) or --set predictor.init=scratch --set predictor.size=Kronos-mini")
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-053
+# %% ../nbs/api/9_faces/98_cli.ipynb #436f3979
 def _asked(a) -> tuple: # Arguments of `config_for` and `fit`: data, configuration, changes
     "Return what the options of `fit` describe"
     _check_source(a)
@@ -482,6 +488,7 @@ def _asked(a) -> tuple: # Arguments of `config_for` and `fit`: data, configurati
         changes = _new_tokenizer(a, _config_for(data, named, changes)) | changes
     return data, named, changes
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-053
 def _config_for(data, named, changes) -> Config:
     from kronos_nb.own import config_for
     return config_for(data, named, **changes)
@@ -690,7 +697,7 @@ def run_fit(a):
         return launch(a.num_gpus, a.argv) or 130*stopped(settle(data, named, changes, a.out)[1].folder)
     return _fit_here(a, data, named, changes)
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-080
+# %% ../nbs/api/9_faces/98_cli.ipynb #e1f58e6d
 def _fit_here(a, data, named, changes) -> int:
     "Train in this process and return the exit code"
     from kronos_nb.train import fit
@@ -704,6 +711,7 @@ def _fit_here(a, data, named, changes) -> int:
     _print_result(result, data or ())
     return 0
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-080
 def _command_line(argv) -> str:
     import shlex
     return f'kronos-nb {shlex.join(map(str, argv))}'
@@ -737,7 +745,7 @@ def _run_of(model):
     except RunError:
         return None
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #8c717841
+# %% ../nbs/api/9_faces/98_cli.ipynb #558731ac
 def _reads(run, data: list) -> bool:
     "Return whether a run was trained on some of the files, folders or patterns"
     from glob import glob
@@ -745,13 +753,14 @@ def _reads(run, data: list) -> bool:
     names = {f.name for o in named for f in (o.iterdir() if o.is_dir() else [o])}
     return run.facts_file.is_file() and bool(names.intersection(run.facts['files']))
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #8c717841
 def _newest_run(data: list):
     "Return the newest finished run on the data; None where there is none"
     from kronos_nb.training.run import find_runs
     done = (r for r in find_runs('runs') if r.finished and r.stage('predictor').has_model)
     return next((r for r in done if not data or _reads(r, data)), None)
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #2814429d
+# %% ../nbs/api/9_faces/98_cli.ipynb #fb296f7b
 def _choose_model(a):
     "Set the model where the options name none, and say which one it is"
     if a.model:
@@ -764,6 +773,7 @@ def _choose_model(a):
         _say(f"Model: bundled, a toy beside released weights, because runs/ has no finished run on {files or 'bars'}. "
             f"Train one: {_command_line(['fit', *a.data])}")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #2814429d
 def _say(text: str): print(text, file=sys.stderr)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-087
@@ -784,7 +794,7 @@ def _base_of(a, f):
         raise RunError(f"the weights that the run began with cannot be read ({e}); "
             "name them with --base, or skip the comparison with --base none") from e
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
+# %% ../nbs/api/9_faces/98_cli.ipynb #dda8bf7b
 def _data_of(run) -> list: # Empty for the bundled sample
     "Return the files that a run was trained on; raise where they are not in this folder"
     files = run.facts['files']
@@ -794,6 +804,7 @@ def _data_of(run) -> list: # Empty for the bundled sample
     raise DataError(f"{run} was trained on {', '.join(files[:5])}, and {missing[0]} is not in this folder; "
         "name the bars")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
 def _bars_of(a, cfg: Config, f):
     "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
     from kronos_nb.data.read import read_klines, sample_klines
@@ -804,10 +815,11 @@ def _bars_of(a, cfg: Config, f):
         data, symbols = _data_of(run), symbols or [o['symbol'] for o in run.facts['series']]
     if not data:
         return sample_klines(list(symbols) if symbols else None)
-    bars = read_klines(data, symbols=symbols, extra_features=f.features[len(FEATURES):], tz=cfg.data.tz)
+    how = cfg.data.reading | dict(extra_features=f.features[len(FEATURES):])
+    bars = read_klines(data, symbols=symbols, **how)
     if missing := sorted(set(symbols or ()) - set(bars.symbol)):
         raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
-    return repair_klines(bars, features=f.features)[0] if a.repair == 'standard' else bars
+    return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
@@ -819,10 +831,18 @@ def _model_and_bars(a):
     cfg = run.config if run else Config()
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
-    if not run:   # a model alone knows the windows that it was trained on
-        said = {k: f.predictor.extra.get(k) for k in ('lookback_window', 'predict_window')}
-        cfg = cfg.replace(data={k: v for k, v in said.items() if v})
     return f, _bars_of(a, cfg, f), cfg
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
+def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
+    "Return the windows that the options name, else those of training, else some that suit the bars"
+    from kronos_nb.data.room import step_of, wanted_windows
+    trained = f.predictor.extra
+    horizon = a.predict_window or trained.get('predict_window')
+    if horizon is None:
+        horizon = wanted_windows(step_of(bars))[1]
+        _say(f'The model records no horizon: {horizon} bars, which suit this interval; --predict-window sets another')
+    return a.lookback_window or trained.get('lookback_window') or max(f.max_context - horizon, 2), horizon
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #529fac2e
 def _read_table(file):
@@ -870,14 +890,13 @@ def _forecast_folder(a, symbols) -> Path:
         there = set(pd.read_csv(out/'forecast.csv', usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
         if others := sorted(there - set(symbols)):
             raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
-                "choose another folder with --out", options=f'--out {free_folder(out)}')
+                "choose another folder with --out", options=f'--out {next_folder(out)}')
     return out
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-092
 def _write_forecasts(found: dict, out: Path):
     "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
     import pandas as pd
-    from kronos_nb.core import safe_name
     from kronos_nb.display import save_figure
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -889,12 +908,13 @@ def _write_forecasts(found: dict, out: Path):
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')
     return table
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
+# %% ../nbs/api/9_faces/98_cli.ipynb #3bf1dd22
 def _shown(table) -> str:
     "Return the table of a few symbols, or where each forecast of many ends"
     few = table.symbol.nunique() <= 3
     return (table if few else table.groupby('symbol', sort=False).tail(1)).to_string(index=False)
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
 def run_forecast(a):
     "Run `kronos-nb forecast`"
     f, bars, cfg = _model_and_bars(a)
@@ -902,20 +922,32 @@ def run_forecast(a):
     if isinstance(future, dict) and bars.symbol.nunique() == 1:
         future = future.get(bars.symbol.iloc[0], ())
     out = _forecast_folder(a, list(bars.symbol.unique()))
-    how = dict(lookback_window=a.lookback_window, calendar=a.calendar, future=future, sampling=_sampling_of(a))
-    found = f.predict(bars, a.predict_window or cfg.data.predict_window, **how)
+    lookback, horizon = _windows(a, f, bars)
+    how = dict(lookback_window=lookback, calendar=a.calendar, future=future, sampling=_sampling_of(a))
+    found = f.predict(bars, horizon, **how)
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))
-    for note in dict.fromkeys(o for forecast in found.values() for o in forecast.notes):
+    notes = [o for forecast in found.values() for o in forecast.notes]
+    for note in dict.fromkeys([*notes, *_seen_note(f, bars)]):
         _say(f'Note: {note}')
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
     return 0
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #81e74938
+def _seen_note(f, bars) -> list: # Of one text, or empty
+    "Return what to say of released weights on bars that they may have seen"
+    until = getattr(f, 'seen_until', None)
+    if until is None or bars.timestamps.min() >= until:
+        return []
+    return [f'released weights may have seen the bars before {until.date()}: nothing before it is a test of them']
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-095
-def _unseen_from(f, bars) -> dict:
-    "Return for each symbol the first moment after the bars that the model was trained on"
+def _unseen_from(f, bars):
+    "Return for each symbol the first moment after the bars that the model was trained on; None: `evaluate` knows"
     import pandas as pd
+    if getattr(f, 'seen_until', None) is not None:
+        return None
     seen = f.predictor.extra.get('trained_on', {})
     return {s: pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns') if s in seen else pd.Timestamp.min
             for s in bars.symbol.unique()}
@@ -924,11 +956,15 @@ def _unseen_from(f, bars) -> dict:
 def run_evaluate(a):
     "Run `kronos-nb evaluate`"
     from kronos_nb.evaluate import evaluate
-    f, bars, cfg = _model_and_bars(a)
-    start, d = a.start or _unseen_from(f, bars), cfg.data
-    e = evaluate(f, bars, a.lookback_window or d.lookback_window, a.predict_window or d.predict_window,
-        base=_base_of(a, f), origins=a.origins, start=start, sampling=_sampling_of(a), out_dir=a.out)
+    from kronos_nb.data.room import step_of, wanted_windows
+    f, bars, _ = _model_and_bars(a)
+    if 'lookback_window' not in f.predictor.extra:
+        a.lookback_window = a.lookback_window or wanted_windows(step_of(bars))[0]
+    e = evaluate(f, bars, *_windows(a, f, bars), base=_base_of(a, f), origins=a.origins,
+        start=a.start or _unseen_from(f, bars), sampling=_sampling_of(a), out_dir=a.out)
     print(e.to_markdown())
+    for note in _seen_note(f, bars):
+        _say(f'Note: {note}')
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-098
@@ -1018,8 +1054,10 @@ def _data_report(a):
     from kronos_nb.data.read import read_klines
     from kronos_nb.data.normalize import with_scales
     extra = tuple(o for o in a.extra_features.split(',') if o)
-    bars = read_klines(a.data, tz=a.tz, extra_features=extra)
-    return with_scales(check_klines(bars, a.window, features=(*FEATURES, *extra)), a.lookback_window)
+    d = Config().replace(**{'data.tz': a.tz, 'data.layout': a.layout, 'data.extra_features': extra or None,
+                            'data.allow_negative_prices': a.allow_negative_prices}).data
+    bars = read_klines(a.data, **d.reading)
+    return with_scales(check_klines(bars, a.window, **d.rules), a.lookback_window)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-112
 def run_check(a):

@@ -18,7 +18,6 @@ from .core import FEATURES, DataError, RunError, pick_device
 from .config import OWN, Config, grouped
 from .place import find_model
 from .display import date_text, in_words, interval_text, name_list
-from .data.repair import repair_klines
 from .data.window import segments, split_by_time
 from .data.room import ORIGINS, find_room, fitting_windows, step_of, wanted_windows
 from .model.pretrained import BUNDLED
@@ -26,7 +25,7 @@ from .training.run import STAGES, Run
 from .training.task import CLASSES
 from .forecast import Forecaster
 from .judging.origins import pick_origins
-from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare
+from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare, repaired
 from .fitting.claim import holds
 from .estimate import architecture, estimate
 
@@ -87,9 +86,10 @@ def _is_cached(name) -> bool:
     from huggingface_hub import try_to_load_from_cache
     return all(isinstance(try_to_load_from_cache(name, f), str) for f in ('config.json', 'model.safetensors'))
 
-# %% ../nbs/api/7_fit/76_own.ipynb #afd521d5
+# %% ../nbs/api/7_fit/76_own.ipynb #ac8f7d55
 _PATIENCE = 3.   # seconds that the hub is given
 
+# %% ../nbs/api/7_fit/76_own.ipynb #afd521d5
 @functools.cache
 def hub_answers(
     name: str, # A hub id
@@ -187,9 +187,10 @@ def _judging_rule(case, cfg):
     out = {'evaluate.origins': max(ORIGINS, _FORECASTS//case.symbols)}
     return out | ({'evaluate.paths': 20} if case.symbols*ORIGINS > 2*_FORECASTS else {})
 
-# %% ../nbs/api/7_fit/76_own.ipynb #4b4bfa1b
+# %% ../nbs/api/7_fit/76_own.ipynb #4fbd8ce3
 RULES = (_split_rule, _window_rule, _start_rule, _step_rule, _judging_rule)
 
+# %% ../nbs/api/7_fit/76_own.ipynb #4b4bfa1b
 def own_config(
     data,                # Bars, or anything `read_klines` takes
     changes: dict = None, # Settings that are given, as for `Config.replace`
@@ -207,7 +208,7 @@ def own_config(
 def _usable(data, cfg):
     "Return the bars as they will be trained on"
     bars = load_bars(data, cfg)
-    if cfg.data.repair == 'standard': bars = repair_klines(bars, features=cfg.data.features)[0]
+    if cfg.data.repair == 'standard': bars = repaired(bars, cfg.data)[0]
     if len(bars): return bars
     prepare(data, cfg)   # says what is wrong with them
     raise DataError(f"the bars of {name_of(data)} are empty. {least_text()}")
@@ -321,8 +322,10 @@ def _bars_line(cfg, data):
     interval = interval_text(step_of(data.bars).total_seconds())
     dropped = int((changes.action == 'dropped').sum()) if len(changes) else 0
     repaired = f'{len(changes):,} repairs, {dropped:,} of them dropped bars' if len(changes) else 'nothing to repair'
+    short = data.report.issues.symbol[data.report.issues.rule == 'too_short']
+    left_out = f'; left out, too short: {name_list(short, 4)}' if len(short) else ''
     text = (f"{len(data.bars):,} bars of {name_list(rows.symbol, 4)}, {interval} apart, "
-            f"{date_text(rows['first'].min())} to {date_text(rows['last'].max())}; {repaired}")
+            f"{date_text(rows['first'].min())} to {date_text(rows['last'].max())}; {repaired}{left_out}")
     return 'bars', text, 'data.symbols data.start data.repair'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #9cb5cd2e

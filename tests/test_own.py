@@ -181,10 +181,9 @@ def test_a_preset_for_other_symbols_names_those_of_the_file():
 def test_short_symbols_are_left_out_and_listed_but_never_all():
     bars = pd.concat([walk(400, 'LONG'), walk(20, 'NEW')], ignore_index=True)
     cfg = own_config(bars, start='bundled')
-    data = prepare(bars, cfg)
-    assert list(data.bars.symbol.unique()) == ['LONG'] and set(data.changes.rule) == {'too_short'}
-    with pytest.raises(DataError, match='NEW 20') as error: prepare(bars, cfg.replace(**{'data.repair': 'off'}))
-    prepare(bars, cfg.replace(**{'data.repair': 'off'}).replace(**options(error.value)))
+    for repair, given in (('standard', bars), ('off', bars), ('standard', dirty(bars))):
+        data = prepare(given, cfg.replace(**{'data.repair': repair}))
+        assert list(data.bars.symbol.unique()) == ['LONG'] and 'too short: NEW' in plan_text(cfg, data)
 
 
 def test_a_message_about_a_split_counts_the_file():

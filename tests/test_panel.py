@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -21,7 +22,6 @@ from kronos_nb.data.read import sample_klines
 from kronos_nb.panel import ConfigPanel, DataPanel, FitJob, ForecastPanel, RunsPanel, Studio, TrainPanel
 from kronos_nb.panel.base import AT_WORK, Later, widget_tree
 from kronos_nb.panel.data import save_upload
-from kronos_nb.panel.train import free_folder
 from kronos_nb.settings import Sampling
 from kronos_nb.training.learner import Callback
 from kronos_nb.training.run import Run
@@ -235,14 +235,14 @@ def test_pause_holds_the_run_and_a_second_panel_finds_it(tmp_path, opened):
     assert first.done.wait(300)
     pause.click()
     step = panel.job.learn.step if panel.job.learn else None
-    assert (panel.job.state, pause.description) == ('paused', 'Go on')
+    assert (panel.job.state, pause.description) == ('paused', 'Resume')
     threading.Event().wait(.5)
     assert panel.job.learn is None or panel.job.learn.step <= step + 1
     assert TrainPanel('sample', SMALL, tmp_path/'run').job is panel.job
     pause.click()
     stop.click()
     assert panel.job.wait(300).interrupted
-    assert start.description == 'Continue'
+    assert start.description == 'Continue training'
     start.click()
     assert not panel.job.wait(300).interrupted
     assert panel.bar.value == 1.
@@ -281,14 +281,14 @@ def test_nothing_is_measured_beside_a_run(opened, monkeypatch):
     assert not panel.measuring.disabled
 
 
-def test_a_run_with_other_settings_goes_into_another_folder(tmp_path, opened):
-    folder = tmp_path/'run'
-    assert free_folder(str(folder), SMALL) == str(folder)
-    folder.mkdir()
+def test_a_run_with_other_settings_goes_into_another_folder(tmp_path, opened, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(TrainPanel('sample', SMALL).out_dir)
+    folder.mkdir(parents=True)
     SMALL.save(folder/'config.yaml')
-    assert free_folder(str(folder), SMALL.replace(**{'runtime.threads': 2})) == str(folder)
-    assert free_folder(str(folder), SMALL.replace(**{'predictor.lr': 2e-3})) == f'{folder}-2'
-    assert opened(TrainPanel('sample', SMALL, folder)).buttons['start'].description == 'Continue training'
+    assert TrainPanel('sample', SMALL.replace(**{'runtime.threads': 2})).out_dir == str(folder)
+    assert TrainPanel('sample', SMALL.replace(**{'predictor.lr': 2e-3})).out_dir == f'{folder}-2'
+    assert opened(TrainPanel('sample', SMALL)).buttons['start'].description == 'Continue training'
 
 
 def test_an_error_shows_in_the_panel(tmp_path, opened):
@@ -349,7 +349,7 @@ def test_a_forecast_begins_at_the_end_and_a_replay_before_it(quickstart, opened)
 def test_a_model_is_chosen_from_runs_and_released_ones(quickstart, opened):
     panel = opened(ForecastPanel(TrainPanel('sample', SMALL), 'sample', runs=quickstart.parent))
     panel.button.click()
-    assert 'no finished run' in panel.output.value
+    assert 'AAPL, IBM, MSFT' in panel.output.value   # no finished run: the small base that ships
     offered = panel.controls['model'].options
     assert str(quickstart) in offered
     assert any(label.startswith('Kronos-small') for label in offered)

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'time_stamps']
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-002
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo, available_timezones
 
 import numpy as np
@@ -62,9 +62,10 @@ def _known_columns(by_key):
     matches = {ours: [by_key[name] for name in names.split() if name in by_key] for ours, names in _NAMES.items()}
     return {ours: theirs[0] for ours, theirs in matches.items() if theirs}
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
+# %% ../../nbs/api/1_data/10_parse.ipynb #9b2aa09b
 _UNIT = r'(?i:volume)[ _]\(?([A-Z0-9]{2,10}|Currency)\)?'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
 def _add_unnamed(columns, found):
     "Add volumes that are named by their unit, stamps in a column without a name, and the tick volume"
     by_unit = [c for c in columns if re.fullmatch(_UNIT, str(c))]
@@ -133,9 +134,13 @@ def plain_column(
         return pd.Series(pa.array(s).to_pandas().array, s.index, name=s.name)
     if not isinstance(s.dtype, pd.api.extensions.ExtensionDtype) or s.dtype.kind not in 'iufb': return s
     dtype = 'float64' if s.isna().any() else s.dtype.kind + str(s.dtype.itemsize)
-    return pd.Series(s.to_numpy(dtype, na_value=np.nan) if dtype == 'float64' else s.to_numpy(dtype), s.index, name=s.name)
+    values = s.to_numpy(dtype, na_value=np.nan) if dtype == 'float64' else s.to_numpy(dtype)
+    return pd.Series(values, s.index, name=s.name)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-034
+IN_A_RUN = ', in a run by data.layout' # where a parameter of read_klines is a setting
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #871d54eb
 _NAT = np.datetime64('NaT', 'ns')
 _DIGITS = ((19e6, 22e6, 0), (19e10, 22e10, 4), (19e12, 22e12, 6), (19e15, 22e15, 9)) # from, below, digits of the time
 _EPOCHS = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1)) # from, below, ns per unit
@@ -186,9 +191,10 @@ def check_zone(
                         f"{nearest(tz, available_timezones())}") from e
     return tz
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
+# %% ../../nbs/api/1_data/10_parse.ipynb #02135adf
 _MOVED = 'stamps do not exist on the clock of tz, which went forward; each is moved to the next that does'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
 def _localise(wall, tz):
     "Return the clock of `tz`, datetime64[ns], as naive UTC, the mask of hours that occur twice, and notes"
     wall = pd.DatetimeIndex(wall)
@@ -239,8 +245,8 @@ def settle_twice(
 # %% ../../nbs/api/1_data/10_parse.ipynb #58e8081c
 def _undecided_hour(t, tz, name):
     clock = pd.Timestamp(t, tz='UTC').tz_convert(tz).tz_localize(None)
-    return (f"{name or 'the bars'}: {clock} occurs twice on the clock of {tz}, which went back, and only one of the two "
-            "is there. Pass ambiguous='first' or ambiguous='last' to say which")
+    return (f"{name or 'the bars'}: {clock} occurs twice on the clock of {tz}, which went back, and only one of them "
+            f"is there. Pass ambiguous='first' or ambiguous='last'{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-041
 class Undecided(DataError):
@@ -256,13 +262,14 @@ def _day_first(parts, shown, dayfirst):
     "Return whether the day comes first in dates of which `parts` holds the two numbers and the year"
     if dayfirst is not None: return bool(dayfirst)
     if (parts[2].str.len() == 2).any():
-        raise DataError(f"dayfirst: {shown!r} has a year of two digits. Pass dayfirst=True or dayfirst=False")
+        raise DataError(f"dayfirst: {shown!r} has a year of two digits. Pass dayfirst=True or dayfirst=False{IN_A_RUN}")
     above = (parts[[0, 1]].astype(int) > 12).any()
     if above.all():
-        raise DataError(f"dayfirst: some dates put the day first and some the month, such as {shown!r}. Read them apart")
+        raise DataError(
+            f"dayfirst: some dates put the day first and some the month, such as {shown!r}. Read them apart")
     if above.any(): return bool(above[0])
     raise Undecided(f"dayfirst: {shown!r} can be read day first or month first, and so can every date of the column. "
-                    "Pass dayfirst=True or dayfirst=False")
+                    f"Pass dayfirst=True or dayfirst=False{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #12b0a551
 def _year_first(text, dayfirst):
@@ -289,6 +296,19 @@ def _parse_text(text, **kw):
         try: out = pd.to_datetime(text, errors='coerce', utc=True, **kw)
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
     return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #412d323d
+_ISO = r'\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?'
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #bdf91f99
+def _parse_iso(s):
+    "Return stamps of text in ISO 8601 without a zone, all of one length; None where it is another text"
+    first = s.iloc[0]
+    if not isinstance(first, str) or not re.fullmatch(_ISO, first): return None
+    length = s.str.len()
+    if not (length == len(first)).all(): return None
+    out = _parse_text(s, format='ISO8601')
+    return None if np.isnat(out).any() else out
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-049
 def _rarer(zoned, filled):
@@ -330,17 +350,18 @@ class Clock:
 @dataclass
 class Stamps:
     "Stamps of one column"
-    t: np.ndarray     # (T,) datetime64[ns] in UTC, NaT where unreadable; the first of two hours where the clock goes back
+    t: np.ndarray     # (T,) datetime64[ns] in UTC, NaT where unreadable; of an hour that occurs twice, the first
     mixed: np.ndarray # (T,) mask of the rarer kind, with or without an offset
     twice: np.ndarray # (T,) mask of hours that occur twice
     notes: list       # What was assumed
     naive: bool       # Whether some have neither an offset nor are epochs
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
+# %% ../../nbs/api/1_data/10_parse.ipynb #b701cfb4
 _SESSIONS = 'stamps are dates without a time of day: sessions, which no zone moves'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
 @patch
-def to_utc(self: Clock, wall):
+def instants(self: Clock, wall):
     "Return the wall clock as UTC, the mask of hours that occur twice, and notes"
     none = np.zeros(len(wall), bool)
     if self.tz in (None, 'UTC') or not len(wall): return wall, none, []
@@ -357,7 +378,7 @@ def stamps(self: Clock, out, naive, mixed=None):
     twice, notes = np.zeros(len(out), bool), []
     if naive.any():
         out = out.copy()
-        out[naive], twice[naive], notes = self.to_utc(out[naive])
+        out[naive], twice[naive], notes = self.instants(out[naive])
     mixed = np.zeros(len(out), bool) if mixed is None else mixed
     return Stamps(_sane(out), mixed, twice, notes, bool(naive.any()))
 
@@ -379,15 +400,18 @@ def _text_of(s):
 @patch
 def of_text(self: Clock, text):
     "Return `Stamps` of text, of which some cells may be numbers"
-    number = pd.to_numeric(text, errors='coerce')
-    numeric = number.notna().to_numpy()
-    if numeric.all(): return self.stamps(*_from_numbers(number.to_numpy()))
-    out, zoned, self.dayfirst = _from_text(text.where(~numeric, ''), self.dayfirst)
-    filled = np.array(text != '', bool) & ~numeric
-    if zoned[filled].all() and not numeric.any() and filled.any():
+    first = next((cell for cell in text if cell), '')
+    if re.fullmatch(r'[\d.eE+]+', first) and (number := pd.to_numeric(text, errors='coerce')).notna().all():
+        return self.stamps(*_from_numbers(number.to_numpy()))
+    out, zoned, self.dayfirst = _from_text(text, self.dayfirst)
+    left = np.flatnonzero(np.isnat(out))
+    number = pd.to_numeric(text.iloc[left], errors='coerce')
+    left, number = left[number.notna()], number.dropna().to_numpy()
+    filled = np.array(text != '', bool)
+    if not len(left) and filled.any() and zoned[filled].all():
         return self.zoned(out, _parse_text(text.str.replace(_ZONE, '', regex=True)))
-    out[numeric], wall = _from_numbers(number[numeric].to_numpy())
-    zoned[numeric] = ~wall
+    out[left], wall = _from_numbers(number)
+    zoned[left] = ~wall
     return self.stamps(out, ~zoned & ~np.isnat(out), _rarer(zoned, filled))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #59706259
@@ -401,14 +425,15 @@ def read_stamps(
         return clock.zoned(*(o.dt.tz_localize(None).to_numpy('M8[ns]') for o in (s.dt.tz_convert('UTC'), s)))
     if s.dtype.kind == 'M': return clock.stamps(s.to_numpy('M8[ns]'), s.notna().to_numpy())
     if s.dtype.kind in 'iufb': return clock.stamps(*_from_numbers(s.to_numpy()))
-    return clock.of_text(_text_of(s))
+    out = _parse_iso(s)
+    return clock.of_text(_text_of(s)) if out is None else clock.stamps(out, np.ones(len(out), bool))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-056
 _FIRST, _LAST = np.array(['1800', '2090'], 'M8[ns]')
 
 def _sane(t):
     "Return stamps with NaT where they are out of range"
-    if t.min() >= _FIRST and t.max() < _LAST: return t
+    if not len(t) or t.min() >= _FIRST and t.max() < _LAST: return t
     return np.where((t >= _FIRST) & (t < _LAST), t, _NAT)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-057
@@ -438,7 +463,7 @@ def market_clock(
 def from_market_clock(
     t,              # (T,) datetime64, the wall clock of a market, of one symbol in order
     tz=None,        # Zone of the exchange; None leaves the stamps
-    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, where the order does not tell; None raises DataError
+    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, if the order does not tell; None raises
 ) -> np.ndarray: # (T,) datetime64[ns], UTC
     "Return the clock of a market as stamps in UTC"
     return to_utc(np.asarray(t, 'M8[ns]'), tz, ambiguous=ambiguous)[0]
@@ -523,31 +548,30 @@ def _decimal_mark(cells, point_seen=False):
     comma, point = cells[bare.str.fullmatch(_COMMA)], cells[bare.str.fullmatch(_POINT)]
     if len(comma) and (len(point) or point_seen):
         raise DataError(f"decimal: {comma.iloc[0]!r} has a decimal comma, and other cells have a decimal point. "
-                        "Pass decimal=',' or decimal='.'; the other cells then count as no numbers")
+                        f"Pass decimal=',' or decimal='.'{IN_A_RUN}; the other cells then count as no numbers")
     if len(comma) or len(point) or point_seen: return ',' if len(comma) else '.'
     commas = cells[bare.str.fullmatch(r'[-+]?\d{1,3},\d{3}')]
     if not len(commas): return '.'
-    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can every "
-                    "number of the file that has a comma. Pass decimal=',' or decimal='.'")
+    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can "
+                    f"every number of the file that has a comma. Pass decimal=',' or decimal='.'{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #281eaa3a
 def _feature_rows(values, names, n):
-    "Return (F, T) float64 features, volume and amount filled where the table has none, and notes on that"
-    x, notes = np.zeros((len(names), n)), []
-    for i, name in enumerate(names):
-        if name in values: x[i] = values[name]
-    if 'volume' not in values: notes.append('no volume: volume is 0')
-    if 'amount' not in values:
-        x[5] = x[4] * x[:4].mean(0)
+    "Return F float64 columns, volume and amount filled where the table has none, and notes on that"
+    x, notes = [values.get(name) for name in names], []
+    if x[4] is None:
+        x[4] = np.zeros(n)
+        notes.append('no volume: volume is 0')
+    if x[5] is None:
+        x[5] = x[4] * (x[0] + x[1] + x[2] + x[3]) / 4
         notes.append('no amount: volume x mean price')
     return x, notes
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-071
 def _adjust(x, adj_close):
-    "Adjust the prices and the volume of (F, T) features in place"
+    "Adjust the columns of prices and volume among F columns"
     with np.errstate(all='ignore'): ratio = adj_close / x[3]
-    x[:4] *= ratio
-    x[4] /= ratio
+    x[:5] = [*(price * ratio for price in x[:4]), x[4] / ratio]
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-076
 def _stack_tickers(raw):
@@ -618,7 +642,7 @@ class ParsedTable:
     symbols: pd.Series  # Text; None where the table has no such column
     stamps: np.ndarray  # (T,) datetime64[ns], UTC
     twice: np.ndarray   # (T,) mask of stamps whose hour occurs twice; the first is taken
-    x: np.ndarray       # (F, T) float64
+    x: list             # F columns (T,) float64
     notes: list         # What was filled or assumed
     odd: list           # (rule, text, (T,) mask) of what only the raw cells show
 
@@ -637,7 +661,7 @@ def _check_columns(columns, found, adjust):
     missing = ', '.join(c for c in needed if c not in found)
     if missing:
         raise DataError(f"no column for {missing}; found {_quoted(columns)}. "
-                        "Rename them or pass columns={'theirs': 'ours'}")
+                        f"Rename them or pass columns={{'theirs': 'ours'}}{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #346ff4ca
 BAR_END = 'stamps mark the end of each bar; bar_end=True moves them to its start'
@@ -649,9 +673,10 @@ _CONVENTIONS = ( # columns that tell a source, note
     ('date tickvol', _SERVER),
     ('tick_volume real_volume', _SERVER))
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
+# %% ../../nbs/api/1_data/10_parse.ipynb #f09d4b7b
 _IDENTIFIER = r'(.*_)?(id|code|ticker|isin|cusip|permno|gvkey|figi|ric)'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
 def _conventions(by_key, found, ignored, options):
     "Return notes on what the columns tell about their source"
     notes = [note for names, note in _CONVENTIONS if set(names.split()) <= set(by_key)
@@ -669,9 +694,12 @@ class TableParser:
         self.found, self.ignored = match_columns(columns, options.columns, options.extra)
         _check_columns(columns, self.found, options.adjust)
         self.by_key = {column_key(c): c for c in columns}
+        known = column_key(self.found['timestamps']) in ('gmt_time', 'local_time') # Dukascopy writes the day first
+        if known and options.dayfirst is None: self.clock.dayfirst = True
         self.time_of_day = next((self.by_key[k] for k in _TIMES if self.by_key.get(k) in self.ignored), None)
         self.notes = _conventions(self.by_key, self.found, self.ignored, options)
-        self.decimal, self.units, self.ticks, self.points = options.decimal, options.units, None, False
+        self.decimal, self.units, self.ticks = options.decimal, options.units, None
+        self.points, self.settled = False, False
 
     @property
     def helpers(self):
@@ -699,8 +727,7 @@ def settle_decimal(self: TableParser, raw, names):
     if self.decimal: return
     columns = [plain_column(raw[self.found[name]]) for name in names]
     text = [s[s.notna()].astype(str).str.strip() for s in columns if s.dtype.kind not in 'iuf']
-    text = pd.concat(text) if text else pd.Series(dtype=str)
-    if not text.str.contains(r',|\..*\.', regex=True).any(): return
+    if not text or not (text := pd.concat(text)).str.contains(r',|\..*\.', regex=True).any(): return
     fractions = any(s.dtype.kind == 'f' and (s % 1 > 0).any() for s in columns)
     self.decimal = _decimal_mark(text, fractions or self.points)
 
@@ -717,9 +744,10 @@ def numbers(self: TableParser, raw):
         if mask.any(): bad[self.found[ours]] = mask
     return values, bad
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
+# %% ../../nbs/api/1_data/10_parse.ipynb #fd34ef54
 _TICKS = 'volume is 0 throughout: the number of price changes is used'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
 @patch
 def pick_volume(self: TableParser, values):
     "Use the tick volume where the volume is 0 throughout"
@@ -753,16 +781,19 @@ def _unit_ratio(values):
     ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
     return float(np.median(ratio)) if len(ratio) else np.nan
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
+# %% ../../nbs/api/1_data/10_parse.ipynb #b3fb4e2d
 _UNITS = ({100: dict(volume=100), .1: dict(volume=100, amount=1000), .001: dict(amount=1000),
            .01: dict(volume=100, amount=10_000), 1e-4: dict(amount=10_000)})
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
 @patch
 def settle_units(self: TableParser, values):
     "Find out the units of volume and amount from the first rows, or say what their ratio is"
-    ratio = _unit_ratio(values)
+    if self.settled: return
+    ratio, self.settled = _unit_ratio(values), True
     if str(self.found.get('amount')).lower() == 'turnover' and not ratio >= .01:
-        del values['amount'] # a rate, or nothing to tell
+        self.found.pop('amount') # a rate, or nothing to tell
+        del values['amount']
         if np.isfinite(ratio): self.notes.append("'turnover' is a rate, not money")
     elif self.units is None and np.isfinite(ratio) and not .8 < ratio < 1.25:
         units = next((units for known, units in _UNITS.items() if .8 < ratio / known < 1.25), None)
@@ -775,7 +806,7 @@ def settle_units(self: TableParser, values):
 # %% ../../nbs/api/1_data/10_parse.ipynb #f18cac77
 @patch
 def features(self: TableParser, raw):
-    "Return (F, T) features, notes on what was made of them, and {their name: mask of cells that are no numbers}"
+    "Return F columns, notes on what was made of them, and {their name: mask of cells that are no numbers}"
     values, bad = self.numbers(raw)
     self.pick_volume(values)
     self.scale_prices(raw, values)
@@ -791,18 +822,21 @@ def features(self: TableParser, raw):
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-087
 def symbol_text(
     s: pd.Series,
-) -> pd.Series: # Text; UNKNOWN where empty
+) -> pd.Series: # Text or categories of text; UNKNOWN where empty
     "Return a column of symbols as text: 000001 keeps its zeros, and NA stays a ticker"
     s = plain_column(s)
     if s.dtype.kind == 'f' and not (s.dropna() % 1).any(): s = s.astype('Int64').astype(object)
-    if s.dtype.kind == 'O' or s.isna().any(): s = s.astype(object).where(s.notna(), 'UNKNOWN')
-    s = s.astype(str)
+    if isinstance(s.dtype, pd.CategoricalDtype) and not s.isna().any() and '' not in s.cat.categories:
+        return s.cat.rename_categories(s.cat.categories.astype(str))
+    if s.dtype.kind == 'O' or s.isna().any(): s = s.astype(object).where(s.notna(), 'UNKNOWN').astype(str)
+    else: s = s.astype(str)
     return s.where(s != '', 'UNKNOWN') if (s == '').any() else s
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #daf93281
 @patch
 def zone_notes(self: TableParser, stamps):
     "Return what is assumed about the zone of the stamps"
+    if 'gmt_time' in self.by_key: return []
     if self.options.tz is not None: return [f'stamps without a zone read as {self.options.tz}']
     return ['stamps without a zone taken as UTC'] if stamps.naive and not session_dates(stamps.t) else []
 

@@ -9,7 +9,7 @@ __all__ = []
 import importlib.metadata, platform, uuid
 
 from .. import __version__
-from ..core import ConfigError, RunError, free_folder, pick_device, write_atomic, write_json
+from ..core import ConfigError, KronosError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
 from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
@@ -56,9 +56,10 @@ def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
 
-# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+# %% ../../nbs/api/7_fit/74_claim.ipynb #c2c70e8f
 def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
 def _kept_settings(run: Run) -> Config:
     "Return the settings that a run was started with"
     if 'settings' in run.facts:
@@ -81,7 +82,8 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, _kept_settings(run))) and run.facts['data'] == data.hash
+    try: return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    except KronosError: return False   # damaged: `claim_folder` decides, and writes the settings anew
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
@@ -91,11 +93,11 @@ def _check_same(run: Run, cfg: Config, data: Prepared):
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
     if was['data'] != data.hash:
         sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
         raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):
@@ -104,7 +106,7 @@ def _check_empty(run: Run):
     if any(p != run.facts_file and not p.name.startswith('.') for p in run.folder.iterdir()):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
             "Choose another folder (out_dir, --out), so that nothing is overwritten",
-            options=f'--out {free_folder(run)}')
+            options=f'--out {next_folder(run)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #1a0f2aab
 def check_place(run: Run):

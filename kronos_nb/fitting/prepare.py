@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import ConfigError, DataError
 from ..config import Config
 from ..display import name_list
-from ..data.read import read_klines, read_log, sample_klines
+from ..data.read import is_canonical, read_klines, read_log, sample_klines
 from ..data.check import RULES, KlineReport, ReportSection, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import NORMALIZERS, with_scales
@@ -40,6 +40,7 @@ def load_bars(
     if isinstance(data, str) and data == 'sample':
         data, how = sample_klines(list(d.symbols) if d.symbols else None), dict(extra_features=how['extra_features'])
     if _is_read(data, d): return data
+    how = dict(extra_features=d.extra_features) if is_canonical(data) else d.reading # such a frame is in UTC
     return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **how)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #ebf1fb5c
@@ -83,7 +84,7 @@ def _fitting(bars, d):
             return windows.settings | {f'data.{k}': v for k, v in shares.items() if v != own[k]}
     return None
 
-# %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #b6a30aa4
 LEAST = 120   # bars of one symbol from which `own` finds windows for every part
 
 def least_text() -> str:
@@ -92,12 +93,13 @@ def least_text() -> str:
     return (f"Bring at least {LEAST} bars of one symbol without a gap: {LEAST - 2*n} to train on, {n} to choose "
             f"weights and {n} to judge, so that windows fit into each part")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
 def offer(
     bars: pd.DataFrame,
     d,          # `cfg.data`
 ) -> str: # A sentence
     "Return the windows that fit bars, as settings to add"
-    good, _ = repair_klines(bars, features=d.features)
+    good, _ = repair_klines(bars, **d.rules)
     found = _fitting(good, d) if len(good) else None
     if found is None: return least_text()
     options = ' '.join(f'--set {name}={value}' for name, value in found.items())
@@ -108,10 +110,11 @@ def offer(
 def _check(bars, d):
     "Return the report on bars, as the settings ask"
     window = d.lookback_window + d.predict_window
-    return check_klines(bars, window, features=d.features, allow_negative_prices=d.allow_negative_prices)
+    return check_klines(bars, window, **d.rules)
 
-def _repaired(bars, d, **kwargs):
-    return repair_klines(bars, features=d.features, allow_negative_prices=d.allow_negative_prices, **kwargs)
+def repaired(bars, d) -> tuple: # Bars, changes
+    "Repair bars as the settings ask for"
+    return repair_klines(bars, **d.rules)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d5b6c497
 def _too_short(bars, report, d):
@@ -145,12 +148,11 @@ def _all_dropped(bars, changes):
 def _repair(bars, d):
     "Return repaired bars, what was changed, and their report; raise where nothing is left"
     window = d.lookback_window + d.predict_window
-    fixed, changes = _repaired(bars, d)
+    fixed, changes = repaired(bars, d)
     if not len(fixed): raise _all_dropped(bars, changes)
     report = _check(fixed, d)
     if (report.summary.bars < window).all(): raise _too_short(fixed, report, d)
-    fixed, changes = _repaired(bars, d, min_bars=window)
-    return fixed, changes, _check(fixed, d)
+    return fixed, changes, report
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-016
 def _check_bars(bars, d):
@@ -241,7 +243,7 @@ def checked_split(data, cfg: Config) -> tuple: # Bars, changes, report, Split
     bars, changes, report = _check_bars(bars, d)
     return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
 
-# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #7408dcce
 def _overlap_text(split) -> str:
     "Return what shares of each symbol's own bars do to the order in time; '' where nothing"
     rows = split.summary
@@ -250,6 +252,7 @@ def _overlap_text(split) -> str:
     return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days "
             "on which another is judged; data.split=date keeps them apart")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
 def _notes(report, split, d):
     "Yield notes on symbols that are left out or lack a part, on the order in time and on the context"
     short = report.issues[report.issues.rule == 'too_short']

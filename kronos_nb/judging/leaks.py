@@ -58,10 +58,11 @@ class LeakReport:
     def __repr__(self):
         return self.to_markdown()
 
-# %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-008
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #fb00a0ee
 def _array(x):
     return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-008
 def _moved(a, b):
     "Return the largest relative difference of two arrays; inf where their shapes differ"
     a, b = _array(a), _array(b)
@@ -250,9 +251,8 @@ def _of_run(folder, bars):
     run = Run.find(folder)
     d = run.config.data
     bars = _bars_of(run, d) if bars is None else bars
-    how = dict(features=d.features, allow_negative_prices=d.allow_negative_prices)
-    if d.repair == 'standard' and not check_klines(bars, **how).ok:
-        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **how)
+    if d.repair == 'standard' and not check_klines(bars, **d.rules).ok:
+        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **d.rules)
     forecaster = Forecaster.from_pretrained(run)
     dataset = partial(WindowDataset, lookback_window=d.lookback_window, predict_window=d.predict_window,
                       normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features,
