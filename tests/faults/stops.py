@@ -1,6 +1,6 @@
 """Stop a run at an exact moment, call it again, and compare what it leaves with a run that nothing disturbed
 
-    python -m tests.faults.stops OUT [--goal 500] [--seconds 3600] [--short]
+    python -m tests.faults.stops --all [--goal 500] [--seconds 3600] [OUT]
 
 The process imports and compiles once and forks one child per call of `fit`. A case is a moment and a signal: before or
 after the callbacks of the n-th event of a stage, before the n-th file operation of the run, or after some seconds.
@@ -418,16 +418,16 @@ def summary(results) -> dict:
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('out', type=Path)
+    p.add_argument('out', type=Path, nargs='?', default=Path('runs/stops'))
+    p.add_argument('--all', action='store_true', help='the long form, instead of the cases of the test suite')
     p.add_argument('--goal', type=int, default=500, help='signals, at least')
     p.add_argument('--seconds', type=float, default=float('inf'), help='start no case after so many seconds')
-    p.add_argument('--short', action='store_true', help='the few cases of the test suite')
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     folder, ends = a.out.resolve(), time.monotonic() + a.seconds
     folder.mkdir(parents=True, exist_ok=True)
-    warm(folder, judged=not a.short)
-    results = run_cases(folder, short_cases() if a.short else long_cases(folder, a.goal), ends)
+    warm(folder, judged=a.all)
+    results = run_cases(folder, long_cases(folder, a.goal) if a.all else short_cases(), ends)
     print(json.dumps(summary(results), indent=1))
     return 0 if not any(r['differs'] or r['lost'] or r['stuck'] or r['traceback'] for r in results) else 1
 
