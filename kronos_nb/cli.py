@@ -8,7 +8,7 @@ __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'ru
            'run_bundle', 'run_check', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
-import argparse, dataclasses, os, signal, subprocess, sys, textwrap, warnings
+import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
 from . import __version__
@@ -575,11 +575,14 @@ def _launch_env(n: int, gpus: int) -> dict:
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-068
 def _wait(process: subprocess.Popen) -> int:
-    "Wait for `process`, pass SIGTERM on to it, and return 130 after a signal"
+    "Wait for a launcher, pass SIGTERM on to its processes, and return 130 after a signal"
+    import psutil
     asked = []
     def forward(number, frame):
         asked.append(number)
-        process.send_signal(number)
+        with contextlib.suppress(psutil.Error):   # it has just ended
+            for p in psutil.Process(process.pid).children() or [process]:   # torchrun itself would end in a traceback
+                p.send_signal(number)
     old = signal.signal(signal.SIGTERM, forward)
     try:
         code = _exit_code(process, asked)

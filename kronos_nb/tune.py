@@ -380,11 +380,23 @@ def storage_of(
     return _journal(path) if path.suffix == '.log' else f'sqlite:///{path}'
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-060
+def is_gone(said: dict) -> bool:
+    "Return whether the process of a running trial has ended; call it with the lock of the study held"
+    if 'host' not in said:
+        return True   # killed before it said whose the trial is
+    if said['host'] != platform.node():
+        return False
+    try:
+        began = psutil.Process(said['pid']).create_time()
+    except psutil.Error:
+        return True
+    return said.get('began', began) != began   # another process has its number
+
 def reap(study):
     "Queue trials again whose process is gone"
     S = _optuna().trial.TrialState
     for t in study.get_trials(deepcopy=False, states=(S.RUNNING,)):
-        if t.user_attrs.get('host') == platform.node() and not psutil.pid_exists(t.user_attrs['pid']):
+        if is_gone(t.user_attrs):
             study.tell(t.number, state=S.FAIL)
             study.enqueue_trial(t.params)
 
@@ -419,6 +431,7 @@ def next_trial(
             return None
         trial = study.ask()
         trial.set_user_attr('pid', os.getpid())
+        trial.set_user_attr('began', psutil.Process().create_time())
         trial.set_user_attr('host', platform.node())
     return trial
 

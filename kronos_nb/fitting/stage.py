@@ -287,13 +287,23 @@ def _validator(stage: Stage, learn: Learner):
     return validate
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-052
+def _spoilt(stage: Stage, best: Best, why):
+    return RunError(f"{str(stage.files.best_model)!r} {why}. Delete the checkpoints from step {best.step} on, and the "
+        "same command trains that model again")
+
 def _check_saved(stage: Stage, learn: Learner, best: Best, value: float):
     "Raise unless best_model still gives the number that it was saved with"
     tolerance = 1e-5 if learn.backend.precision == 'fp32' else 1e-3
     if np.isclose(value, best.value, rtol=tolerance): return
-    raise RunError(f"{str(stage.files.best_model)!r} was saved at step {best.step} with {best.monitor} "
-        f"{best.value:.6g} and gives {value:.6g} when read back: its files are damaged. Delete the checkpoints from "
-        f"step {best.step} on, and the same command trains that model again")
+    raise _spoilt(stage, best, f'was saved with {best.monitor} {best.value:.6g} and gives {value:.6g} when read back')
+
+# %% ../../nbs/api/7_fit/73_stage.ipynb #6b63c522
+def _kept_best(stage: Stage, best: Best) -> Weights:
+    "Return the weights in best_model"
+    try: kept = weights_of(stage.files.best_model)
+    except KronosError as e: raise _spoilt(stage, best, f'cannot be read ({_first_line(e)})') from e
+    kept.origin = 'the best validation'   # no path: cards quote it
+    return kept
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-053
 def _choose(stage: Stage, learn: Learner, best: Best):
@@ -303,8 +313,7 @@ def _choose(stage: Stage, learn: Learner, best: Best):
     def score(weights):
         seen.append(validate(weights))
         return sign*seen[-1][k.monitor]
-    kept = weights_of(stage.files.best_model)
-    kept.origin = 'the best validation'   # no path: cards quote it
+    kept = _kept_best(stage, best)
     candidates = dict(best=kept, last=plain_state(learn.model.model), **_averages(stage, learn))
     choice = choose_weights(candidates, score)
     choice.table['difference'] *= sign

@@ -167,6 +167,8 @@ def damage(
     "Check a checkpoint against its manifest"
     folder, manifest = Path(folder), _manifest(folder)
     if not manifest: return 'manifest.json is missing, or lists no files'
+    step = re.search(r'step_(\d+)', folder.name)
+    if step and manifest.get('step') != int(step[1]): return f"it is the one of step {manifest.get('step')}"
     if run is not None and manifest.get('run') not in (None, run): return 'it belongs to another run'
     for name, digest in manifest['files'].items():
         if not (folder/name).is_file(): return f'{name} is missing'

@@ -224,7 +224,7 @@ class SampledSource(Source):
     def tensors(self, rows, epoch) -> dict: raise NotImplementedError
 
 # %% ../../nbs/api/4_training/43_task.ipynb #03a74514
-LOADER_TIMEOUT, LOADER_PATIENCE = 45, 20   # seconds until a loader that does not answer ends the run
+LOADER_TIMEOUT, LOADER_PATIENCE = 120, 20   # seconds until a loader that does not answer ends the run
 
 def _end_with(parent: int):
     "End this process when its parent is gone"

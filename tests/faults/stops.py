@@ -1,6 +1,6 @@
 """Stop a run at an exact moment, call it again, and compare what it leaves with a run that nothing disturbed
 
-    python -m tests.faults.stops OUT [--goal 500] [--seconds 3600] [--short]
+    python -m tests.faults.stops --all [--goal 500] [--seconds 3600] [OUT]
 
 The process imports and compiles once and forks one child per call of `fit`. A case is a moment and a signal: before or
 after the callbacks of the n-th event of a stage, before the n-th file operation of the run, or after some seconds.
@@ -9,6 +9,7 @@ Results are appended to OUT/results.jsonl; a case that is there is not tried aga
 """
 import argparse
 import errno
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -151,6 +152,7 @@ def child(log, port, *args) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
@@ -179,9 +181,9 @@ def free_port() -> int:
 
 
 def stop_all(pids, number):
-    for pid in pids:
+    for pid, send in itertools.product(pids, (os.killpg, os.kill)):   # a child that has just begun leads no group
         try:
-            os.killpg(pid, number)
+            send(pid, number)
         except ProcessLookupError:
             pass
 
@@ -202,7 +204,9 @@ def call(out, log, case=None, judged=False, workers=0, world=1) -> list:
         if told is not None and time.monotonic() - told > 20:
             stop_all(set(pids) - set(codes), signal.SIGKILL)
         if time.monotonic() > ends:
-            stop_all(pids, signal.SIGKILL)
+            stop_all(set(pids) - set(codes), signal.SIGUSR1)   # say where they stand
+            time.sleep(2)
+            stop_all(set(pids) - set(codes), signal.SIGKILL)
             for pid in set(pids) - set(codes):
                 os.waitpid(pid, 0)
                 codes[pid] = 'stuck'
@@ -393,6 +397,7 @@ def run_cases(folder, cases, ends=float('inf')) -> list:
         kind = case.world, case.judged
         if kind not in expected:
             expected[kind] = reference(folder, *kind)[0]
+        (folder/'now.txt').write_text(f'{os.getpid()} {case.name}\n')
         result = try_case(folder, case, expected[kind])
         with file.open('a') as f:
             f.write(json.dumps(result) + '\n')
@@ -413,16 +418,16 @@ def summary(results) -> dict:
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('out', type=Path)
+    p.add_argument('out', type=Path, nargs='?', default=Path('runs/stops'))
+    p.add_argument('--all', action='store_true', help='the long form, instead of the cases of the test suite')
     p.add_argument('--goal', type=int, default=500, help='signals, at least')
     p.add_argument('--seconds', type=float, default=float('inf'), help='start no case after so many seconds')
-    p.add_argument('--short', action='store_true', help='the few cases of the test suite')
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     folder, ends = a.out.resolve(), time.monotonic() + a.seconds
     folder.mkdir(parents=True, exist_ok=True)
-    warm(folder, judged=not a.short)
-    results = run_cases(folder, short_cases() if a.short else long_cases(folder, a.goal), ends)
+    warm(folder, judged=a.all)
+    results = run_cases(folder, long_cases(folder, a.goal) if a.all else short_cases(), ends)
     print(json.dumps(summary(results), indent=1))
     return 0 if not any(r['differs'] or r['lost'] or r['stuck'] or r['traceback'] for r in results) else 1
 

@@ -1,4 +1,4 @@
-"The short form of tests/faults/stops.py; the long one: python -m tests.faults.stops OUT --goal 500"
+"The short form of tests/faults/stops.py; the long one: python -m tests.faults.stops --all"
 import json
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from tests.helpers import root
 
 
 def test_a_run_that_is_stopped_anywhere_ends_as_if_nothing_had_happened(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'tests.faults.stops', tmp_path, '--short'], cwd=root, text=True,
+    done = subprocess.run([sys.executable, '-m', 'tests.faults.stops', tmp_path], cwd=root, text=True,
                           capture_output=True, timeout=580)
     results = [json.loads(line) for line in (tmp_path/'results.jsonl').read_text().splitlines()]
     wrong = [r for r in results if r['differs'] or r['lost'] or r['stuck'] or r['traceback']]
