@@ -272,7 +272,9 @@ def _text_pieces(stream, how, raw, parser, notes):
     "Yield the pieces of a text table"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', pd.errors.ParserWarning) # a separator at the end of the lines
-        for df in pd.read_csv(stream, **how): yield _cut_closing_line(df, parser, notes), raw.tell()
+        for df in pd.read_csv(stream, **how):
+            if not len(df): raise DataError('the table has a header and no rows')
+            yield _cut_closing_line(df, parser, notes), raw.tell()
 
 # %% ../../nbs/api/1_data/11_read.ipynb #38389573
 def _text_tables(path, options, limits):
