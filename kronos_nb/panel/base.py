@@ -278,15 +278,19 @@ _NARROW = """
 # %% ../../nbs/api/9_faces/90_base.ipynb #1bc91ae0
 CSS = f'<style>{_LOOK}{_SIZES}{_NARROW}</style>'
 
+# %% ../../nbs/api/9_faces/90_base.ipynb #f1eed63b
+def framed(part):
+    "Return a picture in a frame that scrolls where the page is narrow; anything else as it is"
+    import ipywidgets as W
+    if not isinstance(part, W.Image): return part
+    frame = W.Box([part])
+    frame.add_class('knb-picture')
+    return frame
+
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-033
 def panel_page(*parts):
-    "Return the parts below each other, with the style of all panels; wide pictures scroll"
+    "Return the parts below each other, with the style of all panels"
     import ipywidgets as W
-    def framed(part):
-        if not isinstance(part, W.Image): return part
-        frame = W.Box([part])
-        frame.add_class('knb-picture')
-        return frame
     page = W.VBox([W.HTML(CSS), *map(framed, parts)])
     page.add_class('knb-page')
     return page

@@ -27,7 +27,7 @@ from ..training.run import Run
 from ..own import config_for, free_folder, run_name
 from ..train import fit
 from .base import (
-    AT_WORK, Folded, Panel, bar, bars_of, button, error_html, guarded, html_box, ignoring_changes,
+    AT_WORK, Folded, Panel, bar, bars_of, button, error_html, framed, guarded, html_box, ignoring_changes,
     panel_page, picture, show_figure, value_of)
 from .config import ConfigPanel, as_code, preset_of
 
@@ -246,7 +246,7 @@ def _forget_old_bars(self: _JobView):
     if self.job is not None and self.refresh in self.job.listeners: self.job.listeners.remove(self.refresh)
     self.job = None
     if self.widget is None: return
-    show_figure(self.chart, None)
+    self.curves.layout.display = 'none'
     for box in (self.status, self.findings, self.verdict, self.error): box.value = ''
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-025
@@ -257,6 +257,7 @@ class TrainPanel(_JobView):
 
     def start(self):
         "Begin, or continue what is in the folder"
+        if self.widget is not None: self.curves.selected_index, self.verdict.value = 0, ''
         config = self.config.replace(**{'runtime.progress': False})
         self.follow(FitJob(value_of(self.data), config, self.out_dir))
         self.job.start()
@@ -282,7 +283,7 @@ def _lines(self: TrainPanel):
     if job.result is not None and job.result.evaluation is not None: lines.append(job.result.evaluation.sentence)
     return [*lines, '']
 
-# %% ../../nbs/api/9_faces/92_train.ipynb #cell-029
+# %% ../../nbs/api/9_faces/92_train.ipynb #a0858b7b
 @patch
 def _make_head(self: TrainPanel):
     import ipywidgets as W
@@ -296,6 +297,7 @@ def _make_head(self: TrainPanel):
     self.bar = W.FloatProgress(min=0., max=1., layout=W.Layout(width='180px'))
     return bar(*self.buttons.values(), self.folder, self.bar)
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #cell-029
 @patch
 def _folder_typed(self: TrainPanel, change):
     "Take the typed folder; an empty one goes back to the name of bars and preset"
@@ -307,16 +309,25 @@ def _folder_typed(self: TrainPanel, change):
 _KEEP_OPEN = ("<div class='knb-note'>Keep this page open while it trains. Closing it stops the run with a checkpoint, "
               "and the next time the first button continues it.</div>")
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #62f7b7f9
+@patch
+def _make_curves(self: TrainPanel):
+    "Return the curves and what they mean, which fold away once there is a verdict"
+    import ipywidgets as W
+    self.chart, self.findings = picture(), html_box()
+    curves = W.Accordion(children=[W.VBox([framed(self.chart), self.findings])], layout=W.Layout(display='none'))
+    curves.set_title(0, 'training curves')
+    curves.add_class('knb-fold')
+    return curves
+
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-030
 @patch
 def _build(self: TrainPanel):
-    self.error, self.status, self.chart = html_box(), html_box(), picture()
-    self.findings, self.verdict = html_box('knb'), html_box('knb')
-    self.folded = Folded(self.error, as_code=lambda: self.code)
+    self.error, self.status, self.verdict = html_box(), html_box(), html_box()
+    self.curves, self.folded = self._make_curves(), Folded(self.error, as_code=lambda: self.code)
     if 'VOILA_APP_PORT' in os.environ: self.status.value = _KEEP_OPEN
     if self.job is not None: self.follow(self.job)
-    shown = self.status, self.error, self.chart, self.findings, self.verdict
-    return panel_page(self._make_head(), *shown, self.folded.widget)
+    return panel_page(self._make_head(), self.status, self.error, self.verdict, self.curves, self.folded.widget)
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-032
 @patch
@@ -356,7 +367,7 @@ def _update(self: TrainPanel):
 @patch
 def _draw(self: TrainPanel):
     "Draw the curves of the stage that began last"
-    began = time.monotonic()
+    began, self.curves.layout.display = time.monotonic(), ''
     stage, history = list(self.job.histories.items())[-1]
     show_figure(self.chart, plot_run(history, stage))
     found = [(html.escape(f.title), html.escape(f.sentence())) for f in diagnose(history).findings]
@@ -373,6 +384,7 @@ def _show_end(self: TrainPanel):
     job, result = self.job, self.job.result
     if job.error is not None: self.error.value = error_html(job.error)
     if result is None or result.interrupted: return
+    self.curves.selected_index = None
     head, table = '<b>Not judged: no test part was held back.</b>', ''
     if result.evaluation is not None:
         head = result.evaluation.summary_html()
