@@ -25,7 +25,7 @@ RULES = dict( # rule: (level, what it means)
     not_numbers=('error', 'cells hold something that is no number'),
     bad_timestamp=('error', 'the timestamp is unreadable'),
     nan=('error', 'a feature is NaN'),
-    inf=('error', 'a feature is infinite'),
+    inf=('error', 'a feature is infinite, or above 1e100'),
     duplicate=('error', 'a timestamp occurs again'),
     disorder=('error', 'a bar is older than the one before it'),
     price_not_positive=('error', 'a price is zero or negative'),
@@ -249,6 +249,8 @@ def _order_rules(b):
     return dict(bad_timestamp=nat, duplicate=again, disorder=back)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-029
+_LARGEST = 1e100   # its square is finite, as statistics need it
+
 def _bar_rules(b, negative_prices=False):
     "Return masks of bars that are wrong or suspicious by themselves"
     o, h, l, c, v, a = b.x[:, :6].T
@@ -256,7 +258,7 @@ def _bar_rules(b, negative_prices=False):
     silent = np.array([not v[s].any() for _, s in b.groups()], bool)[b.code]
     return dict(
         nan=np.isnan(b.x).any(1),
-        inf=np.isinf(b.x).any(1),
+        inf=(np.abs(b.x) > _LARGEST).any(1),
         price_not_positive=(b.x[:, :4] <= 0).any(1) & (not negative_prices),
         high_low=(h < np.fmax(np.fmax(o, c), l)) | (l > np.fmin(o, c)),
         negative_volume=(v < 0) | (a < 0),
@@ -291,7 +293,7 @@ def _issue(rule, symbol, count, stamps, detail='', level=None):
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-037
 def _which_features(rule, x, features):
     "Return how many cells of each feature are NaN or infinite"
-    wrong = np.isnan(x) if rule == 'nan' else np.isinf(x)
+    wrong = np.isnan(x) if rule == 'nan' else np.abs(x) > _LARGEST
     return ', '.join(f'{n} {name}' for name, n in zip(features, wrong.sum(0)) if n)
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-038

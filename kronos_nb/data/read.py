@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import FEATURES, PRICES, DataError, check_choice
+from ..core import FEATURES, PRICES, DataError, check_choice, one_line
 from ..display import progress_bar
 from .parse import COLUMNS, EXCHANGE_COLUMNS, EXTRA_NAMES, IN_A_RUN, ParseOptions, TableParser, Undecided
 from .parse import bar_interval, column_key, session_dates, settle_twice, unfold
@@ -147,6 +147,19 @@ class _Capped(io.RawIOBase):
         buffer[:len(got)] = got
         return len(got)
 
+# %% ../../nbs/api/1_data/11_read.ipynb #807b08de
+class _Lines(io.RawIOBase):
+    "A byte stream that raises at a line of more than a megabyte"
+    def __init__(self, stream, name): self.stream, self.name, self.run = stream, name, 0
+    def readable(self): return True
+    def readinto(self, buffer):
+        got = self.stream.read1(len(buffer))
+        end = max(got.rfind(b'\n'), got.rfind(b'\r'))
+        self.run = len(got) - 1 - end if end >= 0 else self.run + len(got)
+        if self.run > 2**20: raise DataError(f"{self.name} has a line of more than a megabyte: it is no table of bars")
+        buffer[:len(got)] = got
+        return len(got)
+
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-026
 def _zip_members(z, name):
     "Return the names of the text tables in a zip file"
@@ -260,12 +273,15 @@ def _text_pieces(stream, how, raw, parser, notes):
     "Yield the pieces of a text table"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', pd.errors.ParserWarning) # a separator at the end of the lines
-        for df in pd.read_csv(stream, **how): yield _cut_closing_line(df, parser, notes), raw.tell()
+        for df in pd.read_csv(stream, **how):
+            if not len(df): raise DataError('the table has a header and no rows')
+            yield _cut_closing_line(df, parser, notes), raw.tell()
 
 # %% ../../nbs/api/1_data/11_read.ipynb #38389573
 def _text_tables(path, options, limits):
     "Yield the table of a text file, of a gzip file, or of each member of a zip file"
     for name, stream, raw in _streams(path, limits):
+        stream = io.BufferedReader(_Lines(stream, name), 2**16)
         given = options.columns if isinstance(options.columns, (list, tuple)) else None
         sniffed = _sniff(stream.peek(2**16), name, given)
         how, bare = sniffed.how, not sniffed.named
@@ -422,6 +438,8 @@ def _files(source):
     p = Path(source)
     found = _in_folder(p) if p.is_dir() else [Path(f) for f in sorted(glob.glob(str(source), recursive=True))]
     files = [p] if p.is_file() else [f for f in found if f.is_file() or _is_qlib(f)]
+    if odd := next((f for f in files if one_line(f) != str(f)), None):
+        raise DataError(f"the name of {one_line(odd)!r} holds a control character, or is not UTF-8 text: rename the file")
     if not files: raise DataError(f"no file of bars at {str(source)!r}; give a file, glob, list, folder or DataFrame")
     return files
 

@@ -95,7 +95,8 @@ def make(folder: Path, **changes):
     from tests.helpers import bars, cfg
     changes = {'runtime.keep_last': 2, 'runtime.save_steps': 4, 'tokenizer.epochs': 2, 'predictor.epochs': 2,
                'data.stride': 4} | changes
-    fit(bars, cfg.replace(**changes), folder)
+    result = fit(bars, cfg.replace(**changes), folder)
+    assert not result.interrupted, result.stop_reason
     return folder
 
 
