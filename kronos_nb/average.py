@@ -18,10 +18,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .core import ConfigError, ModelError, RunError, write_atomic
+from .hashes import check_sums, write_model_files
+from .model.pretrained import check_finite
+from .training.history import read_json
 from .training.run import RunStage
 from .training.learner import Callback
 from .training.optim import Best
-from .training.checkpoint import damage
+from .training.checkpoint import damage, is_extra
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-007
 class Weights(dict):
@@ -40,12 +43,14 @@ def save(self: Weights,
 ) -> Path: # What was written
     "Write the weights, and in a folder the config with their origin"
     from safetensors.torch import save as as_bytes   # no header, as in released files
+    check_finite(self, self.origin)
     out, data = Path(out), as_bytes({k: t.detach().cpu().contiguous().clone() for k, t in self.items()})
     if out.suffix == '.safetensors': return write_atomic(out, data)
-    write_atomic(out/'model.safetensors', data)
+    files = {'model.safetensors': data}
     if self.config is not None:
         config = self.config | dict(weights_origin=self.origin)
-        write_atomic(out/'config.json', json.dumps(config, indent=2, sort_keys=True))
+        files = {'config.json': json.dumps(config, indent=2, sort_keys=True).encode()} | files
+    write_model_files(out, files)
     return out
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-009
@@ -53,7 +58,7 @@ def config_beside(file) -> dict | None:
     "Return the `config.json` beside a `model.safetensors`; a file of another name has none"
     path = Path(file).with_name('config.json')
     if Path(file).name != 'model.safetensors' or not path.is_file(): return None
-    return json.loads(path.read_text(encoding='utf-8'))
+    return read_json(path)
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-010
 def _module_weights(module):
@@ -70,10 +75,14 @@ def weights_of(
     if isinstance(source, Weights): return source
     if isinstance(source, nn.Module): return _module_weights(source)
     if isinstance(source, Mapping): return Weights(source, 'a state dict')
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(source)
     file = path/'model.safetensors' if path.is_dir() else path
-    if file.is_file(): return Weights(load_file(file), str(path), config_beside(file))
+    if file.is_file():
+        check_sums(file)
+        try: return Weights(load_file(file), str(path), config_beside(file))
+        except SafetensorError as e: raise ModelError(f"{file} cannot be read as safetensors: {e}") from e
     raise RunError(f"there are no weights at {str(source)!r}; name a .safetensors file, or a folder that holds "
                    "model.safetensors")
 
@@ -82,14 +91,15 @@ def _step_of(path):
     "Return (N, file of the weights) of a checkpoint, or None"
     m, file = re.fullmatch(r'.*step_?(\d+)(\.safetensors)?', path.name), path
     if path.is_dir(): file = path/'model.safetensors'
-    return (int(m[1]), file) if m and not path.name.startswith('.') and file.is_file() else None
+    if m is None or path.name.startswith('.') or not file.is_file() or is_extra(path): return None
+    return int(m[1]), file
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-015
 def step_files(
     source,                  # A folder, or the stage's folder above its `checkpoints/`
     pattern='*.safetensors', # What names (`step_400.safetensors`, `step_000400/model.safetensors`) must look like
 ) -> list: # (N, file), oldest first
-    "Return the weights of checkpoints, in the order of their steps"
+    "Return the weights of checkpoints, in the order of their steps; those that an interruption added are left out"
     source = Path(source)
     if (below := RunStage(source).checkpoints).is_dir(): source = below
     if not source.is_dir(): raise RunError(f"there is no folder {str(source)!r}; name one with checkpoints")
@@ -113,15 +123,21 @@ def _add_tensor(sums, kinds, k, t, first, file):
     elif t.is_floating_point(): sums[k].add_(t)
     elif not torch.equal(sums[k], t): _differ(f'the values of {k}: integers cannot be averaged', first, file)
 
+# %% ../nbs/api/4_training/49_average.ipynb #22e206e6
+def _open_weights(file):
+    "Open a .safetensors file"
+    from safetensors import SafetensorError, safe_open
+    try: return safe_open(file, 'pt')
+    except (OSError, SafetensorError) as e: raise ModelError(f"{file} cannot be read as safetensors: {e}") from e
+
 # %% ../nbs/api/4_training/49_average.ipynb #cell-020
 def average_files(
     files: list, # .safetensors files
 ) -> dict:
     "Return the mean of the tensors in `files`"
-    from safetensors import safe_open
     sums, kinds = {}, {}
     for i, file in enumerate(files):
-        with safe_open(file, 'pt') as f:
+        with _open_weights(file) as f:
             names = set(f.keys())
             if i and names != set(sums): _differ(f'names of tensors ({_listed(names ^ set(sums))})', files[0], file)
             for k in f.keys(): _add_tensor(sums, kinds, k, f.get_tensor(k), files[0], file)
@@ -155,6 +171,7 @@ def _newest(source, n, pattern):
 # %% ../nbs/api/4_training/49_average.ipynb #cell-024
 def _check_intact(files):
     "Raise for a damaged checkpoint"
+    for file in files: check_sums(file)
     for folder in (f.parent for f in files if (f.parent/'manifest.json').is_file()):
         if not (wrong := damage(folder)): continue
         raise RunError(f"checkpoint {folder} is damaged: {wrong}; delete it, or narrow the pattern")
@@ -328,6 +345,8 @@ def greedy_soup(
     "Add runs to an average as long as the validation loss does not rise"
     if not candidates: raise ConfigError("a soup needs at least one candidate, got none")
     alone = {k: float(evaluate(weights_of(w))) for k, w in candidates.items()}
+    if wrong := [k for k, v in alone.items() if not math.isfinite(v)]:
+        raise RunError(f"the validation loss of {', '.join(wrong)} is no finite number; leave it out of the soup")
     inside, best, rows = [], math.inf, []
     for k in sorted(alone, key=alone.get):
         together = [candidates[o] for o in [*inside, k]]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 import kronos_nb
-from .core import ConfigError, RunError, write_atomic, write_json
-from .model.pretrained import find_files
+from .core import ConfigError, RunError, md_text, write_atomic, write_json
+from .model.pretrained import copy_model
 from .training.run import STAGES, Run
 from .place import model_folder
 
@@ -162,9 +162,9 @@ def _copy_model(
     pair = {out/name/s: run.stage(s).model() for s in STAGES if run.stage(s).has_model}
     found = pair or {out/name: source}
     for folder, model in found.items():
-        folder.mkdir(parents=True, exist_ok=True)
+        copy_model(model, folder)
         card = Path(model)/'README.md'
-        for file in (*find_files(model), *[card] * card.is_file()): shutil.copyfile(file, folder/file.name)
+        if card.is_file(): shutil.copyfile(card, folder/card.name)
     return list(found)
 
 # %% ../nbs/api/8_share/82_bundle.ipynb #cell-033
@@ -213,7 +213,7 @@ def _kaggle_metadata(dataset):
 # %% ../nbs/api/8_share/82_bundle.ipynb #cell-037
 def _describe(out, models, **target):
     "Write README.md and bundle.json"
-    write_atomic(out/'README.md', _README.format(models=', '.join(models) or 'none'))
+    write_atomic(out/'README.md', _README.format(models=md_text(', '.join(models) or 'none')))
     write_json(out/'bundle.json', dict(kronos_nb=kronos_nb.__version__, **target, models=models))
 
 # %% ../nbs/api/8_share/82_bundle.ipynb #cell-039

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from . import __version__
 from kronos_nb.core import (
-    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, free_folder, nearest,
-    write_atomic,
+    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
+    safe_name, write_atomic,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESET_NAMES, SECTIONS, VARIANTS, Config
@@ -413,6 +413,9 @@ def _check_parser(sub):
     p.add_argument('--lookback-window', type=int, default=Config().data.lookback_window,
         help='bars of history over which the scale of each normaliser is shown')
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--layout', default='', metavar='MAPPING',
+        help="how to read the files: 'dayfirst: true', \"decimal: ','\", 'units: {volume: 100}', 'bar_end: true'")
+    p.add_argument('--allow-negative-prices', action='store_true', help='prices of zero and below are no errors')
     p.add_argument('--extra-features', default='', metavar='A,B',
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
@@ -426,8 +429,8 @@ def _studio_parser(sub):
         help='files of bars; none: the bundled sample, and a button to upload a file')
     p.add_argument('--preset', metavar='NAME', help=f"start from: {', '.join(PRESET_NAMES)}; none: as for fit")
     p.add_argument('--out', metavar='RUN', help='folder of the run; none: as for fit')
-    p.add_argument('--ip', default='127.0.0.1', help='address to listen on (127.0.0.1); 0.0.0.0 is all of this machine')
-    p.add_argument('--port', type=int, default=8866, help='port to listen on (8866), or the next free one')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8866, help='port to listen on, or the next free one')
     p.add_argument('--no-browser', action='store_true', help='print the address and open nothing')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
@@ -561,7 +564,7 @@ def _without_gpu_count(argv: list) -> list:
 def _launch_env(n: int, gpus: int) -> dict:
     "Return the environment for `n` processes, which share the cores where there is no GPU"
     from kronos_nb.machine import cores
-    env = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600') | os.environ
+    env = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600') | os.environ | dict(KRONOS_NB_LAUNCHER=str(os.getpid()))
     if not gpus and 'OMP_NUM_THREADS' not in os.environ:
         env['OMP_NUM_THREADS'] = str(max(cores()//n, 1))
     return env
@@ -684,7 +687,7 @@ def run_fit(a):
         return run_experiments(a)
     data, named, changes = _asked(a)
     if a.test:
-        cfg, run = settle(data, named, changes, a.out)
+        cfg, run, data = settle(data, named, changes, a.out)
         return dry_run(cfg, data, run.folder, a.beside)
     if a.num_gpus and a.num_gpus > 1 and 'RANK' not in os.environ:
         return launch(a.num_gpus, a.argv) or 130*stopped(settle(data, named, changes, a.out)[1].folder)
@@ -774,10 +777,10 @@ def _base_of(a, f):
     if a.base:
         return None if a.base == 'none' else Forecaster.from_pretrained(a.base)
     run = _run_of(a.model)
-    inits = inits_of(run.config, run) if run else dict(predictor='scratch')
-    if inits['predictor'] == 'scratch':
-        return None
     try:
+        inits = inits_of(run.config, run) if run else dict(predictor='scratch')
+        if inits['predictor'] == 'scratch':
+            return None
         return Forecaster.from_pretrained(inits['tokenizer'], inits['predictor'],
             normalizer=f.normalizer, max_context=f.max_context)
     except KronosError as e:
@@ -804,10 +807,11 @@ def _bars_of(a, cfg: Config, f):
         data, symbols = _data_of(run), symbols or [o['symbol'] for o in run.facts['series']]
     if not data:
         return sample_klines(list(symbols) if symbols else None)
-    bars = read_klines(data, symbols=symbols, extra_features=f.features[len(FEATURES):], tz=cfg.data.tz)
+    how = cfg.data.reading | dict(extra_features=f.features[len(FEATURES):])
+    bars = read_klines(data, symbols=symbols, **how)
     if missing := sorted(set(symbols or ()) - set(bars.symbol)):
         raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
-    return repair_klines(bars, features=f.features)[0] if a.repair == 'standard' else bars
+    return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
@@ -820,6 +824,17 @@ def _model_and_bars(a):
     kind = Calibrated if a.calibrated else Forecaster
     f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
     return f, _bars_of(a, cfg, f), cfg
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
+def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
+    "Return the windows that the options name, else those of training, else some that suit the bars"
+    from kronos_nb.data.room import step_of, wanted_windows
+    trained = f.predictor.extra
+    horizon = a.predict_window or trained.get('predict_window')
+    if horizon is None:
+        horizon = wanted_windows(step_of(bars))[1]
+        _say(f'The model records no horizon: {horizon} bars, which suit this interval; --predict-window sets another')
+    return a.lookback_window or trained.get('lookback_window') or max(f.max_context - horizon, 2), horizon
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #529fac2e
 def _read_table(file):
@@ -867,7 +882,7 @@ def _forecast_folder(a, symbols) -> Path:
         there = set(pd.read_csv(out/'forecast.csv', usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
         if others := sorted(there - set(symbols)):
             raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
-                "choose another folder with --out", options=f'--out {free_folder(out)}')
+                "choose another folder with --out", options=f'--out {next_folder(out)}')
     return out
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-092
@@ -879,7 +894,7 @@ def _write_forecasts(found: dict, out: Path):
     rows = []
     for symbol, forecast in found.items():
         rows.append(_close_quantiles(forecast, symbol))
-        save_figure(forecast.plot(), out/f'forecast_{symbol}.png')
+        save_figure(forecast.plot(), out/f'forecast_{safe_name(symbol)}.png')
     table = pd.concat(rows, ignore_index=True)
     table.to_csv(out/'forecast.csv', index=False)
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')
@@ -898,20 +913,31 @@ def run_forecast(a):
     if isinstance(future, dict) and bars.symbol.nunique() == 1:
         future = future.get(bars.symbol.iloc[0], ())
     out = _forecast_folder(a, list(bars.symbol.unique()))
-    how = dict(lookback_window=a.lookback_window, calendar=a.calendar, future=future, sampling=_sampling_of(a))
-    found = f.predict(bars, a.predict_window or cfg.data.predict_window, **how)
+    lookback, horizon = _windows(a, f, bars)
+    how = dict(lookback_window=lookback, calendar=a.calendar, future=future, sampling=_sampling_of(a))
+    found = f.predict(bars, horizon, **how)
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))
-    for note in dict.fromkeys(o for forecast in found.values() for o in forecast.notes):
+    notes = [o for forecast in found.values() for o in forecast.notes]
+    for note in dict.fromkeys([*notes, *_seen_note(f, bars)]):
         _say(f'Note: {note}')
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-095
-def _unseen_from(f, bars) -> dict:
-    "Return for each symbol the first moment after the bars that the model was trained on"
+def _seen_note(f, bars) -> list: # Of one text, or empty
+    "Return what to say of released weights on bars that they may have seen"
+    until = getattr(f, 'seen_until', None)
+    if until is None or bars.timestamps.min() >= until:
+        return []
+    return [f'released weights may have seen the bars before {until.date()}: nothing before it is a test of them']
+
+def _unseen_from(f, bars):
+    "Return for each symbol the first moment after the bars that the model was trained on; None: `evaluate` knows"
     import pandas as pd
+    if getattr(f, 'seen_until', None) is not None:
+        return None
     seen = f.predictor.extra.get('trained_on', {})
     return {s: pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns') if s in seen else pd.Timestamp.min
             for s in bars.symbol.unique()}
@@ -920,11 +946,15 @@ def _unseen_from(f, bars) -> dict:
 def run_evaluate(a):
     "Run `kronos-nb evaluate`"
     from kronos_nb.evaluate import evaluate
-    f, bars, cfg = _model_and_bars(a)
-    start, d = a.start or _unseen_from(f, bars), cfg.data
-    e = evaluate(f, bars, a.lookback_window or d.lookback_window, a.predict_window or d.predict_window,
-        base=_base_of(a, f), origins=a.origins, start=start, sampling=_sampling_of(a), out_dir=a.out)
+    from kronos_nb.data.room import step_of, wanted_windows
+    f, bars, _ = _model_and_bars(a)
+    if 'lookback_window' not in f.predictor.extra:
+        a.lookback_window = a.lookback_window or wanted_windows(step_of(bars))[0]
+    e = evaluate(f, bars, *_windows(a, f, bars), base=_base_of(a, f), origins=a.origins,
+        start=a.start or _unseen_from(f, bars), sampling=_sampling_of(a), out_dir=a.out)
     print(e.to_markdown())
+    for note in _seen_note(f, bars):
+        _say(f'Note: {note}')
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-098
@@ -1014,8 +1044,10 @@ def _data_report(a):
     from kronos_nb.data.read import read_klines
     from kronos_nb.data.normalize import with_scales
     extra = tuple(o for o in a.extra_features.split(',') if o)
-    bars = read_klines(a.data, tz=a.tz, extra_features=extra)
-    return with_scales(check_klines(bars, a.window, features=(*FEATURES, *extra)), a.lookback_window)
+    d = Config().replace(**{'data.tz': a.tz, 'data.layout': a.layout, 'data.extra_features': extra or None,
+                            'data.allow_negative_prices': a.allow_negative_prices}).data
+    bars = read_klines(a.data, **d.reading)
+    return with_scales(check_klines(bars, a.window, **d.rules), a.lookback_window)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-112
 def run_check(a):

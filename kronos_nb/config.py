@@ -15,8 +15,9 @@ from zoneinfo import ZoneInfo, available_timezones
 import yaml
 from fastcore.basics import patch
 
-from .core import FEATURES, ConfigError, check_choice, nearest, write_atomic
-from .settings import Sampling, Settings, format_setting, parse_duration, setting, span_text
+from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
+from .settings import (
+    Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
 from .config_compat import is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
@@ -28,7 +29,12 @@ class _SourceConfig(Settings):
     start: str | None = setting(None, "bars from this moment on, YYYY-MM-DD")
     end: str | None = setting(None, "bars before this moment, YYYY-MM-DD")
     max_rows: int | None = setting(None, "read at most this many rows", lo=1, unit='rows')
-    tz: str | None = setting(None, "zone of stamps without one, such as America/New_York; none: UTC")
+    tz: str | None = setting(None, "zone of stamps without one in files, such as America/New_York; none: UTC")
+    market_tz: str | None = setting(
+        None, "zone of the exchange, whose clock the models read, such as Asia/Shanghai; none: tz, else UTC")
+    layout: dict = setting(dict, "how to read files: columns, dayfirst, decimal, units, bar_end and what else "
+                           "read_klines takes")
+    allow_negative_prices: bool = setting(False, "take prices of zero and below, such as spreads; off: they are errors")
     repair: str = setting(
         'off', "off stops at errors in the bars; standard repairs them and lists every change", choices=('off',
         'standard'))
@@ -51,10 +57,13 @@ class _WindowConfig(_SourceConfig):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
 @dataclass(frozen=True, kw_only=True)
 class _SplitConfig(_WindowConfig):
-    train: float = setting(.7, "share of each symbol's bars to train on", lo=0.01, hi=1.)
+    train: float = setting(.7, "share of the bars to train on, the earliest", lo=0.01, hi=1.)
     val: float = setting(.15, "share that chooses weights and stops training", lo=0., hi=.9)
     test: float = setting(.15, "share that is used once, for the verdict", lo=0., hi=.9)
     embargo: int = setting(0, "bars dropped between two splits", lo=0, unit='bars')
+    split: str = setting(
+        'date', "date: all symbols are split at the same dates; symbol: each by shares of its own bars, so that one "
+        "may train later than another is judged", choices=('date', 'symbol'))
     max_gap: str | None = setting(
         'auto', "no window crosses a longer break: 3h, 5d; auto splits where bars are missing, none never does")
     windows_per_epoch: int | None = setting(None, "windows drawn per epoch; none: all of them", lo=1, unit='windows')
@@ -64,11 +73,27 @@ class _SplitConfig(_WindowConfig):
         'shuffled', "balanced draws every symbol equally often", choices=('shuffled', 'balanced', 'sequential'))
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-012
-def _check_zone(tz):
+def _check_zone(name, tz):
     try: ZoneInfo(tz)
     except (KeyError, ValueError, OSError) as e:
         hint = nearest(tz, available_timezones())
-        raise ConfigError(f"data.tz must be the name of a zone such as Asia/Shanghai, or none; got {tz!r}{hint}") from e
+        raise ConfigError(f"data.{name} must be the name of a zone such as Asia/Shanghai, or none; "
+                          f"got {tz!r}{hint}") from e
+
+# %% ../nbs/api/0_ground/03_config.ipynb #7d3892e9
+_LAYOUT = ('columns', 'dayfirst', 'decimal', 'units', 'bar_end', 'ambiguous', 'adjust')
+
+def _check_layout(layout):
+    for name in layout: check_choice('a name in data.layout', name, _LAYOUT)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #8481b2fe
+def _check_date(path, value):
+    "Raise `ConfigError` unless pandas reads `value` as a moment"
+    if value is None: return
+    import pandas as pd   # slow to import, and most configurations name no moment
+    try: pd.Timestamp(value)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} must be a moment such as 2024-01-31, got {short_repr(value)}") from e
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-013
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +101,21 @@ class DataConfig(_SplitConfig):
     "Which bars, and how they become windows"
     @property
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
+    @property
+    def clock(self) -> str | None: return self.market_tz or self.tz
+    @property
+    def reading(self) -> dict:
+        "Arguments of `read_klines` that say how files are read"
+        return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
+    @property
+    def rules(self) -> dict:
+        "Arguments of `check_klines` and `repair_klines`"
+        return dict(features=self.features, allow_negative_prices=self.allow_negative_prices)
     def check(self):
-        if self.tz is not None: _check_zone(self.tz)
+        for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
+        for name in ('tz', 'market_tz'):
+            if getattr(self, name) is not None: _check_zone(name, getattr(self, name))
+        _check_layout(self.layout)
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")
@@ -102,7 +140,8 @@ class AugmentConfig(Settings):
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-018
 @dataclass(frozen=True, kw_only=True)
 class _WeightsConfig(Settings):
-    init: str = setting('scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
+    init: str = setting(
+        'scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
     trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")
@@ -359,7 +398,7 @@ def _part(key, value) -> tuple[str, dict]:
     fields = SECTIONS[group].__dataclass_fields__
     if isinstance(value, Settings): return group, {k: getattr(value, k) for k in fields}
     if not name and not isinstance(value, dict):
-        raise ConfigError(f"{group!r} is a group of settings, got {value!r}; it holds: {', '.join(fields)}")
+        raise ConfigError(f"{group!r} is a group of settings, got {short_repr(value)}; it holds: {', '.join(fields)}")
     part = {name: value} if name else value
     check_keys(part, fields, f'config.{group}')
     return group, part
@@ -524,8 +563,9 @@ def _read_yaml(path) -> dict:
     if not Path(path).is_file():
         known = ', '.join(PRESET_NAMES)
         raise ConfigError(f"there is no configuration file {str(path)!r}; Config.preset knows {known}")
-    try: return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e: raise ConfigError(f"{str(path)!r} is not valid YAML: {e}") from e
+    found = read_yaml(path)
+    if found is None: raise ConfigError(f"{str(path)!r} is empty; write the changes into it, or use Config.preset")
+    return found
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-076
 @patch(cls_method=True)

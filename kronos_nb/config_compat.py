@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'FOREIGN', 'LEFT']
 
 # %% ../nbs/api/0_ground/02_config_compat.ipynb #cell-002
-from .core import ConfigError, nearest
+from .core import ConfigError, nearest, short_repr
 from .settings import parse_setting
 
 # %% ../nbs/api/0_ground/02_config_compat.ipynb #cell-005
@@ -81,7 +81,9 @@ def _check_known(key, value, known):
     names = [k.partition('.')[2] for k in known if k.startswith(f'{group}.')]
     if group not in groups:
         raise ConfigError(f"there is no group {group!r}{nearest(group, groups)}; there are: {', '.join(groups)}")
-    if not name: raise ConfigError(f"{group!r} is a group of settings, got {value!r}; it holds: {', '.join(names)}")
+    if not name:
+        got = short_repr(value)
+        raise ConfigError(f"{group!r} is a group of settings, got {got}; it holds: {', '.join(names)}")
     if name not in names:
         hint = f"{nearest(name, names)}; correct it or remove it"
         raise ConfigError(f"{group} has no setting {name!r}{hint}. There are: {', '.join(names)}")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'FEATURES', 'STAMPS', 'GLOSSARY', 'KronosError', 'ConfigError', 'DataError', 'ModelError', 'RunError',
-           'seed_everything', 'pick_device']
+           'seed_everything', 'pick_device', 'safe_name', 'symbol_of']
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-002
-import contextlib, difflib, hashlib, inspect, json, os, random, sys, tempfile, types
+import contextlib, difflib, errno, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +58,25 @@ class DataError(KronosError, ValueError):   "Bars cannot be used as they are; na
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"
 class RunError(KronosError, RuntimeError):  "The state of a run or of its folder forbids the request"
 
+# %% ../nbs/api/0_ground/00_core.ipynb #c0aafdd0
+def short_repr(
+    value,           # Whatever an error message repeats
+    most: int = 200, # Characters
+) -> str:
+    "Return `repr(value)`, cut in the middle where it is long; nested values are not walked to the end"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
+    text = short.repr(value)
+    return text if len(text) <= most else f'{text[:most - 40]} ... {text[-30:]}'
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-015
 def nearest(
     name,    # What somebody typed
     allowed, # Names that exist
 ) -> str: # `"; did you mean 'lr'?"`, or '' where no name is close
     "Return a suggestion for a misspelt `name`, as the end of an error message"
-    if name in allowed: return ''
+    if name in list(allowed): return ''
     found = difflib.get_close_matches(str(name), [str(o) for o in allowed], n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ''
 
@@ -76,8 +88,8 @@ def check_choice(
     error: type = ConfigError, # Type to raise
 ):
     "Return `got` if it is one of `allowed`; raise `error` otherwise"
-    if got in allowed: return got
-    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {got!r}{nearest(got, allowed)}")
+    if got in list(allowed): return got   # a list, so that what has no hash can be asked for
+    raise error(f"{what} must be one of {', '.join(map(str, allowed))}; got {short_repr(got)}{nearest(got, allowed)}")
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-022
 def stable_key(
@@ -155,6 +167,26 @@ def _write_flushed(fd, content: bytes):
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../nbs/api/0_ground/00_core.ipynb #edb46126
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # only writing fails like this
+
+def _disk_says(e, full) -> str:
+    "Return what the system said about a file; '' for an error of another kind"
+    if isinstance(e, OSError): return '' if full and e.errno not in _FULL else e.strerror or str(e)
+    return str(e) if type(e).__name__ == 'SafetensorError' and 'os error' in str(e) else ''
+
+@contextlib.contextmanager
+def writing(
+    path,       # What is being written, for the message
+    full=False, # Whether the block also reads, so that only a full or read-only disk counts
+):
+    "Raise `RunError` where the disk refuses what the block writes"
+    try: yield
+    except Exception as e:
+        if not (why := _disk_says(e, full)): raise
+        raise RunError(f"{str(path)!r} could not be written ({why}). Free some space or make the folder writable, and "
+            "run the same command again: what was written before is whole") from e
+
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-039
 def write_atomic(
     path,                # Target file; its folder is made if needed
@@ -162,20 +194,21 @@ def write_atomic(
 ) -> Path: # The target
     "Write `content` to `path` by temporary file, flush and rename"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        _write_flushed(fd, content.encode() if isinstance(content, str) else content)
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+        try:
+            _write_flushed(fd, content.encode() if isinstance(content, str) else content)
+            os.chmod(tmp, 0o644)
+            os.replace(tmp, path)
+        except BaseException:
+            with contextlib.suppress(OSError): os.unlink(tmp)
+            raise
+        fsync_folder(path.parent)
     return path
 
 # %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
-def free_folder(folder) -> Path:
+def next_folder(folder) -> Path:
     "Return the first of FOLDER-2, FOLDER-3 ... that is not there"
     folder = Path(folder)
     return next(p for i in range(2, 10**6) if not (p := folder.with_name(f'{folder.name}-{i}')).exists())
@@ -193,6 +226,104 @@ def jsonable(o):
 def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
     return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b1484855
+_DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)   # reserved by Windows, with any extension
+_LONGEST = 128                                  # characters of a safe name; file systems take about 250
+
+def _byte_name(b: int) -> str: return f'~{b:02X}'
+
+def _escape_bytes(text: str) -> str:
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '_-.') else
+                   ''.join(map(_byte_name, c.encode('utf-8', 'surrogatepass'))) for c in text)
+
+# %% ../nbs/api/0_ground/00_core.ipynb #393a3d15
+def safe_name(
+    symbol: str, # Any text
+) -> str: # ASCII, one part of a path, at most 128 characters; two symbols never share it
+    "Return the file name of a symbol; `symbol_of` is its inverse"
+    name = _escape_bytes(str(symbol)) or '~'
+    if name[0] in '.-' or _DEVICES.match(name): name = _byte_name(ord(name[0])) + name[1:]
+    if name[-1] == '.': name = name[:-1] + _byte_name(ord('.'))
+    if len(name) <= _LONGEST: return name
+    digest = hashlib.blake2b(str(symbol).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
+    return f'{name[:_LONGEST - 34]}~~{digest}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #a49fa3bd
+def symbol_of(
+    name: str,  # From `safe_name`
+    known=(),   # Symbols that a cut name may stand for
+) -> str | None: # None for a name that `safe_name` never gives, and for a cut one that is not `known`
+    "Return the symbol of a file name"
+    found = next((s for s in known if safe_name(s) == name), None)
+    if found is not None: return found
+    def byte(m): return bytes([int(m[1], 16)])
+    data = b'' if name == '~' else re.sub(rb'~([0-9A-F]{2})', byte, name.encode('utf-8', 'surrogatepass'))
+    try: symbol = data.decode('utf-8', 'surrogatepass')
+    except UnicodeDecodeError: return None
+    return symbol if safe_name(symbol) == name else None
+
+# %% ../nbs/api/0_ground/00_core.ipynb #b6a753b4
+# controls, line breaks, changes of direction, halves of characters
+_UNSEEN = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def one_line(
+    text, # From data: a symbol, a path, a message
+) -> str:
+    "Return `text` in one visible line of valid Unicode"
+    return _UNSEEN.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
+# %% ../nbs/api/0_ground/00_core.ipynb #8b827b00
+_MARKUP = re.compile(r'[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.', re.IGNORECASE)
+
+def md_text(
+    text, # From data
+) -> str:
+    "Return `text` as Markdown that shows it and does nothing else"
+    text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    return _MARKUP.sub(r'\\\g<0>', text)
+
+def md_code(
+    text, # From data
+) -> str:
+    "Return `text` as code in a line of Markdown"
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+# %% ../nbs/api/0_ground/00_core.ipynb #6703e7c4
+def public_name(
+    value, # A setting, or a list of them
+):  # Paths without their folders; hub ids and everything else as they are
+    "Return what strangers may see of a setting"
+    if isinstance(value, (list, tuple)): return [public_name(v) for v in value]
+    if not isinstance(value, str): return value
+    absolute = value.startswith(('/', '~', '.')) or re.match(r'[A-Za-z]:[/\\]', value)
+    if not (absolute or '\\' in value or value.count('/') > 1): return value
+    return re.split(r'[/\\]', value.rstrip('/\\'))[-1]
+
+# %% ../nbs/api/0_ground/00_core.ipynb #8fac4eab
+def misfit(
+    value, # From a file
+    like,  # A type, or dicts, lists and tuples of types
+    at='it', # Name of `value`
+) -> str | None: # None where it fits
+    "Return what is wrong with `value`, where it is not built like `like`"
+    if isinstance(like, tuple): return misfit(value, like[0], at) if all(misfit(value, o) for o in like) else None
+    if like is None: return None if value is None else f'{at} is {short_repr(value)}, not null'
+    if isinstance(like, list): return _misfit_in(value, list, enumerate, {int: like[0]}, at)
+    if isinstance(like, dict): return _misfit_in(value, dict, dict.items, like, at)
+    kinds = (int, float) if like is float else like
+    if isinstance(value, kinds) and not (isinstance(value, bool) and like in (int, float)): return None
+    return f'{at} is {short_repr(value, 60)}, not {like.__name__}'
+
+# %% ../nbs/api/0_ground/00_core.ipynb #ee2a0d66
+def _misfit_in(value, kind, items, like, at):
+    "Return what is wrong with a list or a dict"
+    if not isinstance(value, kind): return f'{at} is {short_repr(value, 60)}, not {kind.__name__}'
+    every = like.get(str, like.get(int))
+    if lacking := [k for k in like if k not in (str, int) and k not in value]: return f'{at} lacks {lacking[0]!r}'
+    found = (misfit(v, like.get(k, every), f'{at}[{k!r}]')
+             for k, v in items(value) if every is not None or k in like)
+    return next(filter(None, found), None)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-048
 def callable_module(

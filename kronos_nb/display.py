@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import write_atomic
+from .core import md_text, one_line, write_atomic
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-005
 def date_text(
@@ -92,7 +92,7 @@ def _cell(v) -> str:
     if isinstance(v, pd.Timestamp): return date_text(v)
     if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
     whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
-    return f'{v:,}' if whole else str(v).replace('|', '\\|')
+    return f'{v:,}' if whole else md_text(v)
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-021
 def md_table(
@@ -256,7 +256,7 @@ def plain_text(
     most: int = 28, # Characters shown
 ) -> str:
     "Return a name for a picture: shortened, and never read as a formula"
-    name = str(name)
+    name = one_line(name)
     return (name if len(name) <= most else name[:most-1] + '…').replace('$', r'\$')
 
 # %% ../nbs/api/0_ground/04_display.ipynb #cell-032

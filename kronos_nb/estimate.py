@@ -17,6 +17,7 @@ from .core import FEATURES, pick_device
 from .config import Config
 from .display import in_words
 from .model.pretrained import BUNDLED, PUBLISHED, bundled_model
+from .training.history import read_json
 from .training.task import CLASSES, TINY, PredictorTask, TokenizerTask
 from .fitting.prepare import Prepared, checked_split, cut_windows
 from .fitting.claim import base_config
@@ -32,8 +33,8 @@ def architecture(
     fresh, wide = init == 'scratch', {}
     if fresh and settings.size == 'tiny': found = TINY[stage]
     elif fresh: found = hub.get(str(settings.size).removeprefix('NeoQuasar/'))
-    elif init == BUNDLED: found = json.loads((bundled_model(stage)/'config.json').read_text(encoding='utf-8'))
-    elif (path := Path(init)/'config.json').is_file(): found = json.loads(path.read_text(encoding='utf-8'))
+    elif init == BUNDLED: found = read_json(bundled_model(stage)/'config.json')
+    elif (path := Path(init)/'config.json').is_file(): found = read_json(path)
     else: found = hub.get(init.removeprefix('NeoQuasar/'))
     if found is None: return None
     if fresh and stage == 'tokenizer': wide = dict(d_in=len(features))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import ConfigError, callable_module
+from .core import ConfigError, DataError, callable_module
 from .settings import Sampling, with_sampling
 from .display import progress_bar
 from .data.window import split_by_time
@@ -94,6 +94,17 @@ def _sizes(forecaster, lookback_window, predict_window):
         if given is None: raise ConfigError(f"{name} is missing, and {forecaster!r} does not record one; pass {name}=")
         found[name] = int(given)
     return tuple(found.values())
+
+# %% ../nbs/api/6_judging/65_evaluate.ipynb #cefeb1db
+def _first_unseen(forecaster, bars, start):
+    "Return `start`, for released weights by default the end of what they may have seen; raise where it is earlier"
+    until = getattr(forecaster, 'seen_until', None)
+    if until is None: return start
+    asked = [until] if start is None else map(pd.Timestamp, start.values() if isinstance(start, dict) else [start])
+    if (first := min(asked)) >= until and bars.timestamps.max() >= until: return until if start is None else start
+    what = f'start is {first}' if first < until else f'the bars end at {bars.timestamps.max()}'
+    raise DataError(f"the released weights may have seen every bar before {until.date()}, and {what}; judge them on "
+                    "later bars, or name the bars that they saw with used=")
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-019
 def overlap_of(
@@ -176,9 +187,11 @@ def evaluate(
     """
     sampling = Sampling.of(sampling, **kwargs)
     sizes = _sizes(forecaster, lookback_window, predict_window)
+    if used is None: start = _first_unseen(forecaster, bars, start)
     picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap)
-    check_untouched(picked[0], _extra(forecaster).get('trained_on') if used is None else used)
-    if baselines is None: baselines = default_baselines(bars, sizes[0])
+    known = _extra(forecaster)
+    check_untouched(picked[0], known.get('trained_on') if used is None else used, known.get('split') != 'symbol')
+    if baselines is None: baselines = default_baselines(bars, sizes[0], known.get('negative_prices', False))
     return _evaluate(_by_name(forecaster, base, baselines), bars, picked, sizes, sampling, out_dir, progress)
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-038

@@ -8,7 +8,7 @@ __all__ = ['snapshot', 'monitor_run']
 # %% ../nbs/api/7_fit/79_follow.ipynb #cell-002
 import sys, time
 
-from .core import RunError
+from .core import RunError, one_line
 from .display import clock, text_bar
 from .training.history import numbers, summary_line
 from .training.run import Run, RunStage
@@ -54,8 +54,8 @@ def stage_lines(
     status, history = stage.status, stage.history
     lines = [_head(stage, status, history), '  ' + summary_line(history)]
     if latest := _latest(history): lines.append('  ' + latest)
-    lines += [f"  {n['text']}" for n in history.notes[-3:]]
-    return lines + ([f"  why: {status['why']}"] if status.get('why') else [])
+    lines += [f"  {one_line(n['text'])}" for n in history.notes[-3:]]
+    return lines + ([f"  why: {one_line(status['why'])}"] if status.get('why') else [])
 
 # %% ../nbs/api/7_fit/79_follow.ipynb #cell-013
 def _begun(run):

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/api/5_forecast/52_forecast_plot.ipynb #cell-002
+import html
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,4 +179,4 @@ def interactive_fan_chart(fan: Fan):
     fig.add_scatter(x=x, y=np.median(futures, 0), line=line, name='median')
     if np.isfinite(came := _came(fan, fan.feature)).any():
         fig.add_scatter(x=fan.timestamps, y=came, line=dict(color=COLORS['truth']), name='what happened')
-    return fig.update_layout(title=fan.title.replace(r'\$', '$'), hovermode='x unified')
+    return fig.update_layout(title=html.escape(fan.title.replace(r'\$', '$')), hovermode='x unified')

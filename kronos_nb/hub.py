@@ -13,9 +13,12 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import __version__
-from .core import ConfigError, RunError, check_choice, write_atomic
+from .core import ConfigError, ModelError, RunError, check_choice, write_atomic
 from .display import md_table
-from .training.run import CALIBRATION, MODEL_FILES, STAGES, Run
+from .model.pretrained import copy_model
+from .training.run import CALIBRATION, STAGES, Run
+from .training.task import CLASSES
+from .judging.calibrate import Calibration
 from .hub_card import model_card, pictures_of
 
 # %% ../nbs/api/8_share/80_hub.ipynb #cell-008
@@ -29,10 +32,19 @@ def _repo_names(name: str) -> dict: # Stage -> hub id
     return {stage: f'{name}-{stage}' for stage in STAGES}
 
 # %% ../nbs/api/8_share/80_hub.ipynb #cell-011
-def _model_files(run, model):
-    "Return the names of the files that make the model"
+def _is_calibrated(run, model) -> bool:
+    "Return whether a calibration belongs to the model; raise for a damaged one"
     alone = len(run.config.runtime.seeds or [0]) == 1
-    return (*MODEL_FILES, CALIBRATION) if alone and (model/CALIBRATION).is_file() else MODEL_FILES
+    return alone and (model/CALIBRATION).is_file() and bool(Calibration.load(model))
+
+def _check_models(run, stages):
+    "Raise unless the models can be used: whole, finite, and a pair"
+    models = [CLASSES[stage].from_pretrained(run.stage(stage).model()) for stage in stages]
+    if len(models) < 2: return
+    told, own = models[1].extra.get('tokenizer_hash'), models[0].weights_hash()
+    if told in (None, own): return
+    raise ModelError(f"the predictor of {str(run)!r} was trained with another tokenizer (weights hash {told}) than "
+                     f"the one in the run ({own}). Bring the tokenizer back from a copy of the run")
 
 # %% ../nbs/api/8_share/80_hub.ipynb #cell-012
 def _write_folder(run, stage, repos, licence, data_licence):
@@ -42,7 +54,8 @@ def _write_folder(run, stage, repos, licence, data_licence):
     folder = run.folder/'hub'/repos[stage].partition('/')[2]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in _model_files(run, model): shutil.copyfile(model/name, folder/name)
+    copy_model(model, folder)
+    if _is_calibrated(run, model): shutil.copyfile(model/CALIBRATION, folder/CALIBRATION)
     for k, picture in pictures.items(): shutil.copyfile(picture, folder/f'{k}.png')
     write_atomic(folder/'README.md', card)
     return folder
@@ -144,5 +157,6 @@ def push(
     """
     repos, run = _repo_names(name), Run.find(run)
     stages = STAGES if only is None else (check_choice('only', only, STAGES),)
+    _check_models(run, stages)
     folders = {stage: _write_folder(run, stage, repos, licence, data_licence) for stage in stages}
     return Pushed(repos, folders, private, {} if dry_run else _upload(folders, repos, private))

@@ -6,7 +6,7 @@
 __all__ = ['model_card', 'write_cards']
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-002
-import hashlib, os, re
+import os, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +14,13 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import __version__
-from .core import write_atomic
+from .core import md_code, md_text, public_name, write_atomic
 from .config import Config
 from .display import date_text, interval_text, md_table, name_list
+from .hashes import sha256
 from .model.pretrained import BUNDLED, PUBLISHED
 from .training.history import best_validation
 from .training.run import STAGES, Run, is_model
-
-# %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-010
-def _public_name(
-    value, # A setting
-):  # Paths without their folders; hub ids and everything else as they are
-    "Return what strangers may see of a setting"
-    if isinstance(value, (list, tuple)): return [_public_name(v) for v in value]
-    if not isinstance(value, str) or value in PUBLISHED: return value
-    absolute = value.startswith(('/', '~', '.')) or re.match(r'[A-Za-z]:', value)
-    if not (absolute or '\\' in value or value.count('/') > 1): return value
-    return re.split(r'[/\\]', value.rstrip('/\\'))[-1]
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-014
 @dataclass
@@ -45,7 +35,7 @@ class _Card:
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-015
 @patch(as_prop=True)
-def symbols(self: _Card): return name_list(s['symbol'] for s in self.run.facts['series'])
+def symbols(self: _Card): return name_list(md_text(s['symbol']) for s in self.run.facts['series'])
 @patch(as_prop=True)
 def intervals(self: _Card):
     return name_list(sorted({interval_text(s['interval']) for s in self.run.facts['series']}), 3)
@@ -59,7 +49,7 @@ def image(self: _Card, name, text):
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-018
 def _hub_id(name: str) -> str | None:
     "Return `name` if it is a hub id, None if it is a path"
-    fits = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not name.startswith('.')
+    fits = re.fullmatch(r'[\w.-]+/[\w.-]+', name, re.ASCII) and not name.startswith('.')
     return name if fits and not Path(name).exists() else None
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-019
@@ -117,7 +107,8 @@ def _columns(self: _Card):
     d = self.run.config.data
     if not d.extra_features: return ''
     return (f"**Columns:** the tokenizer reads {len(d.features)} columns of each bar, in the order of `config.json`: "
-        f"{', '.join(d.features)}. It rejects bars without {' and '.join(d.extra_features)}. Forecasts cover the first "
+        f"{', '.join(map(md_text, d.features))}. It rejects bars without "
+        f"{' and '.join(map(md_text, d.extra_features))}. Forecasts cover the first "
         "six. The reference implementation can build this tokenizer from `config.json`, but its predictor class passes "
         "six columns, so this pair works with kronos_nb only.\n\n")
 
@@ -160,7 +151,8 @@ def _seen(self: _Card):
 def limits(self: _Card) -> str:
     "Say what the model is for and what nobody knows about it"
     d, verdict = self.run.config.data, self.run.verdict.get('verdict')
-    found = _VERDICTS.get(verdict, f'Its verdict is **{verdict}**: do not assume that it beats a naive forecast.')
+    unsure = f'Its verdict is **{md_text(verdict)}**: do not assume that it beats a naive forecast.'
+    found = _VERDICTS.get(verdict, unsure)
     return (f'## Intended use and limits\n\nThe model gives distributions of the next {d.predict_window} bars of '
         f'{self.symbols} from {d.lookback_window} bars of history at {self.intervals}. Use it for research, and for '
         'decisions that a person takes responsibility for.\n\n'
@@ -183,7 +175,7 @@ def evaluation(self: _Card) -> str: # '' for a tokenizer
     seeds = self.run.config.runtime.seeds
     pooled = (f"**The forecasts judged here are those of {len(seeds)} predictors (seeds {', '.join(map(str, seeds))}) "
               'whose paths are pooled. This model is the first of them.**\n\n') if seeds else ''
-    text = file.read_text(encoding='utf-8')
+    text = file.read_text(encoding='utf-8', errors='replace')
     return f"{text}\n{pooled}{self.image('evaluation', 'Forecasts, reliability and skill')}"
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-046
@@ -208,7 +200,7 @@ def _repairs(self: _Card):
     file = self.run.repairs_file
     rules = pd.read_csv(file)['rule'].value_counts() if file.is_file() else ()
     if not len(rules): return 'none needed or requested.'
-    return (f"{rules.sum():,} changes: {', '.join(f'{rule} {n:,}' for rule, n in rules.items())}. The run's "
+    return (f"{rules.sum():,} changes: {', '.join(f'{md_text(rule)} {n:,}' for rule, n in rules.items())}. The run's "
             '`repairs.csv` lists each one.')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-049
@@ -216,14 +208,15 @@ def _repairs(self: _Card):
 def data(self: _Card) -> str:
     "Describe symbols, dates, split and repairs"
     f = self.run.facts
-    source = name_list('a table in memory' if o == 'DataFrame' else _public_name(o) for o in f['files'])
+    source = name_list('a table in memory' if o == 'DataFrame' else md_text(public_name(o)) for o in f['files'])
     words = dict(train='training', val='validation', test='test')
     windows = ', '.join(f'{n:,} {words[part]}' for part, n in f['windows'].items() if n)
+    licence = self.data_licence or 'not stated by the publisher of this model. Ask before you rely on it.'
     return (f"## Data\n\n{f['bars']:,} bars of {f['symbols']:,} symbol{'s' * (f['symbols'] > 1)} from {source}; "
         f"{windows} windows.\n\n{md_table(_series_table(f['series']), 20)}\n\n{md_table(_parts_table(f['parts']))}\n\n"
         f"**Repairs:** {self._repairs()}\n\n"
-        f"**Hash of the bars** (SHA-256 of values, timestamps and symbols): `{f['data']}`\n\n**Licence of the bars:** "
-        f"{self.data_licence or 'not stated by the publisher of this model. Ask before you rely on it.'}\n")
+        f"**Hash of the bars** (SHA-256 of values, timestamps and symbols): {md_code(f['data'])}\n\n"
+        f'**Licence of the bars:** {licence}\n')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-053
 @patch
@@ -232,11 +225,12 @@ def _start(self: _Card):
     base, own = self.base, self.run.base
     if base == 'scratch': return 'random weights (trained from scratch)'
     if base == BUNDLED: return 'the small base that ships with kronos_nb, a toy trained on three daily shares'
-    if base != 'base': return f'[{base}](https://huggingface.co/{base})' if _hub_id(base) else f'`{_public_name(base)}`'
+    if base in PUBLISHED: return f'[{base}](https://huggingface.co/{base})'
+    if base != 'base': return md_code(public_name(base))
     if own is None: return 'a base that the run trained itself'
     series = own.facts['series']
     first, last = min(s['first'] for s in series), max(s['last'] for s in series)
-    return (f"a base that the run trained from scratch on {name_list(s['symbol'] for s in series)}, "
+    return (f"a base that the run trained from scratch on {name_list(md_text(s['symbol']) for s in series)}, "
             f'{date_text(first)} to {date_text(last)}')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-054
@@ -248,8 +242,9 @@ def _selected(self: _Card):
     "Describe the choice between candidates; nothing where the best step was kept"
     choice = self.run.stage(self.stage).choice
     if not choice or choice['chosen'] == 'best': return ''
-    table = md_table(pd.DataFrame(choice['table']).map(_number))
-    return f"The weights are **{choice['chosen']}** ({choice['origin']}), selected by validation from:\n\n{table}"
+    table = md_table(pd.DataFrame(choice['table']).map(lambda v: _number(public_name(v))))
+    chosen, origin = md_text(choice['chosen']), md_text(choice['origin'])
+    return f"The weights are **{chosen}** ({origin}), selected by validation from:\n\n{table}"
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-056
 @patch
@@ -273,12 +268,13 @@ def training(self: _Card) -> str:
     "Describe start, curve and settings"
     epochs = self.run.stage(self.stage).metrics
     epochs = epochs[[c for c in _EPOCH if c in epochs]].map('{:.5g}'.format)
+    version = md_text(self.run.facts['versions'].get('kronos_nb', ''))
     diff = self.run.config.diff(Config(), names=('this run', 'default')).reset_index()
     shown = diff.setting.str.partition('.')[0].isin([self.stage, 'data', 'augment', 'runtime', 'base'])
-    diff = diff[shown].map(lambda v: str(_public_name(v)))
+    diff = diff[shown].map(lambda v: str(public_name(v)))
     return (f"## Training\n\nStarted from {self._start()}. {self._weights()}\n\n"
         f"{self.image('curve', f'Loss of the {self.stage}')}\n{md_table(epochs)}\n\n"
-        f"Settings that differ from the defaults of kronos_nb {self.run.facts['versions'].get('kronos_nb', '')}:\n\n"
+        f"Settings that differ from the defaults of kronos_nb {version}:\n\n"
         f'{md_table(diff)}\n')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-062
@@ -289,7 +285,7 @@ def licences(self: _Card) -> str:
     known = dict.fromkeys(PUBLISHED, 'MIT, as published by NeoQuasar; keep its notice')
     known[BUNDLED] = 'Apache 2.0, trained on bars in the public domain'
     terms = known.get(base, 'see their source')
-    initial = f'- Initial weights ({_public_name(base)}): {terms}.\n'
+    initial = f'- Initial weights ({md_text(public_name(base))}): {terms}.\n'
     own = '- Initial weights: a base that the run trained itself, on bars of the same source.\n'
     mine = self.licence or '**not stated**. The publisher decides, and must respect the licences below'
     return (f"## Licence\n\n- These weights: {mine}.\n{dict(scratch='', base=own).get(base, initial)}"
@@ -302,12 +298,13 @@ def licences(self: _Card) -> str:
 def versions(self: _Card) -> str:
     "List versions and hashes"
     stage, facts, r = self.run.stage(self.stage), self.run.facts, self.run.config.runtime
-    digest = hashlib.sha256((stage.model()/'model.safetensors').read_bytes()).hexdigest()
+    digest = sha256(stage.model()/'model.safetensors')
     made = facts['versions'] | dict(device=facts['device'], precision=r.precision, seed=r.seed)
     pair = stage.model_config.get('tokenizer_hash')
-    tokenizer = (f' It was trained on the tokens of the tokenizer with weights hash `{pair}` and rejects any other.'
-                 if pair else '')
-    return (f"## Versions\n\n{', '.join(f'{k} {v}' for k, v in made.items())}. Card by kronos_nb {__version__}.\n\n"
+    tokenizer = (f' It was trained on the tokens of the tokenizer with weights hash {md_code(pair)} and rejects any '
+                 'other.' if pair else '')
+    listed = md_text(', '.join(f'{k} {v}' for k, v in made.items()))
+    return (f"## Versions\n\n{listed}. Card by kronos_nb {__version__}.\n\n"
         f'`model.safetensors` has SHA-256 `{digest}`.{tokenizer}\n')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-066
@@ -315,9 +312,10 @@ def versions(self: _Card) -> str:
 def title(self: _Card) -> str:
     "Return heading, summary and verdict"
     c, f = self.run.stage(self.stage).model_config, self.run.facts
-    name = self.repos[self.stage].partition('/')[2] if self.repos else f'{self.run.folder.resolve().name}: {self.stage}'
+    name = f'{md_text(self.run.folder.resolve().name)}: {self.stage}'
+    if self.repos: name = self.repos[self.stage].partition('/')[2]
     how = 'trained' if self.base == 'scratch' else 'fine-tuned'
-    verdict = self.run.verdict.get('sentence', 'Not judged: no bars were held back.')
+    verdict = md_text(self.run.verdict.get('sentence', 'Not judged: no bars were held back.'))
     return (f"# {name}\n\nA Kronos {self.stage}, {how} with kronos_nb on {f['bars']:,} bars of {self.symbols} "
         f"({self.intervals}). Width {c['d_model']}, {c['s1_bits']} + {c['s2_bits']} bits per bar.\n\n> {verdict}\n")
 

@@ -18,7 +18,6 @@ from .core import FEATURES, DataError, RunError, pick_device
 from .config import OWN, Config, grouped
 from .place import find_model
 from .display import date_text, in_words, interval_text, name_list
-from .data.repair import repair_klines
 from .data.window import segments, split_by_time
 from .data.room import ORIGINS, find_room, fitting_windows, step_of, wanted_windows
 from .model.pretrained import BUNDLED
@@ -26,7 +25,7 @@ from .training.run import STAGES, Run
 from .training.task import CLASSES
 from .forecast import Forecaster
 from .judging.origins import pick_origins
-from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare
+from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare, repaired
 from .fitting.claim import holds
 from .estimate import architecture, estimate
 
@@ -53,7 +52,7 @@ def _split_rule(case, cfg):
 def _fit_windows(case, cfg, max_gap):
     "Return windows and embargo that fit, or None"
     d, wanted = cfg.data, wanted_windows(step_of(case.bars))
-    room = find_room(case.bars, d.train, d.val, d.test, max_gap)
+    room = find_room(case.bars, d.train, d.val, d.test, max_gap, d.split)
     if 'data.lookback_window' in case.given: wanted = (d.lookback_window, wanted[1])
     if 'data.predict_window' in case.given: room, wanted = replace(room, test=0), (wanted[0], d.predict_window)
     return fitting_windows(room, wanted, d.embargo if 'data.embargo' in case.given else None)
@@ -154,7 +153,7 @@ def _recipe(cfg):
 def _n_windows(case, cfg):
     "Return the number of training windows"
     d = cfg.data
-    part = split_by_time(case.bars, d.train, d.val, d.test, d.embargo).train
+    part = split_by_time(case.bars, d.train, d.val, d.test, d.embargo, d.split).train
     spans = segments(part, d.max_gap)
     return int((spans[:, 1] - spans[:, 0] - d.lookback_window - d.predict_window + 1).clip(min=0).sum())
 
@@ -207,7 +206,7 @@ def own_config(
 def _usable(data, cfg):
     "Return the bars as they will be trained on"
     bars = load_bars(data, cfg)
-    if cfg.data.repair == 'standard': bars = repair_klines(bars, features=cfg.data.features)[0]
+    if cfg.data.repair == 'standard': bars = repaired(bars, cfg.data)[0]
     if len(bars): return bars
     prepare(data, cfg)   # says what is wrong with them
     raise DataError(f"the bars of {name_of(data)} are empty. {least_text()}")
@@ -321,8 +320,10 @@ def _bars_line(cfg, data):
     interval = interval_text(step_of(data.bars).total_seconds())
     dropped = int((changes.action == 'dropped').sum()) if len(changes) else 0
     repaired = f'{len(changes):,} repairs, {dropped:,} of them dropped bars' if len(changes) else 'nothing to repair'
+    short = data.report.issues.symbol[data.report.issues.rule == 'too_short']
+    left_out = f'; left out, too short: {name_list(short, 4)}' if len(short) else ''
     text = (f"{len(data.bars):,} bars of {name_list(rows.symbol, 4)}, {interval} apart, "
-            f"{date_text(rows['first'].min())} to {date_text(rows['last'].max())}; {repaired}")
+            f"{date_text(rows['first'].min())} to {date_text(rows['last'].max())}; {repaired}{left_out}")
     return 'bars', text, 'data.symbols data.start data.repair'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #9cb5cd2e

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import __version__
-from .core import write_atomic
+from .core import KronosError, RunError, md_text, public_name, symbol_of, write_atomic
 from .config import Config
 from .display import md_key, md_table, save_figure
 from .training.run import Run
@@ -23,6 +23,12 @@ from .judging.calibrate import Calibration
 def _picture(run, path, text):
     "Return a Markdown picture with a path relative to the report, or nothing without a picture"
     return f'![{text}]({path.relative_to(run.folder).as_posix()})\n' if path.is_file() else ''
+
+# %% ../nbs/api/7_fit/70_report.ipynb #3704d39b
+def _section(make, *args) -> str:
+    "Return what `make` returns, or why it cannot"
+    try: return make(*args)
+    except KronosError as e: return f'**Left out:** {md_text(e)}\n'
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-008
 def _stage_title(label, stage):
@@ -59,8 +65,8 @@ def _weights(stage):
 def _stage_section(run, label, stage):
     "Return the section of one stage"
     if not len(stage.metrics): return ''
-    notes = [f"- epoch {n['epoch']}, step {n['step']}: {n['text']}" for n in stage.notes]
-    findings = diagnose(stage.history, stage.ended).to_markdown() + '\n'
+    notes = [f"- epoch {n['epoch']}, step {n['step']}: {md_text(n['text'])}" for n in stage.notes]
+    findings = diagnose(stage.history, md_text(stage.ended)).to_markdown() + '\n'
     curve = _picture(run, stage.loss_plot(), f'{label} loss')
     title = f'### {_stage_title(label, stage)}\n'
     parts = [title, *_epochs(stage.metrics), curve, _weights(stage), findings, *notes, '']
@@ -73,7 +79,7 @@ def _verdict_section(run):
     e, calibrated = Evaluation.load(run), ''
     picture = _picture(run, save_figure(e.plot_verdict(), run.evaluation_folder/'verdict.png'), 'verdict')
     if run.calibration_file: calibrated = '\n' + Calibration.load(run).to_markdown(e.rows[e.rows['model'] == 'model'])
-    elif run.why_not_calibrated: calibrated = f'\nNo calibration: {run.why_not_calibrated}.\n'
+    elif run.why_not_calibrated: calibrated = f'\nNo calibration: {md_text(run.why_not_calibrated)}.\n'
     return '\n\n'.join((e.summary, picture, e.details() + calibrated))
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-014
@@ -87,14 +93,27 @@ def _seeds_line(cfg):
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-015
 def _settings_section(cfg):
     "Return the settings that differ from the defaults"
-    diff = cfg.diff(Config(), names=('this run', 'default')).reset_index()
+    diff = cfg.diff(Config(), names=('this run', 'default')).reset_index().map(public_name)
     return 'Settings that differ from the defaults; `config.yaml` holds all of them.\n\n' + md_table(diff)
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-016
 def _data_section(run):
     "Return the data report, its headings one level lower"
-    lines = run.data_report.read_text(encoding='utf-8').splitlines()[2:] if run.data_report.is_file() else []
+    if not run.data_report.is_file(): return ''
+    text = run.data_report.read_text(encoding='utf-8', errors='replace')
+    for file in sorted(run.facts['files'], key=len, reverse=True):
+        text = text.replace(md_text(file), md_text(public_name(file)))
+    lines = text.splitlines()[2:]
     return '\n'.join(o.replace('# ', '### ', 1) if o.startswith('#') else o for o in lines)
+
+# %% ../nbs/api/7_fit/70_report.ipynb #5c055bb7
+def _title(run, path):
+    "Return what the picture of an evaluation or of a forecast shows"
+    if path == run.evaluation_plot: return 'evaluation'
+    name = path.stem.removeprefix('forecast_')
+    try: known = [s['symbol'] for s in run.facts['series']]
+    except RunError: known = ()
+    return f'forecast {md_text(symbol_of(name, known) or name)}'
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-018
 def write_report(
@@ -102,11 +121,12 @@ def write_report(
 ) -> Path: # OUT/report.md
     "Write the report of a run"
     run = Run.find(run)
-    forecasts = [_picture(run, p, p.stem.replace('_', ' ')) for p in (run.evaluation_plot, *run.forecast_plots)]
-    stages = [_stage_section(run, label, stage) for label, stage in run.stages.items()]
-    parts = ['# Run report\n', '## Verdict\n', _verdict_section(run)]
+    forecasts = [_picture(run, p, _title(run, p)) for p in (run.evaluation_plot, *run.forecast_plots)]
+    stages = [_section(_stage_section, run, label, stage) for label, stage in run.stages.items()]
+    parts = ['# Run report\n', '## Verdict\n', _section(_verdict_section, run)]
     parts += ['## Forecasts\n', *forecasts] if any(forecasts) else []
     parts += ['## Training\n', _seeds_line(run.config), *([md_key(_KEY) + '\n'] * any(stages)), *stages]
-    parts += ['## Data\n', _data_section(run)]
+    parts += ['## Data\n', _section(_data_section, run)]
     parts += ['\n## Settings\n', _settings_section(run.config), f'\nkronos_nb {__version__}\n']
-    return write_atomic(run.report_file, '\n'.join(p for p in parts if p))
+    text = '\n'.join(p for p in parts if p)
+    return write_atomic(run.report_file, text.replace(f'{run.folder.resolve()}/', ''))   # of a message: no path of ours

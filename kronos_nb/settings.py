@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from fastcore.meta import delegates
 
-from .core import ConfigError, check_choice
+from .core import ConfigError, check_choice, one_line, short_repr
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-006
 def setting(
@@ -31,14 +31,77 @@ def setting(
     if default is dict: return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
+# %% ../nbs/api/0_ground/01_settings.ipynb #3a668085
+class _TextLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    "Read YAML with plain values as text, or None for null"
+    yaml_implicit_resolvers = {}
+
+for _tag, _words in (('null', '~|null|Null|NULL|'), ('merge', '<<')):
+    _TextLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_tag}', re.compile(f'^(?:{_words})$'), None)
+
+# %% ../nbs/api/0_ground/01_settings.ipynb #25de4a8c
+_MOST_BYTES, _MOST_VALUES, _DEEPEST = 2**22, 10**5, 40   # of a file, after expansion of aliases, of groups in groups
+
+def _check_depth(text):
+    depth = 0
+    for event in yaml.parse(text, Loader=_TextLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST: raise ValueError(f'groups are nested more than {_DEEPEST} deep')
+
+# %% ../nbs/api/0_ground/01_settings.ipynb #2ff2b83a
+def _children(node):
+    "Return the nodes in a list or a mapping; raise for a key that stands there twice"
+    if not isinstance(node, yaml.MappingNode): return node.value
+    keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and not k.tag.endswith(':merge')]
+    if twice := {k for k in keys if keys.count(k) > 1} if len(set(keys)) < len(keys) else None:
+        line = node.start_mark.line + 1
+        raise ValueError(f'{short_repr(min(twice))} stands twice in the group that begins in line {line}')
+    return [part for pair in node.value for part in pair]
+
+def _count_values(node, counted, inside=()) -> int: # After expansion
+    if isinstance(node, yaml.ScalarNode): return 1
+    if id(node) in inside: raise ValueError('an alias holds itself')
+    if id(node) not in counted:
+        counted[id(node)] = 1 + sum(_count_values(n, counted, (*inside, id(node))) for n in _children(node))
+    return counted[id(node)]
+
+# %% ../nbs/api/0_ground/01_settings.ipynb #f6e2e1d7
+def parse_yaml(text: str):
+    "Return the content of a YAML text; raise `ValueError` or `YAMLError` for one that is wrong, or too large"
+    if len(text) > _MOST_BYTES: raise ValueError(f'it has more than {_MOST_BYTES >> 20} MiB')
+    _check_depth(text)
+    node = yaml.compose(text, Loader=_TextLoader)
+    if node is not None and (n := _count_values(node, {})) > _MOST_VALUES:
+        raise ValueError(f'it stands for {n:.3g} values, more than {_MOST_VALUES:,}')
+    return _TextLoader('').construct_document(node) if node is not None else None
+
+# %% ../nbs/api/0_ground/01_settings.ipynb #d5ab54d5
+def read_yaml(
+    path, # An existing file
+):
+    "Return the content of a YAML file; raise `ConfigError` with the place where it is wrong"
+    name = short_repr(str(path))
+    with open(path, 'rb') as f: data = f.read(_MOST_BYTES + 1)
+    try: return parse_yaml(data.decode('utf-8-sig'))
+    except UnicodeDecodeError as e:
+        line = data[:e.start].count(b'\n') + 1
+        raise ConfigError(f"{name} is not UTF-8 text (byte {data[e.start]:#04x} in line {line}); save it as UTF-8 "
+                          "in your editor") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{name} is not valid YAML: {one_line(' '.join(str(e).split()))[:300]}") from e
+
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-011
 _SWITCH = dict(true=True, yes=True, on=True, false=False, no=False, off=False) | {'1': True, '0': False}
 
 def _read_bool(value): return _SWITCH[str(value).lower()]
 
+_SPECIAL = re.compile(r'([+-]?)\.(inf|nan)', re.IGNORECASE)   # as YAML writes them
+
+def _to_float(value): return float(_SPECIAL.sub(r'\1\2', value) if isinstance(value, str) else value)
+
 def _read_float(value):
-    if isinstance(value, bool): raise ValueError
-    return float(value)
+    if isinstance(value, bool) or math.isnan(number := _to_float(value)): raise ValueError
+    return number
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-012
 def _read_int(value):
@@ -62,13 +125,15 @@ def _read_str(value):
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-015
 def _read_dict(value):
     if isinstance(value, str):
-        value = yaml.safe_load(value if value.startswith('{') else f"{{{value.replace('=', ': ')}}}")
-    return {k: read_untyped(v) if isinstance(v, str) else v for k, v in dict(value).items()}
+        value = parse_yaml(value if value.startswith('{') else f"{{{value.replace('=', ': ')}}}")
+    found = {str(k): read_untyped(v) if isinstance(v, str) else v for k, v in dict(value).items()}
+    if any(isinstance(v, float) and math.isnan(v) for v in found.values()): raise ValueError
+    return found
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-016
 def read_untyped(text: str):
     "Return the number, switch or text that `text` spells, where no type is declared"
-    for number in (int, float):
+    for number in (int, _to_float):
         try: return number(text)
         except ValueError: pass
     return _SWITCH.get(text.lower(), text)
@@ -92,12 +157,13 @@ def parse_setting(
         if value is None or value in ((), []) or str(value).lower() in ('none', 'null', ''): return None
         return parse_setting(value, args[0], name)
     if origin is tuple and value is not None:
+        if isinstance(value, dict): raise ConfigError(f"{name} must be a list, got {short_repr(value)}")
         items = _split_list(value) if isinstance(value, str) else value if hasattr(value, '__iter__') else [value]
         return tuple(parse_setting(v, args[0], name) for v in items)
     read, words = _READERS.get(kind, (_read_str, 'a list separated by commas'))
     try: return read(value)
     except (TypeError, ValueError, KeyError, OverflowError, yaml.YAMLError) as e:
-        raise ConfigError(f"{name} must be {words}, got {value!r}") from e
+        raise ConfigError(f"{name} must be {words}, got {short_repr(value)}") from e
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-022
 def _quoted(text): return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text
@@ -139,7 +205,7 @@ class Settings:
         value = parse_setting(value, _kinds(cls)[name], path)
         if value is None: return None
         if meta['choices']: check_choice(path, value, meta['choices'])
-        if not _inside(value, meta): raise ConfigError(f"{path} must be {span_text(meta)}, got {value!r}")
+        if not _inside(value, meta): raise ConfigError(f"{path} must be {span_text(meta)}, got {short_repr(value)}")
         return value
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-030
@@ -198,4 +264,4 @@ def parse_duration(
     try: seconds = float(text)
     except ValueError: seconds = math.nan
     if 0 <= seconds < math.inf: return seconds
-    raise ConfigError(f"{name} must look like 11h30m, 45m, 90s or 90, got {value!r}")
+    raise ConfigError(f"{name} must look like 11h30m, 45m, 90s or 90, got {short_repr(value)}")

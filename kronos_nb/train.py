@@ -15,17 +15,19 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic
+from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic, writing
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
 from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
-from .training.run import CALIBRATION, STAGES, Run
+from .training.run import CALIBRATION, STAGES, Run, only_writer
 from .training.learner import Backend
 from .training.task import build_model, check_features, matmul_precision
 from .training.monitor import check_tracker
+
+# %% ../nbs/api/7_fit/77_train.ipynb #0a57f0c8
 from .forecast import Forecaster
 from .judging.origins import pick_origins
 from .judging.evaluation import Evaluation
@@ -35,7 +37,7 @@ from .report import write_report
 from .hub_card import write_cards
 from .fitting.prepare import Prepared, offer, prepare
 from .fitting.stage import Stage, run_stage
-from .fitting.claim import base_config, check_start, claim_folder, holds, inits_of
+from .fitting.claim import base_config, check_place, check_start, claim_folder, holds, inits_of
 from .estimate import estimate
 from .own import config_for, is_own, plan_text, settle
 
@@ -231,7 +233,8 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
     "Return the model before fine-tuning; None where training began from scratch"
     if inits['predictor'] == 'scratch': return None
     models = [build_model(name, inits[name]).eval() for name in STAGES]
-    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context)
+    return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context,
+        market_tz=data.train.market_tz)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
@@ -282,13 +285,12 @@ def _draw_last_forecasts(result: FitResult, data: Prepared, most=3):
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-045
 def _judge(result: FitResult, data: Prepared, inits: dict):
-    "Evaluate, calibrate and draw the predictor, if there is one, and write the report"
+    "Evaluate, calibrate and draw the predictor, if there is one"
     if result.predictor is not None:
         if result.config.data.test: _evaluate(result, data, inits)
         _learn_calibration(result, data)
         _keep_calibration(result)
         _draw_last_forecasts(result, data)
-    result.report()
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-048
 @dataclass
@@ -386,11 +388,12 @@ def _base_stopped(result: FitResult, data, prepared: Prepared, session: _Session
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-057
 def _finish(result: FitResult, data: Prepared, inits: dict, judge: bool):
-    "Write down which predictors forecast together, judge, and write the model cards"
+    "Write down which predictors forecast together, judge, and write cards and report"
     run, seeds = result.run, result.config.runtime.seeds
     if seeds and len(result.predictors) == len(seeds): run.write_ensemble([run.predictor(seed) for seed in seeds])
     if judge: _judge(result, data, inits)
     write_cards(run)
+    if judge: result.report()   # last: a run that has one is done
 
 # %% ../nbs/api/7_fit/77_train.ipynb #4c0b2f30
 def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
@@ -399,6 +402,7 @@ def _is_done(run: Run, cfg: Config, data: Prepared, judge: bool) -> bool:
     due = [files for files, _ in _plan(cfg, run) if cfg.runtime.only in (None, files.name)]
     if not all(files.finished for files in due): return False
     if not judge or not run.stage('predictor').has_model: return True
+    if cfg.evaluate != Run(run.folder).config.evaluate: return False   # trained, and to be judged anew
     return run.report_file.is_file() and (run.judged or not cfg.data.test)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-058
@@ -408,12 +412,21 @@ def _fit_run(data, cfg: Config, run: Run, session: _Session) -> FitResult:
     for tracker in cfg.runtime.trackers or (): check_tracker(tracker)
     prepared = prepare(data, cfg)
     if session.judge: _check_room(prepared, cfg)
-    if session.resume and _is_done(run, cfg, prepared, session.judge): return load(run.folder)
+    done = backend.is_main and session.resume and _is_done(run, cfg, prepared, session.judge)
+    if backend.any_rank(done): return load(run.folder)
     check_start(cfg, run)
     if session.plan and backend.is_main: print(plan_text(cfg, prepared), flush=True)
-    if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
-    backend.wait()
-    result = FitResult(run.folder, cfg)
+    if backend.is_main: check_place(run)
+    lock = only_writer(run) if backend.is_main else contextlib.nullcontext()
+    with lock, writing(run, full=True):
+        if backend.is_main: claim_folder(run, cfg, prepared, session.resume)
+        backend.wait()
+        return _train_and_judge(FitResult(run.folder, cfg), data, prepared, session)
+
+# %% ../nbs/api/7_fit/77_train.ipynb #08355068
+def _train_and_judge(result: FitResult, data, prepared: Prepared, session: _Session) -> FitResult:
+    "Train the base and the stages in the folder of a run, and judge"
+    cfg, run, backend = result.config, result.run, _backend(result.config)
     with _progress(cfg, prepared, run):
         if cfg.base.symbols and _base_stopped(result, data, prepared, session): return result
         inits = inits_of(cfg, run)

@@ -8,6 +8,7 @@ __all__ = ['SHORT', 'with_params', 'default_space', 'Soup', 'soup_runs', 'TuneRe
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-002
 import math, os, platform, shutil, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,13 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from kronos_nb.core import (
-    ConfigError, DataError, KronosError, RunError, callable_module, check_choice, stable_key, write_json,
+    ConfigError, DataError, KronosError, RunError, callable_module, check_choice, short_repr, stable_key, write_json,
 )
 from .settings import parse_duration
 from .config import SECTIONS, Config, check_keys
 from .display import COLORS, figure
 from .data.read import extra_columns
-from .model.pretrained import find_files
+from .model.pretrained import copy_model
 from .training.history import read_json
 from .training.run import Run
 from .training.learner import Callback, Learner
@@ -146,10 +147,14 @@ def suggest(
     out = {}
     for name, spec in space.items():
         setting_of(name)
-        if isinstance(spec, list):
-            out[name] = trial.suggest_categorical(name, spec)
-        else:
-            out[name] = _suggest_number(trial, name, spec)
+        try:
+            draw = trial.suggest_categorical if isinstance(spec, list) else partial(_suggest_number, trial)
+            out[name] = draw(name, spec)
+        except ConfigError:
+            raise
+        except ValueError as e:   # what Optuna raises where a search began with another space
+            raise ConfigError(f"the space of {name} must stay as the search began, got {short_repr(spec)} ({e}). "
+                              "Search in another folder (out_dir, --out)") from e
     return out
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-025
@@ -243,13 +248,6 @@ def _average_runs(method, heads, loss):
     rows.append(dict(run='mean of all', val_loss=loss(soup)))
     return soup, pd.DataFrame(rows)
 
-# %% ../nbs/api/7_fit/78_tune.ipynb #cell-038
-def _copy_tokenizer(source, folder):
-    "Copy the files of a tokenizer from a folder or the hub"
-    folder.mkdir(parents=True)
-    for f in find_files(source, kind='tokenizer'):
-        shutil.copyfile(f, folder/f.name)
-
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-039
 def _named_runs(runs, out, least):
     "Return name -> Run; raise if there are too few runs, or if `out` is not empty"
@@ -279,7 +277,7 @@ def soup_runs(
     first = next(iter(named.values()))
     soup, table = _average_runs(method, heads, on_validation(_validation(first, first.config, data)))
     soup.save(made.stage('predictor').best_model)
-    _copy_tokenizer(first.tokenizer(), made.stage('tokenizer').best_model)
+    copy_model(first.tokenizer(), made.stage('tokenizer').best_model, 'tokenizer')
     first.config.save(made.config_file)
     folders = {k: str(r) for k, r in named.items()}
     facts = dict(origin=soup.origin, runs=folders, method=method, table=table.to_dict('records'))
@@ -518,7 +516,10 @@ def _value(self: _Search, result):
     if result.interrupted:
         return None
     if self.same_tokens:
-        return result.history.query("stage == 'predictor'").val_loss.min()
+        value = result.history.query("stage == 'predictor'").val_loss.min()
+        if not math.isfinite(value):
+            raise RunError('no validation loss of this trial is a finite number')
+        return value
     return validation_crps(result, self.data)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-077

@@ -9,7 +9,11 @@ import pytest
 
 from kronos_nb.cli import config_of, main, parser
 from kronos_nb.config import Config
+from kronos_nb.core import DataError
+from kronos_nb.evaluate import evaluate as judge
 from kronos_nb.forecast import Forecaster
+from kronos_nb.model.predictor import Kronos
+from kronos_nb.model.tokenizer import KronosTokenizer
 from tests.helpers import bars, cfg
 
 
@@ -137,6 +141,35 @@ def test_evaluate_takes_only_what_the_model_has_not_seen(place, capsys):
     first = pd.read_parquet(place/'ev'/'rows.parquet').origin.min()
     saved = json.loads((place/'run'/'predictor'/'best_model'/'config.json').read_text())
     assert pd.Timestamp(first) >= pd.Timestamp(saved['trained_on']['GOOG'][1])
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+    "Return a folder with models of published sizes and fresh weights, which record no bars, as released ones do"
+    folder = tmp_path_factory.mktemp('released')
+    pair = dict(tokenizer=(KronosTokenizer, 'Kronos-Tokenizer-2k'), predictor=(Kronos, 'Kronos-mini'))
+    for name, (kind, size) in pair.items():
+        model = kind.from_size(size)
+        model.extra.clear()
+        model.save_pretrained(folder/name)
+    return folder
+
+
+def test_released_weights_forecast_and_say_what_they_may_have_seen(place, released, tmp_path, capsys):
+    options = ['--model', released, '--paths', 2, '--lookback-window', 20, '--out', tmp_path/'out']
+    assert run('forecast', place/'GOOG.csv', *options) == 0
+    assert '2024-07-01' in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path/'out'/'forecast.csv')) == 10   # daily bars
+
+
+def test_released_weights_are_judged_on_later_bars_alone(place, released, capsys):
+    assert evaluate(place, released) == 2
+    assert '2024-07-01' in capsys.readouterr().err
+    f = Forecaster.from_pretrained(released)
+    late = bars.assign(timestamps=bars.timestamps + pd.Timedelta('7500D'))
+    with pytest.raises(DataError, match='start'):
+        judge(f, late, 20, 4, start='2024-06-30')
+    assert Forecaster.from_pretrained(place/'run').seen_until is None
 
 
 def test_evaluate_rejects_a_start_within_the_training_bars(place, capsys):

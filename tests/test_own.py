@@ -12,6 +12,7 @@ from kronos_nb.data.read import sample_klines
 from kronos_nb.fitting.prepare import LEAST, prepare
 from kronos_nb.judging.origins import pick_origins
 from kronos_nb.own import config_for, name_of, own_config, plan_table, plan_text, run_name, settle
+from kronos_nb.settings import format_setting
 from kronos_nb.training.run import Run
 
 TINY = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4)
@@ -180,10 +181,9 @@ def test_a_preset_for_other_symbols_names_those_of_the_file():
 def test_short_symbols_are_left_out_and_listed_but_never_all():
     bars = pd.concat([walk(400, 'LONG'), walk(20, 'NEW')], ignore_index=True)
     cfg = own_config(bars, start='bundled')
-    data = prepare(bars, cfg)
-    assert list(data.bars.symbol.unique()) == ['LONG'] and set(data.changes.rule) == {'too_short'}
-    with pytest.raises(DataError, match='NEW 20') as error: prepare(bars, cfg.replace(**{'data.repair': 'off'}))
-    prepare(bars, cfg.replace(**{'data.repair': 'off'}).replace(**options(error.value)))
+    for repair, given in (('standard', bars), ('off', bars), ('standard', dirty(bars))):
+        data = prepare(given, cfg.replace(**{'data.repair': repair}))
+        assert list(data.bars.symbol.unique()) == ['LONG'] and 'too short: NEW' in plan_text(cfg, data)
 
 
 def test_a_message_about_a_split_counts_the_file():
@@ -310,3 +310,12 @@ def test_few_bars_get_a_verdict_that_is_honest(place):
     assert first.evaluation.verdict in ('inconclusive', 'cannot tell') or 'Cannot tell' in first.evaluation.sentence
     assert Run(first.out_dir) is not None
     assert len(sample_klines('GOOG'))
+
+
+def test_the_command_line_finds_the_same_run(place, monkeypatch, capsys):
+    from kronos_nb.cli import main
+    folder, _ = place
+    monkeypatch.chdir(folder)
+    given = [o for name, value in FAST.items() for o in ('--set', f'{name}={format_setting(value)}')]
+    assert main(['fit', 'my.csv', '--test', *given]) == 0
+    assert main(['fit', 'my.csv', *given]) == 0 and 'runs/my-own/report.md' in capsys.readouterr().out

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import ConfigError, DataError
-from .check import bar_interval
+from .parse import from_market_clock, market_clock, session_dates
+from .check import bar_interval, held_before, often
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-011
 _DAY = 86400 * 10**9  # ns
@@ -32,7 +33,7 @@ def _bar_step(t):
     "Return the commonest distance between bars, in ns"
     step, distance = bar_interval(t.view('M8[ns]')), np.diff(t)
     near = int((abs(distance - step) <= .1 * step).sum())  # months are not equally long
-    if near < .5 * len(distance):
+    if near < .5 * len(distance) and 3 * len(np.unique(t % _DAY)) > len(t):
         raise DataError(f"bars have no regular distance: {near} of {len(distance)} are near {pd.Timedelta(step)}; "
                         "pass future= with the stamps to forecast")
     return step
@@ -53,31 +54,45 @@ def _days_open(day, seen, weight):
     "Return which of the seven weekdays trade: (7,), NaN where the history cannot tell"
     if len(day) > 2: day, seen, weight = day[1:-1], seen[1:-1], weight[1:-1]
     def share(days): return (weight * seen)[days].sum() / weight[days].sum() if days.any() else np.nan
+    count, known = held_before(np.r_[seen, np.zeros(7, bool)])
+    usual, known, ahead = often(count, known)[-7:], known[-7:], (day[-1] + 1 + np.arange(7)) % 7
     out, work = np.full(7, np.nan), share(day % 7 < 5)
-    for d in range(7):
+    for d, yes, n in zip(ahead, usual, known):
         days = day % 7 == d
-        known = days.sum() >= 3 or d > 4
-        out[d] = share(days) if known else max(share(days), work) if days.any() else work
-    return np.where(np.isnan(out), np.nan, out >= .5)
+        if n >= 3 or d > 4: out[d] = yes if n else np.nan
+        else: out[d] = max(share(days), work) >= .5 if days.any() else work if np.isnan(work) else work >= .5
+    return out
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-021
 def _hours_open(day, bar, could, weight):
-    "Return the share (7, C) of days that had a bar at each clock time; of all workdays where a weekday shows nothing"
+    """Return the share (7, C) of days that had a bar at each clock time, of all workdays where a weekday shows nothing,
+    and the share (C,) of all workdays"""
     def share(days):
         yes, all_ = ((weight[days, None] * o[days]).sum(0) for o in (bar, could))
         return np.divide(yes, all_, out=np.full(bar.shape[1], np.nan), where=could[days].any(0))
-    each = np.stack([share(day % 7 == d) for d in range(7)])
-    return np.where(np.isnan(each), share(day % 7 < 5), each)
+    each, work = np.stack([share(day % 7 == d) for d in range(7)]), share(day % 7 < 5)
+    return np.where(np.isnan(each), work, each), work
+
+# %% ../../nbs/api/1_data/18_calendar.ipynb #53a63001
+def _still_usual(day, bar, could):
+    "Return which cells (7, C) most weeks had, and at least one of the last three days that could"
+    last = np.where(could.cumsum(0) > could.sum(0) - 3, bar & could, False).any(0)
+    out = np.zeros((7, bar.shape[1]), bool)
+    for d in range(7):
+        days = np.flatnonzero((day % 7 == d) & could.any(1))[-8:]
+        out[d] = 4 * bar[days].sum(0) > could[days].sum(0)
+    return out & last
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-023
 def _opening_hours(t):
     "Return clock times (C,) in ns, the open cells (7, C) with Monday first, and whether the weekend was never in sight"
     clock, day, bar, could = _week(t)
     weight = .5 ** ((day[-1] - day) / 7)
-    days, step = _days_open(day, bar.any(1), weight), _bar_step(t)
-    around_the_clock = len(clock) * step >= _DAY and (np.diff(t) == step).all()
+    days = _days_open(day, bar.any(1), weight)
+    each, work = _hours_open(day, bar, could, weight)
+    hours = ~(each < .5) | _still_usual(day, bar, could)
+    around_the_clock = len(clock) * _bar_step(t) >= _DAY and (work >= .5).all()
     days_open = np.where(np.isnan(days), around_the_clock, days).astype(bool)
-    hours = ~(_hours_open(day, bar, could, weight) < .5)
     return clock, days_open[:, None] & hours, bool(np.isnan(days[5:]).any())
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-028
@@ -95,21 +110,42 @@ def _ahead(t, n, step):
     return at[at > t[-1]][:n], f'no weekend in the history: it is assumed to be {weekend}' if unseen else ''
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-030
-def _month_offset(at, months):
-    "Return the offset of bars every `months` months, from the recent stamps `at`"
-    for kind in (pd.offsets.MonthBegin, pd.offsets.MonthEnd, pd.offsets.BMonthBegin, pd.offsets.BMonthEnd):
-        if all(kind().is_on_offset(o) for o in at): return lambda i: kind(months * i)
-    return lambda i: pd.DateOffset(months=months * i)
+_MONTH_DAYS = dict(first=pd.offsets.MonthBegin, last=pd.offsets.MonthEnd, first_weekday=pd.offsets.BMonthBegin,
+                   last_weekday=pd.offsets.BMonthEnd)
+
+def _in_months(at, first, months, n):
+    "Return bars every `months` months after the month `first`, on the day that most of the stamps `at` have"
+    hits = {name: np.mean([kind().is_on_offset(o) for o in at]) for name, kind in _MONTH_DAYS.items()}
+    name = max(hits, key=hits.get)
+    if hits[name] < .5: name, kind = 'same day', None
+    else: kind = _MONTH_DAYS[name]()
+    day = int(pd.Series(at.day).mode().iloc[-1])
+    out = []
+    for month in (first + months * i for i in range(1, n + 1)):
+        start = month.to_timestamp()
+        if kind is None: out.append(start + pd.Timedelta(min(day, start.days_in_month) - 1, 'D'))
+        else: out.append(kind.rollforward(start))
+    note = '' if hits.get(name, 1) == 1 else f'bars are assumed to come on the {name.replace("_", " ")} of their month'
+    return pd.DatetimeIndex(out), note
+
+# %% ../../nbs/api/1_data/18_calendar.ipynb #bce7810b
+def _in_weeks(at, weeks, n):
+    "Return bars every `weeks` weeks, on the weekday that most of the stamps `at` have"
+    weekday, monday = int(pd.Series(at.day_of_week).mode().iloc[-1]), at[-1] - pd.Timedelta(at[-1].day_of_week, 'D')
+    out = pd.DatetimeIndex([monday + pd.Timedelta(7 * weeks * i + weekday, 'D') for i in range(1, n + 1)])
+    return out, f'bars are assumed to come every {7 * weeks} days'
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-031
 def _long_steps(t, n, step):
     "Return the next `n` stamps of bars longer than a day, and a note on what had to be guessed"
     at = pd.DatetimeIndex(t[-24:].view('M8[ns]'))
+    clock, at = pd.Timedelta(int(t[-1] % _DAY)), at.normalize()
     months = np.unique(np.diff(at.year * 12 + at.month))
-    if step < 28 * _DAY or len(months) > 1 or months[0] == 0:
-        return t[-1] + step * np.arange(1, n + 1), f'bars are assumed to come every {pd.Timedelta(step)}'
-    offset = _month_offset(at, int(months[0]))
-    return pd.DatetimeIndex([at[-1] + offset(i) for i in range(1, n + 1)]).to_numpy('M8[ns]').view('i8'), ''
+    if step >= 28 * _DAY and len(months) == 1 and months[0] > 0:
+        ahead, note = _in_months(at, at[-1].to_period('M'), int(months[0]), n)
+    elif step % (7 * _DAY) == 0: ahead, note = _in_weeks(at, step // (7 * _DAY), n)
+    else: return t[-1] + step * np.arange(1, n + 1), f'bars are assumed to come every {pd.Timedelta(step)}'
+    return (ahead + clock).to_numpy('M8[ns]').view('i8'), note
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-033
 def _exchange_calendar(name, last):
@@ -126,21 +162,52 @@ def _exchange_calendar(name, last):
                         "pass future= with the stamps to forecast") from e
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-035
-def _trading_times(calendar, t, step):
-    "Return the stamps of bars of `step` on an exchange, from 30 days before the end of the history on"
-    if step >= _DAY: return calendar.sessions.tz_localize(None) + pd.Timedelta(t[-1] % _DAY)
+def _steadiest_zone(t, zones):
+    "Return the zone in which the stamps `t` have the fewest clock times"
+    past = t[-500:].view('M8[ns]')
+    return min(zones, key=lambda tz: len(np.unique(market_clock(past, tz).view('i8') % _DAY)))
+
+def _session_stamps(calendar, t):
+    "Return the stamp of a daily bar of each session"
+    days = calendar.sessions.tz_localize(None)
+    if session_dates(t.view('M8[ns]')): return days
+    tz = _steadiest_zone(t, (None, str(calendar.tz)))
+    clock = market_clock(t[-1:].view('M8[ns]'), tz).view('i8')[0] % _DAY
+    return pd.DatetimeIndex(from_market_clock(days + pd.Timedelta(int(clock)), tz, ambiguous='first'))
+
+# %% ../../nbs/api/1_data/18_calendar.ipynb #be2f644e
+def _bar_stamps(calendar, t, step):
+    "Return the stamps of bars of `step` within the sessions, from 30 days before the end of the history on"
     start = pd.Timestamp(t[-1]).normalize() - pd.Timedelta('30D')
-    bars = calendar.trading_index(start, calendar.last_session, pd.Timedelta(step), force=True)
+    try: bars = calendar.trading_index(start, calendar.last_session, pd.Timedelta(step), force=True)
+    except ValueError as e:
+        raise DataError(f"the calendar {calendar.name} has no bars of {pd.Timedelta(step)} ({e}); "
+                        "pass future= with the stamps to forecast") from e
     left, right = (o.tz_convert('UTC').tz_localize(None) for o in (bars.left, bars.right))
     past = pd.DatetimeIndex(t[-500:].view('M8[ns]'))
     return right if past.isin(right).sum() > past.isin(left).sum() else left
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cc02e481
+def _last_sessions(at, calendar):
+    "Return each of the stamps `at` on a session: the last one up to it, or the next one at the beginning of a month"
+    days = calendar.sessions.tz_localize(None)
+    at = at[at.normalize() <= days[-1]]
+    dates = at.normalize()
+    place = days.searchsorted(dates) if (at.day < 8).all() else days.searchsorted(dates, 'right') - 1
+    return days[place] + (at - dates)
+
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-036
+def _trading_times(calendar, t, n, step):
+    "Return stamps of bars of `step` on an exchange, past the end of the history"
+    if step < _DAY: return _bar_stamps(calendar, t, step)
+    if step == _DAY: return _session_stamps(calendar, t)
+    return _last_sessions(pd.DatetimeIndex(_long_steps(t, n, step)[0].view('M8[ns]')), calendar)
+
 def _exchange(t, n, step, name):
     "Return the next `n` stamps of the exchange called `name`"
     last = pd.Timestamp(t[-1])
     calendar = _exchange_calendar(name, last)
-    at = _trading_times(calendar, t, step)
+    at = _trading_times(calendar, t, n, step)
     at = at[at > last]
     if len(at) < n:
         raise DataError(f"the calendar {name} ends on {calendar.last_session.date()}, {len(at)} bars after {last}, "
@@ -156,14 +223,28 @@ def _given(t, n, future):
         raise DataError(f"future= must begin after the last bar, {pd.Timestamp(t[-1])}, got {pd.Timestamp(given[0])}")
     return given[:n]
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #61353bf9
+def _never_closes(t, step):
+    "Return whether the bars of the history, of at least eight days, run around the clock on all weekdays"
+    if step > _DAY or t[-1] - t[0] < 8 * _DAY: return False
+    clock, hours, _ = _opening_hours(t)
+    return len(clock) * step >= _DAY and bool(hours.all())
+
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-039
-def _next(t, n, calendar):
+def _on_clock(t, n, tz, ahead):
+    "Return `ahead(stamps, how many)` of the history `t`, both on the clock of the market, as instants in UTC"
+    if session_dates(t.view('M8[ns]')): tz = None
+    local, note = ahead(market_clock(t.view('M8[ns]'), tz).view('i8'), n + 8) # an hour may be skipped
+    at = np.unique(from_market_clock(local.view('M8[ns]'), tz, ambiguous='first')).view('i8')
+    return at[at > t[-1]][:n], note
+
+def _next(t, n, calendar, tz):
     "Return the next `n` stamps in ns, and a note on what had to be guessed"
     if len(t) < 2: raise DataError(f"the pace of bars needs at least 2 of them, got {len(t)}; pass future=")
     step = _bar_step(t)
-    if calendar == '24/7': return t[-1] + step * np.arange(1, n + 1), ''
+    if calendar == '24/7' or calendar is None and _never_closes(t, step): return t[-1] + step * np.arange(1, n + 1), ''
     if calendar is not None: return _exchange(t, n, step, calendar), ''
-    return _long_steps(t, n, step) if step > _DAY else _ahead(t, n, step)
+    return _on_clock(t, n, tz, lambda t, n: _long_steps(t, n, step) if step > _DAY else _ahead(t, n, step))
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-040
 def future_stamps(
@@ -171,8 +252,10 @@ def future_stamps(
     predict_window: int, # Stamps wanted
     calendar: str | None = None, # None reads the hours off the history; '24/7'; an exchange's code
     future=None,         # (>= predict_window,) the stamps themselves
-) -> tuple: # (DatetimeIndex, note); the note is '' where nothing was guessed
+    tz: str | None = None, # Zone of the market, whose hours stay the same over changes of clocks; None is UTC
+) -> tuple: # (DatetimeIndex in UTC, note); the note is '' where nothing was guessed
     "Return the stamps of the next `predict_window` bars, and what had to be guessed"
     t = _stamps(timestamps)
-    at, note = (_given(t, predict_window, future), '') if future is not None else _next(t, predict_window, calendar)
+    if future is not None: at, note = _given(t, predict_window, future), ''
+    else: at, note = _next(t, predict_window, calendar, tz)
     return pd.DatetimeIndex(at.view('M8[ns]')), note

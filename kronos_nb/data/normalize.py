@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import FEATURES, ConfigError, DataError, check_choice, np_rng
 from ..display import figure
 from .parse import to_float
-from .check import KlineReport, ReportSection
+from .check import EPSILON, HARMLESS, KlineReport, ReportSection
 
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-012
 @dataclass(frozen=True)
@@ -153,21 +153,49 @@ def _rolling_moments(x, L):
             k *= 2
     return out[0][:n], np.sqrt(out[1][:n] / L)
 
+# %% ../../nbs/api/1_data/15_normalize.ipynb #9902f3df
+_ROUNDING = 1e-9 # Smaller shares of the level are no move
+
+def _still(loc, scale, eps):
+    "Return where a feature does not move, and the scale that it gets: `eps` of its level, at most `eps` itself"
+    level = abs(loc)
+    return scale <= _ROUNDING * level, np.where(level > 0, np.minimum(eps, eps * level), eps)
+
+# %% ../../nbs/api/1_data/15_normalize.ipynb #911331a9
+def _add_epsilon(loc, std, eps):
+    "Return `std` plus `eps`, of which at most `HARMLESS` of `std` is added; a scale for features that do not move"
+    still, size = _still(loc, std, eps)
+    return np.where(still, size, std + np.minimum(eps, HARMLESS * std))
+
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-046
 @dataclass(frozen=True)
 class ZScore(_Normalizer):
     "Population mean and standard deviation of the lookback: what the released weights expect"
     clip: float = 5.  # Sigmas, above 0
-    eps: float = 1e-5 # Added to the standard deviation, above 0
+    eps: float = EPSILON # Added to the standard deviation, up to one percent of it
     kind = 'zscore'
 
     def _fit(self, past):
         mean, std = _moments(past)
-        return mean.numpy(), std.numpy() + self.eps
+        return mean.numpy(), _add_epsilon(mean.numpy(), std.numpy(), self.eps)
 
     def _roll(self, x, L, compiled):
         mean, std = _rolling_moments(x, L)
-        return mean, std + self.eps
+        return mean, _add_epsilon(mean, std, self.eps)
+
+# %% ../../nbs/api/1_data/15_normalize.ipynb #8ba148df
+@patch
+def leaves_reference(self: ZScore,
+    past,     # (L, F) raw bars of a lookback
+    features, # F names
+) -> str: # A note; '' where the reference gives the same
+    "Return for which features the reference's epsilon would distort the scale"
+    _, std = (o.numpy()[0] for o in _moments(_tensor(np.asarray(past, np.float64))[None]))
+    small = (std > _ROUNDING * abs(np.asarray(past)).max(0)) & (HARMLESS * std < self.eps)
+    if not small.any(): return ''
+    names, worst = ', '.join(np.array(features)[small]), std[small].min()
+    return (f"{names}: sigma is {worst:.2g} in this unit, and the reference would add {self.eps:g} to it; "
+            "one percent of sigma is added instead, so the forecast differs from the reference's")
 
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-053
 def _kth_deviation(q, med, k):
@@ -265,21 +293,27 @@ def compiles(
     "Return whether numba is there and pays for so many bars, or has compiled already"
     return (n_bars >= COMPILE_FROM or _compiled_mad.cache_info().currsize > 0) and _compiled_mad() is not None
 
+# %% ../../nbs/api/1_data/15_normalize.ipynb #23706383
+def _floor(loc, scale, eps):
+    "Return `scale`, and a scale for features that do not move"
+    still, size = _still(loc, scale, eps)
+    return np.where(still, size, scale)
+
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-073
 @dataclass(frozen=True)
 class MedianMAD(_Normalizer):
     "Median and scaled median absolute deviation of the lookback, for tokenizers trained with it"
     clip: float = 5.  # Sigmas, above 0
-    eps: float = 1e-5 # Floor of the scale, above 0
+    eps: float = EPSILON # Scale of a feature that does not move, as a share of its level
     kind = 'median_mad'
 
     def _fit(self, past):
         med, mad = _median_mad(past.numpy())
-        return med, np.maximum(mad, self.eps)
+        return med, _floor(med, mad, self.eps)
 
     def _roll(self, x, L, compiled):
         med, mad = _rolling_mad(x, L, _compiled_mad() if compiled else None)
-        return med, np.maximum(mad, self.eps)
+        return med, _floor(med, mad, self.eps)
 
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-080
 NORMALIZERS = {o.kind: o for o in (ZScore, MedianMAD)}

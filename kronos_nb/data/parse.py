@@ -8,10 +8,12 @@ __all__ = ['COLUMNS', 'time_stamps']
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-002
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from zoneinfo import ZoneInfo, available_timezones
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import FEATURES, PRICES, STAMPS, DataError, check_choice, nearest
 
@@ -20,16 +22,21 @@ COLUMNS = ('symbol', 'timestamps') + FEATURES
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-010
 _NAMES = dict(
-    symbol='symbol ticker ts_code stock_code code instrument tic name asset '
-           '\u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801',
-    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time trade_time trade_date date time '
-               'unix \u65e5\u671f \u65f6\u95f4 \u4ea4\u6613\u65e5\u671f \u4ea4\u6613\u65f6\u95f4',
+    symbol='symbol ticker ts_code stock_code code instrument tic name asset asset_id securitiescode security_code '
+           'secucode sec_code stkcd windcode wind_code order_book_id instid inst_id instrument_name pair contract '
+           'instrument_id \u80a1\u7968\u4ee3\u7801 \u4ee3\u7801 \u8bc1\u5238\u4ee3\u7801 \u5408\u7ea6\u4ee3\u7801',
+    timestamps='timestamps timestamp datetime open_time opentime candle_begin_time window_start ts_event gmt_time '
+               'local_time trade_time trade_date date time day unix ts bob begin t '
+               '\u65e5\u671f \u65f6\u95f4 \u4ea4\u6613\u65e5\u671f \u4ea4\u6613\u65f6\u95f4',
     open='open open_price openprice o \u5f00\u76d8 \u5f00\u76d8\u4ef7',
     high='high high_price highprice h \u6700\u9ad8 \u6700\u9ad8\u4ef7',
     low='low low_price lowprice l \u6700\u4f4e \u6700\u4f4e\u4ef7',
-    close='close close_price closeprice c price \u6536\u76d8 \u6536\u76d8\u4ef7',
-    volume='volume vol vol. base_volume v trade_volume tick_volume tickvol \u6210\u4ea4\u91cf',
-    amount='amount amt quote_volume quote_asset_volume money value \u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d',
+    close='close close_price closeprice c close/last price \u6536\u76d8 \u6536\u76d8\u4ef7',
+    volume='volume vol vol. real_volume base_volume v trade_volume \u6210\u4ea4\u91cf '
+           '\u6210\u4ea4\u91cf(\u624b) \u6210\u4ea4\u91cf(\u80a1)',
+    tick_volume='tick_volume tickvol',
+    amount='amount amt quote_volume quote_asset_volume volccyquote vol_ccy_quote dollar_volume money value '
+           '\u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d \u6210\u4ea4\u989d(\u5143) turnover',
     adj_close='adj_close adjclose adjusted_close adj._close')
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-011
@@ -38,7 +45,7 @@ EXCHANGE_COLUMNS = ('open_time open high low close volume close_time quote_volum
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-012
 EXTRA_NAMES = dict(
-    trades='trades count number_of_trades num_trades trade_count n_trades',
+    trades='trades count number_of_trades num_trades trade_count n_trades transactions n',
     taker_buy_volume='taker_buy_volume taker_buy_base_volume taker_buy_base_asset_volume taker_buy_base',
     taker_buy_quote_volume='taker_buy_quote_volume taker_buy_quote_asset_volume taker_buy_quote taker_buy_amount')
 
@@ -56,12 +63,16 @@ def _known_columns(by_key):
     return {ours: theirs[0] for ours, theirs in matches.items() if theirs}
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
+_UNIT = r'(?i:volume)[ _]\(?([A-Z0-9]{2,10}|Currency)\)?'
+
 def _add_unnamed(columns, found):
-    "Add volumes that are named by their unit, and stamps in a column without a name"
-    by_unit = [c for c in columns if re.fullmatch(r'volume_\w+', column_key(c))]
-    for ours, theirs in zip(('volume', 'amount'), by_unit): found.setdefault(ours, theirs)
+    "Add volumes that are named by their unit, stamps in a column without a name, and the tick volume"
+    by_unit = [c for c in columns if re.fullmatch(_UNIT, str(c))]
+    if 'volume' not in found:
+        for ours, theirs in zip(('volume', 'amount'), by_unit): found.setdefault(ours, theirs)
     blank = [c for c in columns if column_key(c) in ('', 'index') or column_key(c).startswith('unnamed')]
     if blank: found.setdefault('timestamps', blank[0])
+    if 'tick_volume' in found and 'volume' not in found: found['volume'] = found.pop('tick_volume')
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-021
 def _quoted(columns): return ', '.join(map(repr, columns))
@@ -80,165 +91,387 @@ def _extra_column(name, by_key, found):
     return theirs
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-024
-def _check_given(given, columns, extra):
-    "Raise unless `given` maps columns that exist to names of ours"
+def _given_columns(given, columns, extra):
+    "Return {their name: our name} of `columns`, which may be a list; raise where it names what is not there"
+    if not given: return {}
+    known = (*COLUMNS, 'tick_volume', 'adj_close', *extra)
+    if not isinstance(given, dict):
+        if len(given) != len(columns):
+            raise DataError(f"columns names {len(given)} columns, and the table has {len(columns)}: {_quoted(columns)}")
+        return {theirs: ours for theirs, ours in zip(columns, given) if ours in known}
     for theirs, ours in given.items():
-        check_choice('a name on the right of columns', ours, (*COLUMNS, 'adj_close', *extra))
+        check_choice('a name on the right of columns', ours, known)
         if theirs not in columns:
             raise DataError(f"columns names {theirs!r}; found {_quoted(columns)}{nearest(theirs, columns)}")
+    return given
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-025
 def match_columns(
     columns,    # Column names as found
-    given=None, # {'their name': 'our name'}, overrules the table of names; None is empty
+    given=None, # {'their name': 'our name'}, or a list of ours in order; overrules the table of names
     extra=(),   # Further columns to keep, by our name or theirs
 ) -> tuple[dict, list]: # {our name: their name}; columns that are not used
     "Return which column of a table serves as which of ours"
-    columns, given = list(columns), given or {}
-    _check_given(given, columns, extra)
+    columns = list(columns)
+    given = _given_columns(given, columns, extra)
     by_key = {}
     for c in columns: by_key.setdefault(column_key(c), c)
-    found = _known_columns(by_key) | {ours: theirs for theirs, ours in given.items()}
+    found = {ours: theirs for ours, theirs in _known_columns(by_key).items() if theirs not in given}
+    found |= {ours: theirs for theirs, ours in given.items()}
     _add_unnamed(columns, found)
-    for name in extra: found.setdefault(name, _extra_column(name, by_key, found))
+    for name in extra:
+        if name not in found or name in COLUMNS: found[name] = _extra_column(name, by_key, found)
     return found, [c for c in columns if c not in found.values()]
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #f4299d8a
+def plain_column(
+    s: pd.Series,
+) -> pd.Series: # The same cells; NumPy's dtypes, dates with a zone, or text
+    "Return a column without the dtypes of Arrow and the nullable ones"
+    if isinstance(s.dtype, pd.ArrowDtype):
+        import pyarrow as pa
+        return pd.Series(pa.array(s).to_pandas().array, s.index, name=s.name)
+    if not isinstance(s.dtype, pd.api.extensions.ExtensionDtype) or s.dtype.kind not in 'iufb': return s
+    dtype = 'float64' if s.isna().any() else s.dtype.kind + str(s.dtype.itemsize)
+    values = s.to_numpy(dtype, na_value=np.nan) if dtype == 'float64' else s.to_numpy(dtype)
+    return pd.Series(values, s.index, name=s.name)
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-034
+IN_A_RUN = ', in a run by data.layout' # where a parameter of read_klines is a setting
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #871d54eb
 _NAT = np.datetime64('NaT', 'ns')
-_DIGITS = ((19e6, 22e6, '%Y%m%d'), (19e10, 22e10, '%Y%m%d%H%M'), # from, below, format
-           (19e12, 22e12, '%Y%m%d%H%M%S'), (19e15, 22e15, '%Y%m%d%H%M%S%f'))
+_DIGITS = ((19e6, 22e6, 0), (19e10, 22e10, 4), (19e12, 22e12, 6), (19e15, 22e15, 9)) # from, below, digits of the time
 _EPOCHS = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1e17, 9.2e18, 1)) # from, below, ns per unit
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-035
-def _parse_digits(v, out):
-    "Fill `out` where `v` is written as digits of a date, and return where that is"
-    wall = np.zeros(len(v), bool)
-    for low, below, fmt in _DIGITS:
-        here = (v >= low) & (v < below)
-        wall |= here
-        if not here.any(): continue
-        text = pd.Series(v[here]).astype('int64').astype(str)
-        out[here] = pd.to_datetime(text, format=fmt, errors='coerce').to_numpy('M8[ns]')
-    return wall
+def _from_digits(v, k):
+    "Return stamps of whole numbers YYYYMMDD followed by `k` digits of HHMMSSmmm; NaT where there is no such moment"
+    date, clock = v // 10**k, v % 10**k * 10**(9 - k)
+    y, m, d = date // 10_000, date // 100 % 100, date % 100
+    hour, minute, ms = clock // 10**7, clock // 10**5 % 100, clock % 10**5
+    month = ((y - 1970) * 12 + m - 1).astype('M8[M]')
+    day = month.astype('M8[D]') + (d - 1)
+    real = (m >= 1) & (m <= 12) & (d >= 1) & (day.astype('M8[M]') == month)
+    real &= (hour < 24) & (minute < 60) & (ms < 60_000)
+    out = day.astype('M8[ns]') + (hour * 3_600_000 + minute * 60_000 + ms) * np.timedelta64(10**6, 'ns')
+    return np.where(real, out, _NAT)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-036
-def _from_numbers(v, tz):
-    "Return UTC stamps of numbers: digits are a wall clock in `tz`, the rest are epochs"
-    out = np.full(len(v), _NAT)
-    wall = _parse_digits(v, out)
+def _from_numbers(v):
+    "Return stamps of numbers, and the mask of those that are digits of a wall clock; the rest are epochs"
+    out, wall = np.full(len(v), _NAT), np.zeros(len(v), bool)
+    for low, below, k in _DIGITS:
+        here = (v >= low) & (v < below)
+        wall |= here
+        if here.any(): out[here] = _from_digits(v[here].astype('int64'), k)
     for low, below, ns in _EPOCHS:
         here = (v >= low) & (v < below) & ~wall
         if here.any(): out[here] = (v[here].astype('int64') * ns).view('M8[ns]')
-    if wall.any(): out[wall] = _localise(out[wall], tz)
-    return out
+    return out, wall
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-038
-def _localise(t, tz):
-    "Return the wall clock of `tz`, datetime64[ns], as naive UTC"
-    if tz in (None, 'UTC'): return t
-    try:
-        local = pd.Series(t).dt.tz_localize(tz, ambiguous='infer', nonexistent='shift_forward')
-        return local.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]')
-    except Exception as e:
-        raise DataError(f"tz: the stamps cannot be read as a clock of {tz!r} ({e}). "
-                        "Pass the zone they were recorded in, such as 'America/New_York', or None for UTC") from e
+def session_dates(
+    t, # (T,) datetime64 of one symbol
+) -> bool:
+    "Return whether all stamps are dates, without a time of day"
+    t = np.asarray(t, 'M8[ns]')
+    return bool(len(t)) and bool(((t.view('i8') % (86400 * 10**9) == 0) | np.isnat(t)).all())
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #d2d17dd9
+def check_zone(
+    tz, # Name of a zone; None is allowed
+):
+    "Return `tz`; raise where it is no zone"
+    if tz is None: return None
+    try: ZoneInfo(tz)
+    except (KeyError, ValueError, OSError, TypeError) as e:
+        raise DataError(f"tz must be the name of a zone such as 'Asia/Shanghai', or None for UTC; got {tz!r}"
+                        f"{nearest(tz, available_timezones())}") from e
+    return tz
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
+_MOVED = 'stamps do not exist on the clock of tz, which went forward; each is moved to the next that does'
+
+def _localise(wall, tz):
+    "Return the clock of `tz`, datetime64[ns], as naive UTC, the mask of hours that occur twice, and notes"
+    wall = pd.DatetimeIndex(wall)
+    local = wall.tz_localize(tz, ambiguous='NaT', nonexistent='shift_forward')
+    twice = np.array(local.isna() & ~wall.isna())
+    t = local.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]').copy()
+    if twice.any():
+        first = wall[twice].tz_localize(tz, ambiguous=np.ones(twice.sum(), bool))
+        t[twice] = first.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]')
+    moved = int((local.tz_localize(None)[~twice] > wall[~twice]).sum())
+    return t, twice, [f'{moved} {_MOVED}'] if moved else []
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #174c217a
+def _second_hours(t, tz):
+    "Return the second candidate of stamps whose clock time occurs twice"
+    wall = pd.DatetimeIndex(t).tz_localize('UTC').tz_convert(tz).tz_localize(None)
+    late = wall.tz_localize(tz, ambiguous=np.zeros(len(t), bool))
+    return late.tz_convert('UTC').tz_localize(None).to_numpy('M8[ns]')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4292b0f9
+def _stretches(t, code, at):
+    "Return rows `at` cut where the symbol or the night of the change does"
+    apart = (np.diff(code[at]) != 0) | (abs(np.diff(t[at].view('i8'))) > 12 * 3600 * 10**9)
+    return np.split(at, np.flatnonzero(apart) + 1)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #3c8fd947
+def settle_twice(
+    t: np.ndarray,     # (T,) datetime64[ns] UTC, the first of two hours where the clock shows one twice
+    code: np.ndarray,  # (T,) number of the symbol, ascending
+    twice: np.ndarray, # (T,) mask of these hours
+    tz: str,
+    ambiguous=None,    # 'first' or 'last' where the order of the bars does not tell; None raises DataError
+    names=('',),       # Symbols by number
+) -> np.ndarray: # (T,) the second hour where the bars say so
+    "Return stamps with each hour that occurs twice in its place"
+    at = np.flatnonzero(twice)
+    if not len(at): return t
+    t, late = t.copy(), _second_hours(t[at], tz)
+    for rows in _stretches(t, code, at):
+        ends = np.searchsorted(code, code[rows[0]]), np.searchsorted(code, code[rows[0]], 'right') - 1
+        if t[ends[1]] < t[ends[0]]: rows = rows[::-1]
+        back = np.flatnonzero(np.diff(t[rows].view('i8')) <= 0) + 1
+        if not len(back) and ambiguous is None: raise DataError(_undecided_hour(t[rows[0]], tz, names[code[rows[0]]]))
+        begin = back[0] if len(back) else 0 if ambiguous == 'last' else len(rows)
+        t[rows[begin:]] = late[np.searchsorted(at, rows[begin:])]
+    return t
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #58e8081c
+def _undecided_hour(t, tz, name):
+    clock = pd.Timestamp(t, tz='UTC').tz_convert(tz).tz_localize(None)
+    return (f"{name or 'the bars'}: {clock} occurs twice on the clock of {tz}, which went back, and only one of them "
+            f"is there. Pass ambiguous='first' or ambiguous='last'{IN_A_RUN}")
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-041
-_TWO_ORDERS = r'\s*(\d{1,2})[/.\-](\d{1,2})[/.\-]\d{4}'
+class Undecided(DataError):
+    "What was read so far can be meant in two ways; the rest of the file may tell"
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #9aecc934
+_TWO_ORDERS = r'^\s*(\d{1,2})[/.\-](\d{1,2})[/.\-](\d{4}|\d{2})(?!\d)(.*)$' # such as 03/04/2024 09:30
+
+def _is_two_orders(cell): return re.match(_TWO_ORDERS, cell) is not None
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-042
-def _day_first(text, dayfirst):
-    "Return whether dates such as 13/02/2024 put the day first"
-    if dayfirst is not None or not text.head(100).str.match(_TWO_ORDERS).any(): return bool(dayfirst)
-    parts = text.str.extract('^' + _TWO_ORDERS).dropna().astype(int)
-    if (parts > 12).any(axis=None): return bool((parts[0] > 12).any())
-    raise DataError(f"dayfirst: {text[parts.index[0]]!r} can be read day first or month first, and so can every date "
-                    "of the column. Pass dayfirst=True or dayfirst=False")
+def _day_first(parts, shown, dayfirst):
+    "Return whether the day comes first in dates of which `parts` holds the two numbers and the year"
+    if dayfirst is not None: return bool(dayfirst)
+    if (parts[2].str.len() == 2).any():
+        raise DataError(f"dayfirst: {shown!r} has a year of two digits. Pass dayfirst=True or dayfirst=False{IN_A_RUN}")
+    above = (parts[[0, 1]].astype(int) > 12).any()
+    if above.all():
+        raise DataError(
+            f"dayfirst: some dates put the day first and some the month, such as {shown!r}. Read them apart")
+    if above.any(): return bool(above[0])
+    raise Undecided(f"dayfirst: {shown!r} can be read day first or month first, and so can every date of the column. "
+                    f"Pass dayfirst=True or dayfirst=False{IN_A_RUN}")
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #12b0a551
+def _year_first(text, dayfirst):
+    "Return dates that end with the year as text that begins with it, and whether the day came first"
+    parts = text.str.extract(_TWO_ORDERS)
+    dayfirst = _day_first(parts, text.iloc[0], dayfirst)
+    a, b, year, rest = (parts[i].str.zfill(2) for i in range(4))
+    short = year.str.len() == 2
+    year = year.where(~short, np.where(year < '70', '20', '19') + year)
+    month, day = (b, a) if dayfirst else (a, b)
+    return year + '-' + month + '-' + day + parts[3].str.replace('GMT', '', regex=False), dayfirst
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-045
-_OFFSET = r':\d\d(?:\.\d+)?\s*(?:Z|UTC|[+-]\d\d:?\d\d)$'
+_ZONE = r'\s*(?:Z|UTC|(?:UTC|GMT)?[+-]\d\d(?::?\d\d)?)$'
+_OFFSET = r':\d\d(?:\.\d+)?' + _ZONE
 
 def _has_offset(text): return text.str.contains(_OFFSET, regex=True).to_numpy(bool)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-046
-def _parse_text(text, day, **kw):
+def _parse_text(text, **kw):
     "Return datetime64[ns] of text cells, offsets applied; NaT where unreadable"
     with warnings.catch_warnings():
         warnings.simplefilter('error') # pandas warns where no format fits the first cell and it would guess each one
-        try: out = pd.to_datetime(text, errors='coerce', utc=True, dayfirst=day, **kw)
+        try: out = pd.to_datetime(text, errors='coerce', utc=True, **kw)
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
     return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #bdf91f99
+_ISO = r'\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?'
+
+def _parse_iso(s):
+    "Return stamps of text in ISO 8601 without a zone, all of one length; None where it is another text"
+    first = s.iloc[0]
+    if not isinstance(first, str) or not re.fullmatch(_ISO, first): return None
+    length = s.str.len()
+    if not (length == len(first)).all(): return None
+    out = _parse_text(s, format='ISO8601')
+    return None if np.isnat(out).any() else out
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-049
-def _mixed_zones(text):
+def _rarer(zoned, filled):
     "Return a mask of the rarer kind of stamps, with or without an offset"
-    zoned, filled = _has_offset(text), (text != '').to_numpy(bool)
-    return zoned if zoned.sum() <= filled.sum() / 2 else filled & ~zoned
+    return zoned & filled if (zoned & filled).sum() <= filled.sum() / 2 else filled & ~zoned
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-050
-def _parse_rest(text, tz, day):
-    "Return UTC stamps of text cells in any format"
-    out, naive = _parse_text(text, day, format='mixed'), ~_has_offset(text)
-    out[naive] = _localise(out[naive], tz)
-    return out
+def _fill(out, text, where, **kw):
+    "Parse the cells in the mask `where` into `out`"
+    if where.any(): out[where] = _parse_text(text[where], **kw)
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-052
-def _from_text(text, tz, dayfirst):
-    "Return UTC stamps of a text series, and the mask of mixed zones"
-    day, mixed = _day_first(text, dayfirst), np.zeros(len(text), bool)
+# %% ../../nbs/api/1_data/10_parse.ipynb #cell-051
+def _from_text(text, dayfirst):
+    "Return stamps of text, offsets applied; the mask of cells with an offset; the order of its dates, as far as known"
     first = next((cell for cell in text if cell), '')
-    out = _parse_text(text, day)
-    if not re.search(_OFFSET, first): out = np.array(_localise(out, tz))
-    left = np.isnat(out)
-    if left.any():
-        out[left] = _parse_rest(text[left], tz, day)
-        mixed = _mixed_zones(text.where(~np.isnat(out), ''))
-    return out, mixed
+    out, rest = np.full(len(text), _NAT), np.array(text != '', bool)
+    zoned = np.full(len(text), re.search(_OFFSET, first) is not None)
+    if not _is_two_orders(first): out = _parse_text(text)
+    rest &= np.isnat(out)
+    if not rest.any(): return out, zoned, dayfirst
+    zoned[rest], turned = _has_offset(text[rest]), rest.copy()
+    turned[rest] = text[rest].str.match(_TWO_ORDERS)
+    if turned.any():
+        iso, dayfirst = _year_first(text[turned], dayfirst)
+        text = text.where(~turned, iso.reindex(text.index))
+        _fill(out, text, turned)
+    _fill(out, text, rest & np.isnat(out), format='mixed')
+    return out, zoned, dayfirst
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-054
-def _text_of(s):
-    "Return a column as text without blanks at the ends; a missing cell is ''"
-    return s.astype(object).where(s.notna(), '').astype(str).str.strip()
+@dataclass
+class Clock:
+    "How the stamps of one file are read; what is None is found out and then kept"
+    tz: str = None        # Zone of stamps without one; None is UTC
+    dayfirst: bool = None # Whether 03/04/2024 is in April
+    dates: bool = None    # Whether stamps are sessions without a time of day
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #2e5a8fdd
+@dataclass
+class Stamps:
+    "Stamps of one column"
+    t: np.ndarray     # (T,) datetime64[ns] in UTC, NaT where unreadable; of an hour that occurs twice, the first
+    mixed: np.ndarray # (T,) mask of the rarer kind, with or without an offset
+    twice: np.ndarray # (T,) mask of hours that occur twice
+    notes: list       # What was assumed
+    naive: bool       # Whether some have neither an offset nor are epochs
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
+_SESSIONS = 'stamps are dates without a time of day: sessions, which no zone moves'
+
+@patch
+def to_utc(self: Clock, wall):
+    "Return the wall clock as UTC, the mask of hours that occur twice, and notes"
+    none = np.zeros(len(wall), bool)
+    if self.tz in (None, 'UTC') or not len(wall): return wall, none, []
+    dates = session_dates(wall)
+    if self.dates is None: self.dates = dates
+    if self.dates and not dates:
+        raise DataError("tz: the first stamps are dates and later ones have a time of day. Read the two kinds apart")
+    return (wall, none, [_SESSIONS]) if self.dates else _localise(wall, check_zone(self.tz))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #61df64a9
+@patch
+def stamps(self: Clock, out, naive, mixed=None):
+    "Return `Stamps` of moments of which those in the mask `naive` are a wall clock"
+    twice, notes = np.zeros(len(out), bool), []
+    if naive.any():
+        out = out.copy()
+        out[naive], twice[naive], notes = self.to_utc(out[naive])
+    mixed = np.zeros(len(out), bool) if mixed is None else mixed
+    return Stamps(_sane(out), mixed, twice, notes, bool(naive.any()))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #43792d34
+@patch
+def zoned(self: Clock, utc, wall):
+    "Return `Stamps` of moments whose own wall clock is known"
+    if session_dates(wall) and not session_dates(utc):
+        return replace(self.stamps(wall, np.zeros(len(wall), bool)), notes=[_SESSIONS])
+    return self.stamps(utc, np.zeros(len(utc), bool))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-055
-def _stamps(s, tz, dayfirst):
-    "Return UTC stamps of a column, and the mask of mixed zones"
-    unmixed = np.zeros(len(s), bool)
+def _text_of(s):
+    "Return a column as text without blanks at the ends; a missing cell is ''"
+    if isinstance(s.dtype, pd.StringDtype): return s.fillna('').str.strip()
+    return s.astype(object).where(s.notna(), '').astype(str).str.strip()
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #755f0266
+@patch
+def of_text(self: Clock, text):
+    "Return `Stamps` of text, of which some cells may be numbers"
+    first = next((cell for cell in text if cell), '')
+    if re.fullmatch(r'[\d.eE+]+', first) and (number := pd.to_numeric(text, errors='coerce')).notna().all():
+        return self.stamps(*_from_numbers(number.to_numpy()))
+    out, zoned, self.dayfirst = _from_text(text, self.dayfirst)
+    left = np.flatnonzero(np.isnat(out))
+    number = pd.to_numeric(text.iloc[left], errors='coerce')
+    left, number = left[number.notna()], number.dropna().to_numpy()
+    filled = np.array(text != '', bool)
+    if not len(left) and filled.any() and zoned[filled].all():
+        return self.zoned(out, _parse_text(text.str.replace(_ZONE, '', regex=True)))
+    out[left], wall = _from_numbers(number)
+    zoned[left] = ~wall
+    return self.stamps(out, ~zoned & ~np.isnat(out), _rarer(zoned, filled))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #59706259
+def read_stamps(
+    s: pd.Series,  # (T,) numbers, text, dates, with or without a zone
+    clock: Clock,
+) -> Stamps:
+    "Return the stamps of a column"
+    s = plain_column(s).reset_index(drop=True)
     if isinstance(s.dtype, pd.DatetimeTZDtype):
-        return s.dt.tz_convert('UTC').dt.tz_localize(None).to_numpy('M8[ns]'), unmixed
-    if s.dtype.kind == 'M': return _localise(s.to_numpy('M8[ns]'), tz), unmixed
-    if s.dtype.kind in 'iufb': return _from_numbers(s.to_numpy('float64'), tz), unmixed
-    text = _text_of(s)
-    if pd.to_numeric(text.head(1000), errors='coerce').notna().mean() <= .5: return _from_text(text, tz, dayfirst)
-    return _from_numbers(pd.to_numeric(text, errors='coerce').to_numpy('float64'), tz), unmixed
+        return clock.zoned(*(o.dt.tz_localize(None).to_numpy('M8[ns]') for o in (s.dt.tz_convert('UTC'), s)))
+    if s.dtype.kind == 'M': return clock.stamps(s.to_numpy('M8[ns]'), s.notna().to_numpy())
+    if s.dtype.kind in 'iufb': return clock.stamps(*_from_numbers(s.to_numpy()))
+    out = _parse_iso(s)
+    return clock.of_text(_text_of(s)) if out is None else clock.stamps(out, np.ones(len(out), bool))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-056
 _FIRST, _LAST = np.array(['1800', '2090'], 'M8[ns]')
 
 def _sane(t):
     "Return stamps with NaT where they are out of range"
-    if t.min() >= _FIRST and t.max() < _LAST: return t
+    if not len(t) or t.min() >= _FIRST and t.max() < _LAST: return t
     return np.where((t >= _FIRST) & (t < _LAST), t, _NAT)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-057
 def to_utc(
-    values,         # (T,) stamps: numbers, text, dates, with or without a zone
+    values,         # (T,) stamps of one symbol: numbers, text, dates, with or without a zone
     tz=None,        # Zone of stamps without one, such as 'Asia/Shanghai'; None takes them as UTC
     dayfirst=None,  # How to read 03/04/2024; None finds out or raises DataError
+    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, where the order of the bars does not tell
 ) -> tuple[np.ndarray, np.ndarray]: # (T,) datetime64[ns] in UTC, NaT where unreadable; (T,) mask of mixed zones
     "Return stamps as naive UTC"
-    s = pd.Series(values).reset_index(drop=True)
+    s = pd.Series(values)
     if not len(s): return np.empty(0, 'M8[ns]'), np.zeros(0, bool)
-    out, mixed = _stamps(s, tz, dayfirst)
-    return _sane(out), mixed
+    stamps = read_stamps(s, Clock(tz, dayfirst))
+    return settle_twice(stamps.t, np.zeros(len(s), int), stamps.twice, tz, ambiguous), stamps.mixed
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #053b2261
+def market_clock(
+    t,       # (T,) datetime64, UTC, of one symbol
+    tz=None, # Zone of the exchange; None leaves the stamps
+) -> np.ndarray: # (T,) datetime64[ns], the wall clock there; dates stay dates
+    "Return stamps as the clock of a market"
+    t = np.asarray(t, 'M8[ns]')
+    if tz in (None, 'UTC') or session_dates(t): return t
+    return pd.DatetimeIndex(t).tz_localize('UTC').tz_convert(check_zone(tz)).tz_localize(None).to_numpy('M8[ns]')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #f6a47095
+def from_market_clock(
+    t,              # (T,) datetime64, the wall clock of a market, of one symbol in order
+    tz=None,        # Zone of the exchange; None leaves the stamps
+    ambiguous=None, # 'first' or 'last' of an hour that occurs twice, if the order does not tell; None raises
+) -> np.ndarray: # (T,) datetime64[ns], UTC
+    "Return the clock of a market as stamps in UTC"
+    return to_utc(np.asarray(t, 'M8[ns]'), tz, ambiguous=ambiguous)[0]
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-061
 def time_stamps(
-    timestamps,      # (T,) datetime64, UTC
+    timestamps,      # (T,) datetime64, UTC, of one symbol where `tz` is given
     dtype=np.int64,  # int8 holds every value, and datasets store that
+    tz=None,         # Zone whose clock is read; None reads UTC
 ) -> np.ndarray: # (T, 5): minute 0-59, hour 0-23, weekday 0-6 from Monday, day 1-31, month 1-12
     "Return the calendar features of each bar, in the order of `STAMPS`"
-    t = np.asarray(timestamps, dtype='M8[ns]')
+    t = market_clock(timestamps, tz)
     minute, day, month = t.astype('M8[m]').view('i8'), t.astype('M8[D]'), t.astype('M8[M]')
     out = np.empty((len(t), len(STAMPS)), dtype)
     out[:, 0] = minute % 60
@@ -248,56 +481,93 @@ def time_stamps(
     out[:, 4] = month.view('i8') % 12 + 1
     return out
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #73783673
+def bar_interval(
+    timestamps, # (T,) datetime64, sorted
+) -> int: # ns; 0 for fewer than two bars
+    "Return the commonest distance between bars"
+    d = np.diff(np.asarray(timestamps, 'M8[ns]').view('i8'))
+    d = d[d > 0]
+    if not len(d): return 0
+    distances, counts = np.unique(d, return_counts=True)
+    return int(distances[counts.argmax()])
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-065
 _BLANK = ('', '-', '--', 'nan', 'null', 'none', 'na', 'n/a', '<na>')
+_SUFFIX = dict(K=1e3, M=1e6, B=1e9, T=1e12) | {'\u4e07': 1e4, '\u4ebf': 1e8}
+_NUMBER = r'[-+]?(?:\d+|\d{1,3}(?:,\d{2,3})*,\d{3})?(?:\.\d*)?(?:[eE][-+]?\d+)?' # thousands apart by commas
 
-def _written_numbers(text):
-    "Return the numbers in cells such as '1.5K' and '2,000'"
-    unit = text.str[-1:].str.upper().map(dict(K=1e3, M=1e6, B=1e9)).astype('float64')
-    digits = text.where(unit.isna(), text.str[:-1]).str.replace(',', '', regex=False)
-    return pd.to_numeric(digits, errors='coerce').to_numpy('float64') * unit.fillna(1.).to_numpy()
+# %% ../../nbs/api/1_data/10_parse.ipynb #a91d54b6
+def _bare(text):
+    "Return cells without currency signs, blanks and apostrophes, and the factor of their suffix"
+    text = text.str.replace(r"[\s'\u2019$\u20ac\u00a3\u00a5]", '', regex=True)
+    unit = text.str[-1:].str.upper().map(_SUFFIX).astype('float64')
+    return text.where(unit.isna(), text.str[:-1]), unit.fillna(1.).to_numpy()
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #599e782b
+def _written_numbers(text, decimal='.'):
+    "Return the numbers in cells such as '1.5K' and '2,000'; NaN where a cell is none"
+    digits, unit = _bare(text)
+    if decimal == ',': digits = digits.str.translate(str.maketrans(',.', '.,'))
+    digits = digits.where(digits.str.fullmatch(_NUMBER), '')
+    return pd.to_numeric(digits.str.replace(',', '', regex=False), errors='coerce').to_numpy('float64') * unit
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-066
 def to_float(
-    s: pd.Series, # (T,) one column
+    s: pd.Series,  # (T,) one column
+    decimal='.',   # Decimal mark of text: '.' or ','
 ) -> tuple[np.ndarray, np.ndarray]: # (T,) float64; (T,) mask of the cells that hold something that is no number
     "Return a column as floats"
+    s = plain_column(s)
     if s.dtype.kind in 'iuf': return s.to_numpy('float64', na_value=np.nan), np.zeros(len(s), bool)
-    out = pd.to_numeric(s, errors='coerce').astype('float64')
-    lost = (out.isna() & s.notna()).to_numpy()
-    if not lost.any(): return out.to_numpy(), lost
-    text, out, bad = s[lost].astype(str).str.strip(), out.to_numpy().copy(), lost.copy()
-    out[lost] = _written_numbers(text)
+    plain = pd.to_numeric(s, errors='coerce').astype('float64')
+    lost = np.array(s.notna() & (plain.isna() if decimal == '.' else True), bool)
+    if not lost.any(): return plain.to_numpy(), lost
+    text, out, bad = s[lost].astype(str).str.strip(), plain.to_numpy().copy(), lost.copy()
+    out[lost] = _written_numbers(text, decimal)
     bad[lost] = np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()
     return out, bad
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-069
-def _numbers(raw, found, names):
-    "Return {our name: float64 values} and {their name: mask of cells that are no numbers}"
-    values, bad = {}, {}
-    for ours in [name for name in dict.fromkeys(names) if name in found]:
-        values[ours], mask = to_float(raw[found[ours]])
-        if mask.any(): bad[found[ours]] = mask
-    return values, bad
+# %% ../../nbs/api/1_data/10_parse.ipynb #5c45c63e
+def _shows(decimal, other):
+    "Return the pattern of cells that only this decimal mark explains, where `other` may set thousands apart"
+    groups = rf'\d{{1,3}}(?:{other}\d{{3}})'
+    return (rf'[-+]?(?:{groups}+{decimal}\d*|{groups}{{2,}}|\d*{decimal}\d{{1,2}}|\d+{decimal}\d{{4,}}|'
+            rf'0{decimal}\d+|\d{{4,}}{decimal}\d+)')
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-070
+_COMMA, _POINT = _shows(',', r'\.'), _shows(r'\.', ',')
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0114c552
+def _decimal_mark(cells, point_seen=False):
+    "Return the decimal mark of numbers as text; raise where both or none would explain them"
+    bare = _bare(cells)[0]
+    comma, point = cells[bare.str.fullmatch(_COMMA)], cells[bare.str.fullmatch(_POINT)]
+    if len(comma) and (len(point) or point_seen):
+        raise DataError(f"decimal: {comma.iloc[0]!r} has a decimal comma, and other cells have a decimal point. "
+                        f"Pass decimal=',' or decimal='.'{IN_A_RUN}; the other cells then count as no numbers")
+    if len(comma) or len(point) or point_seen: return ',' if len(comma) else '.'
+    commas = cells[bare.str.fullmatch(r'[-+]?\d{1,3},\d{3}')]
+    if not len(commas): return '.'
+    raise Undecided(f"decimal: {commas.iloc[0]!r} can be a number of thousands or have a decimal comma, and so can "
+                    f"every number of the file that has a comma. Pass decimal=',' or decimal='.'{IN_A_RUN}")
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #281eaa3a
 def _feature_rows(values, names, n):
-    "Return (F, T) float64 features, volume and amount filled where the table has none, and notes on that"
-    x, notes = np.zeros((len(names), n)), []
-    for i, name in enumerate(names):
-        if name in values: x[i] = values[name]
-    if 'volume' not in values: notes.append('no volume: volume is 0')
-    if 'amount' not in values:
-        x[5] = x[4] * x[:4].mean(0)
+    "Return F float64 columns, volume and amount filled where the table has none, and notes on that"
+    x, notes = [values.get(name) for name in names], []
+    if x[4] is None:
+        x[4] = np.zeros(n)
+        notes.append('no volume: volume is 0')
+    if x[5] is None:
+        x[5] = x[4] * (x[0] + x[1] + x[2] + x[3]) / 4
         notes.append('no amount: volume x mean price')
     return x, notes
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-071
 def _adjust(x, adj_close):
-    "Adjust the prices and the volume of (F, T) features in place"
+    "Adjust the columns of prices and volume among F columns"
     with np.errstate(all='ignore'): ratio = adj_close / x[3]
-    x[:4] *= ratio
-    x[4] /= ratio
+    x[:5] = [*(price * ratio for price in x[:4]), x[4] / ratio]
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-076
 def _stack_tickers(raw):
@@ -322,12 +592,24 @@ def unfold(
     return raw.reset_index(names) if names else raw
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-079
-def _stamp_column(raw, found):
-    "Return the stamps, with a separate time of day added where the table has one"
-    day = raw[found['timestamps']]
-    clock = next((c for c in raw.columns if column_key(c) == 'time' and c != found['timestamps']), None)
-    if clock is None or not len(raw) or ':' in str(day.iloc[0]) or ':' not in str(raw[clock].iloc[0]): return day
-    return _text_of(day) + ' ' + _text_of(raw[clock])
+_TIMES = ('time', '\u65f6\u95f4', '\u4ea4\u6613\u65f6\u95f4') # columns that may hold the time of day alone
+
+def _digits_time(clock):
+    "Return digits such as 935, 0935 or 093500 as HH:MM or HH:MM:SS"
+    clock = clock.str.replace(r'\.0$', '', regex=True)
+    width = 4 if clock.str.len().max() <= 4 else 6
+    clock = clock.str.zfill(width)
+    return clock.str[:2] + ':' + clock.str[2:4] + ('' if width == 4 else ':' + clock.str[4:])
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #2a61bd4a
+def _join_time(day, clock):
+    "Return text of days and times of day; where the time is a whole stamp, that alone"
+    clock, day = _text_of(plain_column(clock)), _text_of(plain_column(day))
+    first = next((cell for cell in clock if cell), '')
+    if re.fullmatch(r'\d{12,}', first): return clock
+    if re.fullmatch(r'[\d.]+', first): clock = _digits_time(clock)
+    if re.fullmatch(r'\d{8}', day.iloc[0]): day = day.str[:4] + '-' + day.str[4:6] + '-' + day.str[6:]
+    return day + ' ' + clock
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-082
 @dataclass(frozen=True)
@@ -339,24 +621,32 @@ class ParseOptions:
     columns: dict = None
     adjust: bool = False
     extra: tuple = ()
+    decimal: str = None
+    units: dict = None
+    bar_end: bool = False
+    ambiguous: str = None
+    def __post_init__(self):
+        check_zone(self.tz)
+        for name, allowed in (('decimal', (None, '.', ',')), ('ambiguous', (None, 'first', 'last'))):
+            check_choice(name, getattr(self, name), allowed, DataError)
+        for name in self.units or (): check_choice('a name in units', name, ('volume', 'amount'), DataError)
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-083
 @dataclass
 class ParsedTable:
-    "One table in our units, its rows in the order found"
-    symbols: pd.Series  # None where the table has no such column
+    "Rows of one table in our units, in the order found"
+    symbols: pd.Series  # Text; None where the table has no such column
     stamps: np.ndarray  # (T,) datetime64[ns], UTC
-    x: np.ndarray       # (F, T) float64
-    columns: dict       # {their name: our name}
-    ignored: list       # Columns that are not used
+    twice: np.ndarray   # (T,) mask of stamps whose hour occurs twice; the first is taken
+    x: list             # F columns (T,) float64
     notes: list         # What was filled or assumed
     odd: list           # (rule, text, (T,) mask) of what only the raw cells show
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-084
-def _odd_cells(stamps, mixed, bad):
+def _odd_cells(stamps, bad):
     "Return (rule, text, mask) of unreadable stamps, mixed zones and cells that are no numbers"
-    odd = [('bad_timestamp', 'unreadable timestamps', np.isnat(stamps)),
-           ('mixed_zones', 'stamps of the rarer kind, with or without a UTC offset', mixed)]
+    odd = [('bad_timestamp', 'unreadable timestamps', np.isnat(stamps.t)),
+           ('mixed_zones', 'stamps of the rarer kind, with or without a UTC offset', stamps.mixed)]
     odd += [('not_numbers', f'cells of {column!r} are not numbers', mask) for column, mask in bad.items()]
     return [o for o in odd if o[2].any()]
 
@@ -367,30 +657,195 @@ def _check_columns(columns, found, adjust):
     missing = ', '.join(c for c in needed if c not in found)
     if missing:
         raise DataError(f"no column for {missing}; found {_quoted(columns)}. "
-                        "Rename them or pass columns={'theirs': 'ours'}")
+                        f"Rename them or pass columns={{'theirs': 'ours'}}{IN_A_RUN}")
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #346ff4ca
+BAR_END = 'stamps mark the end of each bar; bar_end=True moves them to its start'
+_SERVER = "MetaTrader stamps are on the clock of the broker's server; tz takes its zone"
+_CONVENTIONS = ( # columns that tell a source, note
+    ('ts_code trade_time', BAR_END),       # tushare
+    ('day open close', BAR_END),           # Sina
+    ('\u65f6\u95f4 \u5f00\u76d8', BAR_END), # Eastmoney
+    ('date tickvol', _SERVER),
+    ('tick_volume real_volume', _SERVER))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
+_IDENTIFIER = r'(.*_)?(id|code|ticker|isin|cusip|permno|gvkey|figi|ric)'
+
+def _conventions(by_key, found, ignored, options):
+    "Return notes on what the columns tell about their source"
+    notes = [note for names, note in _CONVENTIONS if set(names.split()) <= set(by_key)
+             and not (note is BAR_END and options.bar_end or note is _SERVER and options.tz)]
+    if 'symbol' not in found and not options.symbol:
+        notes += [f"{c!r} looks like an identifier; columns={{{c!r}: 'symbol'}} reads it as the symbol"
+                  for c in ignored if re.fullmatch(_IDENTIFIER, column_key(c))]
+    return list(dict.fromkeys(notes))
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-086
-def _features(raw, found, options):
-    "Return (F, T) features, notes on what was made of them, and {their name: mask of cells that are no numbers}"
-    names = (*FEATURES, *options.extra)
-    values, bad = _numbers(raw, found, (*names, 'adj_close') if options.adjust else names)
-    x, notes = _feature_rows(values, names, len(raw))
-    if options.adjust:
+class TableParser:
+    "Parse the pieces of one table"
+    def __init__(self, columns, options):
+        self.options, self.clock = options, Clock(options.tz, options.dayfirst)
+        self.found, self.ignored = match_columns(columns, options.columns, options.extra)
+        _check_columns(columns, self.found, options.adjust)
+        self.by_key = {column_key(c): c for c in columns}
+        known = column_key(self.found['timestamps']) in ('gmt_time', 'local_time') # Dukascopy writes the day first
+        if known and options.dayfirst is None: self.clock.dayfirst = True
+        self.time_of_day = next((self.by_key[k] for k in _TIMES if self.by_key.get(k) in self.ignored), None)
+        self.notes = _conventions(self.by_key, self.found, self.ignored, options)
+        self.decimal, self.units, self.ticks = options.decimal, options.units, None
+        self.points, self.settled = False, False
+
+    @property
+    def helpers(self):
+        "Return columns that are read beside those that serve as ours"
+        return [c for c in (self.time_of_day, self.by_key.get('confirm')) if c in self.ignored]
+
+    @property
+    def columns(self): return {theirs: ours for ours, theirs in self.found.items()}
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #ae7ae743
+@patch
+def stamp_cells(self: TableParser, raw):
+    "Return the column of stamps, with a separate time of day added where the table has one"
+    day = raw[self.found['timestamps']]
+    if self.time_of_day is None or not len(raw) or ':' in str(day.iloc[0]): return day
+    text = _join_time(day, raw[self.time_of_day])
+    end = re.fullmatch(r'\d{12,}', text.iloc[0]) or self.time_of_day in _TIMES[1:]
+    if end and not self.options.bar_end: self.notes = list(dict.fromkeys([*self.notes, BAR_END]))
+    return text
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #3e3a6294
+@patch
+def settle_decimal(self: TableParser, raw, names):
+    "Find out the decimal mark of the columns `names`, from the cells that pandas left as text"
+    if self.decimal: return
+    columns = [plain_column(raw[self.found[name]]) for name in names]
+    text = [s[s.notna()].astype(str).str.strip() for s in columns if s.dtype.kind not in 'iuf']
+    if not text or not (text := pd.concat(text)).str.contains(r',|\..*\.', regex=True).any(): return
+    fractions = any(s.dtype.kind == 'f' and (s % 1 > 0).any() for s in columns)
+    self.decimal = _decimal_mark(text, fractions or self.points)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #26dcb13f
+@patch
+def numbers(self: TableParser, raw):
+    "Return {our name: float64 values} and {their name: mask of cells that are no numbers}"
+    names = (*FEATURES, 'tick_volume', *self.options.extra, *(['adj_close'] if self.options.adjust else []))
+    names = [name for name in dict.fromkeys(names) if name in self.found]
+    self.settle_decimal(raw, names)
+    values, bad = {}, {}
+    for ours in names:
+        values[ours], mask = to_float(raw[self.found[ours]], self.decimal or '.')
+        if mask.any(): bad[self.found[ours]] = mask
+    return values, bad
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
+_TICKS = 'volume is 0 throughout: the number of price changes is used'
+
+@patch
+def pick_volume(self: TableParser, values):
+    "Use the tick volume where the volume is 0 throughout"
+    ticks = values.pop('tick_volume', None)
+    if ticks is None or not len(ticks): return
+    empty = not np.nan_to_num(values['volume']).any()
+    if self.ticks is None: self.ticks = empty and bool(np.nan_to_num(ticks).any())
+    if self.ticks and not empty:
+        volume = self.found['volume']
+        raise DataError(f"columns: {volume!r} is 0 in the first bars and not in later ones. "
+                        f"Pass columns={{{volume!r}: 'volume'}}, without the column of ticks, or read the parts alone")
+    if self.ticks:
+        values['volume'] = ticks
+        self.notes = list(dict.fromkeys([*self.notes, _TICKS]))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #4a3d0b17
+@patch
+def scale_prices(self: TableParser, raw, values):
+    "Bring prices that are whole multiples of 1e-9 to units"
+    if not {'rtype', 'publisher_id'} <= set(self.by_key): return
+    if all(plain_column(raw[self.found[name]]).dtype.kind in 'iu' for name in PRICES):
+        for name in PRICES: values[name] = values[name] * 1e-9
+        self.notes = list(dict.fromkeys([*self.notes, 'prices in multiples of 1e-9']))
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #0f1c698c
+def _unit_ratio(values):
+    "Return the median of amount / (volume x mean price); NaN where it is unknown"
+    if not {'volume', 'amount'} <= set(values): return np.nan
+    with np.errstate(all='ignore'):
+        ratio = values['amount'] / (values['volume'] * np.mean([values[name] for name in PRICES], 0))
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    return float(np.median(ratio)) if len(ratio) else np.nan
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
+_UNITS = ({100: dict(volume=100), .1: dict(volume=100, amount=1000), .001: dict(amount=1000),
+           .01: dict(volume=100, amount=10_000), 1e-4: dict(amount=10_000)})
+
+@patch
+def settle_units(self: TableParser, values):
+    "Find out the units of volume and amount from the first rows, or say what their ratio is"
+    if self.settled: return
+    ratio, self.settled = _unit_ratio(values), True
+    if str(self.found.get('amount')).lower() == 'turnover' and not ratio >= .01:
+        self.found.pop('amount') # a rate, or nothing to tell
+        del values['amount']
+        if np.isfinite(ratio): self.notes.append("'turnover' is a rate, not money")
+    elif self.units is None and np.isfinite(ratio) and not .8 < ratio < 1.25:
+        units = next((units for known, units in _UNITS.items() if .8 < ratio / known < 1.25), None)
+        tushare = {'ts_code', 'trade_date', 'vol'} <= set(self.by_key) and units == _UNITS[.1]
+        self.units = units if tushare else {}
+        said = f'amount is {ratio:.3g} x volume x price'
+        if units: said += f": units={units} {'was applied' if tushare else 'makes it 1'}"
+        self.notes.append(said)
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #f18cac77
+@patch
+def features(self: TableParser, raw):
+    "Return F columns, notes on what was made of them, and {their name: mask of cells that are no numbers}"
+    values, bad = self.numbers(raw)
+    self.pick_volume(values)
+    self.scale_prices(raw, values)
+    self.settle_units(values)
+    for name, unit in (self.units or {}).items():
+        if name in values: values[name] = values[name] * float(unit)
+    x, notes = _feature_rows(values, (*FEATURES, *self.options.extra), len(raw))
+    if self.options.adjust:
         _adjust(x, values['adj_close'])
         notes.append('prices adjusted by adjusted close / close')
-    if options.tz is not None: notes.append(f'stamps without a zone read as {options.tz}')
     return x, notes, bad
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-087
-def parse_table(
+def symbol_text(
+    s: pd.Series,
+) -> pd.Series: # Text or categories of text; UNKNOWN where empty
+    "Return a column of symbols as text: 000001 keeps its zeros, and NA stays a ticker"
+    s = plain_column(s)
+    if s.dtype.kind == 'f' and not (s.dropna() % 1).any(): s = s.astype('Int64').astype(object)
+    if isinstance(s.dtype, pd.CategoricalDtype) and not s.isna().any() and '' not in s.cat.categories:
+        return s.cat.rename_categories(s.cat.categories.astype(str))
+    if s.dtype.kind == 'O' or s.isna().any(): s = s.astype(object).where(s.notna(), 'UNKNOWN').astype(str)
+    else: s = s.astype(str)
+    return s.where(s != '', 'UNKNOWN') if (s == '').any() else s
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #daf93281
+@patch
+def zone_notes(self: TableParser, stamps):
+    "Return what is assumed about the zone of the stamps"
+    if 'gmt_time' in self.by_key: return []
+    if self.options.tz is not None: return [f'stamps without a zone read as {self.options.tz}']
+    return ['stamps without a zone taken as UTC'] if stamps.naive and not session_dates(stamps.t) else []
+
+# %% ../../nbs/api/1_data/10_parse.ipynb #99c066f4
+@patch
+def parse(self: TableParser,
     raw: pd.DataFrame, # Plain columns, as `unfold` returns them
-    options: ParseOptions,
 ) -> ParsedTable:
-    "Return the columns of one table as stamps and numbers"
-    found, ignored = match_columns(raw.columns, options.columns, options.extra)
-    _check_columns(raw.columns, found, options.adjust)
-    stamps, mixed = to_utc(_stamp_column(raw, found), options.tz, options.dayfirst)
-    x, notes, bad = _features(raw, found, options)
-    columns = {theirs: ours for ours, theirs in found.items()}
-    symbols = raw[found['symbol']] if 'symbol' in found else None
-    return ParsedTable(symbols, stamps, x, columns, ignored, notes, _odd_cells(stamps, mixed, bad))
+    "Return the rows of one piece as stamps and numbers"
+    stamps = read_stamps(self.stamp_cells(raw), self.clock)
+    x, notes, bad = self.features(raw)
+    odd = _odd_cells(stamps, bad)
+    if 'confirm' in self.by_key:
+        live = to_float(raw[self.by_key['confirm']])[0] == 0
+        if live.any(): odd.append(('unfinished', "'confirm' is 0: the bar was not finished", live))
+    symbols = symbol_text(raw[self.found['symbol']]) if 'symbol' in self.found else None
+    notes = [*notes, *self.zone_notes(stamps), *stamps.notes, *self.notes]
+    self.points = True # what was read so far has no decimal comma, unless `decimal` says so
+    return ParsedTable(symbols, stamps.t, stamps.twice, x, list(dict.fromkeys(notes)), odd)

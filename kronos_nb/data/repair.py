@@ -109,8 +109,8 @@ def _repair_candles(r, price, high_low):
     "Drop prices that are not positive; widen or drop bars whose high and low do not contain open and close"
     if price == 'drop': r.drop('price_not_positive', (r.x[:, :4] <= 0).any(1))
     o, h, l, c = r.x[:, :4].T
-    top, bottom = np.fmax.reduce([o, h, l, c]), np.fmin.reduce([o, h, l, c])
-    if high_low == 'drop': r.drop('high_low', (h < top) | (l > bottom))
+    top, bottom = np.fmax(o, c), np.fmin(o, c)
+    if high_low == 'drop': r.drop('high_low', (h < np.fmax(top, l)) | (l > bottom))
     if high_low == 'widen':
         r.replace('high_low', 'widened', 'high', np.where(h < top, top, h))
         r.replace('high_low', 'widened', 'low', np.where(l > bottom, bottom, l))
@@ -189,6 +189,22 @@ def _repairable(bars, features):
         raise DataError(f"cells that are no numbers: {counts}; pass the table through read_klines first")
     return b
 
+# %% ../../nbs/api/1_data/13_repair.ipynb #484da863
+_REMEDIES = dict(
+    bad_timestamp='columns names another column of stamps',
+    nan="nan='ffill' fills holes", inf="nan='ffill' fills holes",
+    price_not_positive='allow_negative_prices keeps such prices', high_low="high_low='widen' keeps the bars",
+    negative_volume="volume='zero' keeps the bars", too_short='bring more bars or shorten the window')
+
+def _check_left(r, n):
+    "Raise where a repair has dropped all of `n` bars"
+    if len(r.t) or not n: return
+    dropped = pd.Series({rule: 0 for rule, *_ in r.changes})
+    for rule, action, _, code, *_ in r.changes: dropped[rule] += len(code) if action == 'dropped' else 0
+    worst = dropped.idxmax()
+    counts = ', '.join(f'{count} x {rule}' for rule, count in dropped.items() if count)
+    raise DataError(f"repair would drop every one of {n} bars: {counts}. {_REMEDIES.get(worst, 'Look at the bars')}")
+
 # %% ../../nbs/api/1_data/13_repair.ipynb #cell-045
 def repair_klines(
     bars: pd.DataFrame,  # Canonical bars
@@ -202,8 +218,9 @@ def repair_klines(
     winsorise_window=200, # Bars for both, at least 4
     min_bars=0,          # Drop symbols with fewer bars
     features=FEATURES,   # Columns to keep
+    allow_negative_prices=False, # Keep prices of zero and below
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # Canonical bars; the changes, one a row
-    """Return repaired bars, and the list of changes
+    """Return repaired bars, and the list of changes; raise `DataError` where no bar would be left
 
     >>> good, changes = kn.repair_klines(bars, nan='ffill')
     """
@@ -212,8 +229,9 @@ def repair_klines(
     r = _Repair(_repairable(bars, features))
     _repair_time(r, duplicates)
     _repair_nan(r, nan)
-    _repair_candles(r, price, high_low)
+    _repair_candles(r, 'keep' if allow_negative_prices else price, high_low)
     _repair_volume(r, volume)
     _repair_outliers(r, winsorise, winsorise_volume, winsorise_window)
     r.drop('too_short', np.bincount(r.code)[r.code] < min_bars)
+    _check_left(r, len(bars))
     return _repaired(r, bars), _changes(r)

@@ -57,9 +57,10 @@ def find_room(
     bars: pd.DataFrame, # Canonical bars
     train: float, val: float, test: float, # Shares of the split
     max_gap='auto',     # As in `segments`
+    by='date',          # As in `split_by_time`
 ) -> Room:
     "Return how long the stretches are in the parts of `bars`"
-    split = split_by_time(bars, train, val, test)
+    split = split_by_time(bars, train, val, test, by=by)
     def typical(part):
         spans = segments(part, max_gap) if len(part) else np.empty((0, 2), int)
         return typical_length(spans[:, 1] - spans[:, 0])

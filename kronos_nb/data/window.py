@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core import FEATURES, ConfigError, DataError, check_choice, stable_key
-from .parse import COLUMNS, time_stamps
-from .check import find_gaps
+from .parse import COLUMNS, market_clock, time_stamps
+from .check import find_gaps, interval_changes
 from .normalize import Scale, ZScore, compiles
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-011
@@ -66,7 +66,8 @@ def _gap_edges(t, edges, max_gap):
     "Return the rows that follow a gap longer than `max_gap`"
     if max_gap is None: return np.empty(0, np.int64)
     if isinstance(max_gap, str) and max_gap == 'auto':
-        return np.concatenate([s + find_gaps(t[s:e]) for s, e in zip(edges, np.r_[edges[1:], len(t)])])
+        each = [(s, t[s:e]) for s, e in zip(edges, np.r_[edges[1:], len(t)])]
+        return np.concatenate([s + np.r_[find_gaps(part), interval_changes(part)] for s, part in each])
     try: limit = pd.Timedelta(max_gap).value
     except ValueError as e:
         raise ConfigError(f"max_gap must be 'auto', None or a duration such as '3h' or '11D', got {max_gap!r}") from e
@@ -75,7 +76,7 @@ def _gap_edges(t, edges, max_gap):
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-019
 def segments(
     bars: pd.DataFrame, # Canonical bars
-    max_gap='auto',     # Longest break inside a window, such as '3h'; 'auto' asks `find_gaps`; None allows any
+    max_gap='auto',     # Longest break inside a window, such as '3h'; 'auto': no gap, no change of interval; None: any
 ) -> np.ndarray: # (S, 2) first row of each segment, and the row after its last
     "Return the stretches of rows that hold one symbol and no gap"
     edges, t = _symbol_edges(bars), bars.timestamps.to_numpy('M8[ns]')
@@ -128,22 +129,47 @@ def _split(bars, boundaries, embargo):
             rows[part].append((lo, hi))
     return Split(bars, rows)
 
+# %% ../../nbs/api/1_data/16_window.ipynb #57a6ca3f
+def _count_of(n, share): return int(n * share + 1e-9)
+
+def _stamp_after(t, share):
+    "Return the first of the stamps `t` that is not among the earliest `share` of them; None where all are"
+    k = _count_of(len(t), share)
+    return None if k >= len(t) else np.partition(t, k)[k]
+
+# %% ../../nbs/api/1_data/16_window.ipynb #5c39e2f3
+def _rows_before(t, when):
+    "Return how many of sorted stamps lie before `when`; None counts all"
+    return len(t) if when is None else int(np.searchsorted(t, when))
+
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-029
 def split_by_time(
     bars: pd.DataFrame, # Canonical bars
-    train: float = .7,  # Share of each symbol's bars; the three sum to 1
+    train: float = .7,  # Share of the bars; the three sum to 1
     val: float = .15,
     test: float = .15,  # 0 is legal
-    embargo: int = 0,   # Bars left out before each boundary
+    embargo: int = 0,   # Bars of each symbol left out before each boundary
+    by: str = 'date',   # 'date' splits all symbols at the same dates; 'symbol' takes shares of each symbol's own bars
 ) -> Split:
-    "Return each symbol split by time: the first bars train, the next choose, the last judge"
+    "Return bars split by time: the first train, the next choose, the last judge"
     check_canonical(bars)
+    check_choice('by', by, ('date', 'symbol'))
     if min(train, val, test) < 0 or abs(train + val + test - 1) > 1e-9:
         raise ConfigError(f"train, val and test must be 0 or more and sum to 1, got {train}, {val}, {test}")
+    t, shares = bars.timestamps.to_numpy('M8[ns]'), (train, train + val if test else 1)
+    dates = [_stamp_after(t, o) for o in shares] if by == 'date' else None
     def boundaries(s, e):
-        at = lambda share: s + int((e - s) * share + 1e-9)
-        return at(train), at(train + val) if test else e
+        if by == 'symbol': return [s + _count_of(e - s, share) for share in shares]
+        return [s + _rows_before(t[s:e], when) for when in dates]
     return _split(bars, boundaries, embargo)
+
+# %% ../../nbs/api/1_data/16_window.ipynb #6e70af76
+@patch(as_prop=True)
+def absent(self: Split) -> dict: # Part -> symbols
+    "Return which symbols have no bars in a part that others have"
+    names, found = set(self.bars.symbol), self.summary
+    held = {part: set(g.symbol) for part, g in found.groupby('part')}
+    return {part: sorted(map(str, names - held[part])) for part in self.rows if part in held and names - held[part]}
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-032
 def _utc(name, when):
@@ -164,10 +190,7 @@ def split_by_date(
     a, b = _utc('val', val), None if test is None else _utc('test', test)
     if b is not None and b <= a: raise ConfigError(f"test must begin after val, got val={val} and test={test}")
     t = bars.timestamps.to_numpy('M8[ns]')
-    def boundaries(s, e):
-        at = lambda when: s + np.searchsorted(t[s:e], when)
-        return at(a), e if b is None else at(b)
-    return _split(bars, boundaries, embargo)
+    return _split(bars, lambda s, e: [s + _rows_before(t[s:e], when) for when in (a, b)], embargo)
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-039
 _KEEP_BYTES = 2**29  # most memory that 'auto' spends on statistics
@@ -193,6 +216,7 @@ class WindowDataset:
         max_gap='auto',       # See `segments`
         statistics='auto',    # 'rolling' (for every bar, once), 'on the fly' (per batch) or 'auto'
         features=FEATURES,    # The six, and extra columns of `bars` after them
+        market_tz=None,       # Zone whose clock gives the five time stamps; None is UTC
     ):
         _check_whole('lookback_window', lookback_window, 1)
         _check_whole('predict_window', predict_window, 0)
@@ -200,7 +224,7 @@ class WindowDataset:
         check_canonical(bars, features)
         self.lookback_window, self.predict_window, self.stride = lookback_window, predict_window, stride
         self.window, self.features = lookback_window + predict_window, tuple(features)
-        self.normalizer = normalizer or ZScore()
+        self.normalizer, self.market_tz = normalizer or ZScore(), market_tz
         self._find_windows(bars, max_gap)
         self._copy_bars(bars)
         self._keep_statistics(statistics)
@@ -235,9 +259,10 @@ def _copy_bars(self: WindowDataset, bars):
     for i, c in enumerate(self.features): self.x[:, i] = bars[c].to_numpy('float64')
     self.timestamps = bars.timestamps.to_numpy('M8[ns]')
     self.stamps = np.empty((len(bars), 5), np.int8)
-    block = 2**16
-    for i in range(0, len(bars), block):
-        self.stamps[i:i + block] = time_stamps(self.timestamps[i:i + block], np.int8)
+    edges = _symbol_edges(bars)
+    for s, e in zip(edges, np.r_[edges[1:], len(bars)]):
+        t, block = market_clock(self.timestamps[s:e], self.market_tz), 2**16
+        for i in range(0, e - s, block): self.stamps[s + i:min(s + i + block, e)] = time_stamps(t[i:i + block], np.int8)
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-049
 @patch

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-002
-import importlib.metadata, platform
+import importlib.metadata, platform, uuid
 
 from .. import __version__
-from ..core import ConfigError, RunError, free_folder, pick_device, write_atomic, write_json
+from ..core import ConfigError, KronosError, RunError, next_folder, pick_device, write_atomic, write_json
 from ..config import Config
 from ..model.pretrained import find_files
 from ..training.run import STAGES, Run
@@ -48,12 +48,24 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE)]
+_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+               *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
 def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
+
+def _kept_settings(run: Run) -> Config:
+    "Return the settings that a run was started with"
+    if 'settings' in run.facts:
+        try: return Config().replace(**run.facts['settings'])
+        except (ConfigError, TypeError) as e:
+            raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
+    return Run(run.folder).config   # of its own: `run` reads the settings after they are written
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-019
 def _has_begun(run: Run) -> bool:
@@ -69,21 +81,22 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    try: return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    except KronosError: return False   # damaged: `claim_folder` decides, and writes the settings anew
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
     "Raise unless the folder holds this run: the same settings, the same bars"
     there, was = str(run.folder), run.facts
-    diff = _differences(cfg, Run(run.folder).config)   # of its own: `run` reads the settings after they are written
+    diff = _differences(cfg, _kept_settings(run))
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
     if was['data'] != data.hash:
         sizes = f"{was['bars']} bars of {was['symbols']} symbols; now {len(data.bars)} of {data.bars.symbol.nunique()}"
         raise RunError(f"{there!r} holds a run on other bars ({sizes}). Choose another folder (out_dir, --out)",
-            options=f'--out {free_folder(there)}')
+            options=f'--out {next_folder(there)}')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-020
 def _check_empty(run: Run):
@@ -92,7 +105,12 @@ def _check_empty(run: Run):
     if any(p != run.facts_file and not p.name.startswith('.') for p in run.folder.iterdir()):
         raise RunError(f"{str(run)!r} is not empty and holds no run of ours. "
             "Choose another folder (out_dir, --out), so that nothing is overwritten",
-            options=f'--out {free_folder(run)}')
+            options=f'--out {next_folder(run)}')
+
+# %% ../../nbs/api/7_fit/74_claim.ipynb #1a0f2aab
+def check_place(run: Run):
+    "Raise if the folder holds anything but a run, before anything is written there"
+    if not _has_begun(run): _check_empty(run)
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-021
 def claim_folder(
@@ -102,10 +120,15 @@ def claim_folder(
     resume: bool, # False: a run that is there is an error, too
 ):
     "Write facts, settings and the data report into the folder of a run; raise if another run is there"
-    if not _has_begun(run): _check_empty(run)
-    elif resume: _check_same(run, cfg, data)
-    else: raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
-    write_json(run.facts_file, run_facts(cfg, data))
+    check_place(run)
+    begun, identity = _has_begun(run), uuid.uuid4().hex
+    if begun and not resume:
+        raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
+    if begun:
+        _check_same(run, cfg, data)
+        identity = run.facts.get('id', identity)
+    run.report_file.unlink(missing_ok=True)   # it is written last: a run without it is not done
+    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity, settings=_deciding(cfg)))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())

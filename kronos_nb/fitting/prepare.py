@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'load_bars', 'least_text', 'offer', 'Prepared', 'prepare']
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-002
 import hashlib, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import ConfigError, DataError
 from ..config import Config
 from ..display import name_list
-from ..data.read import read_klines, read_log, sample_klines
+from ..data.read import is_canonical, read_klines, read_log, sample_klines
 from ..data.check import RULES, KlineReport, ReportSection, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import NORMALIZERS, with_scales
@@ -35,12 +35,13 @@ def load_bars(
     cfg: Config,
 ) -> pd.DataFrame: # Canonical bars
     "Read the bars of a run"
-    d = cfg.data
+    d, how = cfg.data, cfg.data.reading
     if data is None: data = list(d.source or ()) or 'sample'
-    if isinstance(data, str) and data == 'sample': data = sample_klines(list(d.symbols) if d.symbols else None)
+    if isinstance(data, str) and data == 'sample':
+        data, how = sample_klines(list(d.symbols) if d.symbols else None), dict(extra_features=how['extra_features'])
     if _is_read(data, d): return data
-    return read_klines(data, tz=d.tz, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows,
-                       extra_features=d.extra_features)
+    how = dict(extra_features=d.extra_features) if is_canonical(data) else d.reading # such a frame is in UTC
+    return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **how)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #ebf1fb5c
 def _symbols_in(data, cfg) -> list:
@@ -78,7 +79,7 @@ def _fitting(bars, d):
     own = dict(zip(('train', 'val', 'test'), (d.train, d.val, d.test)))
     even = dict(train=.6, val=.2, test=.2) if d.test else dict(train=.8, val=.2, test=0.)
     for shares in (own, even):
-        room = find_room(bars, **shares, max_gap=d.max_gap)
+        room = find_room(bars, **shares, max_gap=d.max_gap, by=d.split)
         if windows := fitting_windows(room, (d.lookback_window, d.predict_window)):
             return windows.settings | {f'data.{k}': v for k, v in shares.items() if v != own[k]}
     return None
@@ -97,26 +98,42 @@ def offer(
     d,          # `cfg.data`
 ) -> str: # A sentence
     "Return the windows that fit bars, as settings to add"
-    good, _ = repair_klines(bars, features=d.features)
+    good, _ = repair_klines(bars, **d.rules)
     found = _fitting(good, d) if len(good) else None
     if found is None: return least_text()
     options = ' '.join(f'--set {name}={value}' for name, value in found.items())
     return (f"What fits: {options}. Or leave the preset out, and all settings are fitted to the bars: "
             "kronos-nb fit FILE, or fit(bars)")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #d2ded565
+def _check(bars, d):
+    "Return the report on bars, as the settings ask"
+    window = d.lookback_window + d.predict_window
+    return check_klines(bars, window, **d.rules)
+
+def repaired(bars, d) -> tuple: # Bars, changes
+    "Repair bars as the settings ask for"
+    return repair_klines(bars, **d.rules)
+
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #d5b6c497
 def _too_short(bars, report, d):
-    "Return the error for symbols that are shorter than one window"
+    "Return the error for bars whose symbols are all shorter than one window"
     window, rows = d.lookback_window + d.predict_window, report.summary
     short = rows[rows.bars < window]
     what = (f"a window is data.lookback_window + data.predict_window = {d.lookback_window} + {d.predict_window} = "
             f"{window} bars")
     names = name_list(f'{o.symbol} {o.bars}' for o in short.itertuples())
-    if len(short) == len(rows): return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}",
-                                                   options='--preset own')
-    return DataError(f"{what}, and {len(short)} of {len(rows)} symbols have fewer bars: {names}. "
-                     "Set data.repair=standard to leave them out, or shorten the windows",
-                     options='--repair standard')
+    return DataError(f"{what}, and the file has fewer: {names}. {offer(bars, d)}", options='--preset own')
+
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #eb7e9d7b
+def _leave_out_short(bars, report, d):
+    "Return the bars of the symbols that hold a window, and the report, which names the others"
+    short = report.issues[report.issues.rule == 'too_short']
+    if not len(short): return bars, report
+    if len(short) == len(report.summary): raise _too_short(bars, report, d)
+    bars = bars[~bars.symbol.astype(str).isin(short.symbol)].reset_index(drop=True)
+    kept = _check(bars, d)
+    return bars, replace(kept, issues=pd.concat([short.assign(level='warning'), kept.issues], ignore_index=True))
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #6ea3201b
 def _all_dropped(bars, changes):
@@ -130,22 +147,22 @@ def _all_dropped(bars, changes):
 def _repair(bars, d):
     "Return repaired bars, what was changed, and their report; raise where nothing is left"
     window = d.lookback_window + d.predict_window
-    fixed, changes = repair_klines(bars, features=d.features)
+    fixed, changes = repaired(bars, d)
     if not len(fixed): raise _all_dropped(bars, changes)
-    report = check_klines(fixed, window, features=d.features)
+    report = _check(fixed, d)
     if (report.summary.bars < window).all(): raise _too_short(fixed, report, d)
-    fixed, changes = repair_klines(bars, min_bars=window, features=d.features)
-    return fixed, changes, check_klines(fixed, window, features=d.features)
+    return fixed, changes, report
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-016
 def _check_bars(bars, d):
     "Return the bars, repaired where `d.repair` asks for it, what repair changed, and the report on them"
-    report, changes = check_klines(bars, d.lookback_window + d.predict_window, features=d.features), pd.DataFrame()
+    report, changes = _check(bars, d), pd.DataFrame()
     if not report.ok and d.repair == 'standard': bars, changes, report = _repair(bars, d)
-    if report.ok: return bars, changes, report
     bad = report.issues[report.issues.level == 'error']
     dirt = bad[bad.rule != 'too_short']
-    if dirt.empty: raise _too_short(bars, report, d)
+    if dirt.empty:
+        bars, report = _leave_out_short(bars, report, d)
+        return bars, changes, report
     raise DataError(f"the bars have errors: {_errors_text(dirt)}. Set data.repair=standard to repair what can be "
                     "repaired, or repair them yourself with repair_klines", options='--repair standard')
 
@@ -175,7 +192,7 @@ def cut_windows(split, part, d, stride, statistics='auto'):
     bars, normalizer = getattr(split, part), NORMALIZERS[d.normalizer](clip=d.clip)
     try:
         return WindowDataset(bars, d.lookback_window, d.predict_window, normalizer, stride, d.max_gap,
-                             statistics=statistics, features=d.features)
+                             statistics=statistics, features=d.features, market_tz=d.clock)
     except DataError as e: raise _no_window(split, part, d) from e
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-025
@@ -207,6 +224,7 @@ class Prepared:
     split: Split
     train: WindowDataset
     val: WindowDataset | None # None without a validation part
+    notes: list = field(default_factory=list) # Arguments of `Learner.note`
     @property
     def hash(self) -> str:
         "Return the SHA-256 of features, timestamps and symbols"
@@ -222,7 +240,29 @@ def checked_split(data, cfg: Config) -> tuple: # Bars, changes, report, Split
     _check_symbols(bars, data, cfg)
     if not d.val: _check_no_validation(cfg)
     bars, changes, report = _check_bars(bars, d)
-    return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo)
+    return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
+
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
+def _overlap_text(split) -> str:
+    "Return what shares of each symbol's own bars do to the order in time; '' where nothing"
+    rows = split.summary
+    ends, begins = rows[rows.part == 'train']['last'].max(), rows[rows.part == 'test']['first'].min()
+    if not ends >= begins: return '' # without a test part there is no beginning
+    return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days "
+            "on which another is judged; data.split=date keeps them apart")
+
+def _notes(report, split, d):
+    "Yield notes on symbols that are left out or lack a part, on the order in time and on the context"
+    short = report.issues[report.issues.rule == 'too_short']
+    if len(short):
+        names = name_list(f"{o['symbol']} ({o['count']})" for o in short.to_dict('records'))
+        yield dict(kind='left_out', text=f"left out, because a window has more bars: {names}")
+    for part, symbols in split.absent.items():
+        yield dict(kind='absent', text=f"no bars in the {part} part: {name_list(symbols)}", part=part)
+    if overlap := _overlap_text(split): yield dict(kind='split', text=overlap)
+    if d.lookback_window > d.max_context:
+        yield dict(kind='context', text=f"data.lookback_window is {d.lookback_window} and data.max_context is "
+                   f"{d.max_context}: forecasts read the last {d.max_context} bars of a lookback")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-032
 def prepare(
@@ -232,7 +272,10 @@ def prepare(
     "Read, check and split bars, and cut the parts into windows"
     d, (bars, changes, report, split) = cfg.data, checked_split(data, cfg)
     _add_sections(report, changes, d)
-    return Prepared(bars, changes, report, split, cut_windows(split, 'train', d, d.stride), _cut_validation(split, d))
+    notes = list(_notes(report, split, d))
+    if notes: report.sections.append(ReportSection('Notes', '\n'.join(f"- {o['text']}" for o in notes), name='notes'))
+    train = cut_windows(split, 'train', d, d.stride)
+    return Prepared(bars, changes, report, split, train, _cut_validation(split, d), notes)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-034
 @patch

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-002
-import contextlib, math
+import contextlib, math, time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import ConfigError, RunError, seed_everything, write_atomic, write_json
+from ..core import ConfigError, KronosError, RunError, seed_everything, write_atomic, write_json
 from ..config import Config
 from ..machine import COMPILE_MODES, Machine, machine_for
 from ..display import COLORS, figure, save_figure
@@ -30,7 +30,7 @@ from ..training.diagnose import Advise
 from kronos_nb.training.monitor import (
     Codebook, GradNorm, LivePlot, LossPlot, Progress, RunFiles, Throughput, Tracker, UpdateRatio, norm_of,
 )
-from ..training.guard import NormSchedule, NormStopping, ResourceGuard
+from ..training.guard import NormSchedule, NormStopping, ResourceGuard, Watchdog
 from ..training.checkpoint import Checkpoint, Interrupts
 from ..average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files, weights_of
 from .prepare import Prepared
@@ -60,7 +60,9 @@ def model_facts(self: Stage) -> dict:
     seen = {str(s): [str(first), str(last)] for s, (first, last) in self.data.span('train', 'val').items()}
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
         lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
-        interval=self.data.report.summary['interval'].mode()[0].total_seconds())
+        interval=self.data.report.summary['interval'].mode()[0].total_seconds(), market_tz=d.clock or 'UTC',
+        split=d.split)
+    if d.allow_negative_prices: facts['negative_prices'] = True
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
     return facts
@@ -198,8 +200,9 @@ def _writing_callbacks(stage: Stage, deadline):
     r, out = stage.cfg.runtime, stage.files.folder.parent
     def save(learn, folder): stage.save(learn.model.model, folder)
     def log(text): return files.files and files.write('log', text + '\n')
-    files, checkpoint = RunFiles(out, stage.name), Checkpoint(stage.files.checkpoints, r.save_steps, r.keep_last, save)
-    yield from (files, checkpoint, Interrupts(deadline, checkpoint))
+    files = RunFiles(out, stage.name)
+    checkpoint = Checkpoint(stage.files.checkpoints, r.save_steps, r.keep_last, save, stage.files.run_id)
+    yield from (files, checkpoint, Interrupts(deadline, checkpoint), Watchdog())
     yield Advise(stage.cfg, stage.name, print if r.progress else None, deadline, log=log)
     if r.progress: yield Progress(name=stage.name)
     if r.plots: yield LossPlot(out, stage.name, every=r.save_steps)
@@ -288,8 +291,9 @@ def _check_saved(stage: Stage, learn: Learner, best: Best, value: float):
     "Raise unless best_model still gives the number that it was saved with"
     tolerance = 1e-5 if learn.backend.precision == 'fp32' else 1e-3
     if np.isclose(value, best.value, rtol=tolerance): return
-    raise RunError(f"{str(stage.files.best_model)!r} was saved with {best.monitor} {best.value:.6g} and gives "
-        f"{value:.6g} when read back. The files are damaged, or two runs share the folder")
+    raise RunError(f"{str(stage.files.best_model)!r} was saved at step {best.step} with {best.monitor} "
+        f"{best.value:.6g} and gives {value:.6g} when read back: its files are damaged. Delete the checkpoints from "
+        f"step {best.step} on, and the same command trains that model again")
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-053
 def _choose(stage: Stage, learn: Learner, best: Best):
@@ -299,7 +303,9 @@ def _choose(stage: Stage, learn: Learner, best: Best):
     def score(weights):
         seen.append(validate(weights))
         return sign*seen[-1][k.monitor]
-    candidates = dict(best=stage.files.best_model, last=plain_state(learn.model.model), **_averages(stage, learn))
+    kept = weights_of(stage.files.best_model)
+    kept.origin = 'the best validation'   # no path: cards quote it
+    candidates = dict(best=kept, last=plain_state(learn.model.model), **_averages(stage, learn))
     choice = choose_weights(candidates, score)
     choice.table['difference'] *= sign
     for name in {'val_loss', k.monitor}: choice.table[name] = [m[name] for m in seen]
@@ -359,6 +365,9 @@ def _write_weights(stage: Stage, folder, weights, origin):
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-063
 def _keep_choice(stage: Stage, learn: Learner, best: Best):
     "Choose the weights and write the choice"
+    if best.value is None:
+        raise RunError(f"no validation of the {stage.name} gave a finite {best.monitor}, so there are no weights to "
+            f"keep. Lower {stage.name}.lr, or set runtime.precision=fp32, and train in another folder")
     choice, files = _choose(stage, learn, best), stage.files
     if not learn.backend.is_main: return
     if choice.name != 'best': _write_weights(stage, files.averaged, choice.weights, choice.origin)
@@ -369,7 +378,7 @@ def _keep_choice(stage: Stage, learn: Learner, best: Best):
 def _write_models(stage: Stage, learn: Learner, chosen: bool):
     "Write best_model and final_model, and check what was written"
     files, model = stage.files, learn.model.model
-    averaged = weights_of(files.averaged) if chosen and files.averaged.is_dir() else None
+    averaged = weights_of(files.averaged) if chosen and files.choice['chosen'] != 'best' else None
     if not chosen: stage.save(model, files.best_model)
     if averaged is not None: _write_weights(stage, files.best_model, averaged, files.choice['origin'])
     weights = weights_of(files.best_model) if chosen else plain_state(model)
@@ -400,10 +409,32 @@ def run_stage(
     learn = _learner(stage, model, deadline, callbacks)
     if resume: _resume(stage, learn)
     _add_notes(stage, learn)
-    if r.find_lr and not learn.step: _try_rates(stage, learn)
-    learn.fit(k.epochs, k.max_steps)
-    if not learn.interrupted and not stage.files.finished: _finish(stage, learn)
+    with _loaders(learn):
+        if r.find_lr and not learn.step and not _has_note(learn, 'lr_find'): _try_rates(stage, learn)
+        learn.fit(k.epochs, k.max_steps)
+        if not learn.interrupted and not stage.files.finished: _finish(stage, learn)
     return learn
+
+# %% ../../nbs/api/7_fit/73_stage.ipynb #ba24f4d7
+def _has_note(learn, kind) -> bool: return any(n['kind'] == kind for n in learn.history.notes)
+
+def _loader_died(learn, e) -> bool:
+    "Return whether `e` is the end of a loader process"
+    if isinstance(e, (ConnectionError, EOFError)):   # the system tells who has died a moment later
+        try: time.sleep(1)
+        except RuntimeError: return True   # torch looks at its loaders, too, and interrupts whatever runs
+    lost = any(s.lost_loaders for s in (learn.source, learn.valid) if s is not None)
+    return lost or 'DataLoader' in str(e)
+
+@contextlib.contextmanager
+def _loaders(learn: Learner):
+    "End the loader processes after the block; say what to do where one of them died or stood still"
+    try: yield
+    except Exception as e:
+        if isinstance(e, KronosError) or not _loader_died(learn, e): raise
+        raise RunError(f"a loader process was ended or stood still ({_first_line(e)}). The same command goes on from "
+            "the last checkpoint; runtime.workers=0 does without loader processes") from e
+    finally: learn.close()
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-068
 def _resume(stage: Stage, learn: Learner):
@@ -414,5 +445,5 @@ def _resume(stage: Stage, learn: Learner):
 def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
-    for note in (dict(kind='machine', text=stage.machine.text), *stage.notes):
+    for note in (dict(kind='machine', text=stage.machine.text), *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

@@ -46,6 +46,9 @@ def decisions(
         raise ConfigError(f"delay must be in 0..{h - 1} (bars of the horizon less one), got {delay}")
     last = rows[rows['h'] == h].set_index(['date', 'symbol'])
     entry = last['last'] if delay == 0 else rows[rows['h'] == delay].set_index(['date', 'symbol'])['y']
+    if (entry <= 0).any():
+        raise DataError(f"returns need prices above 0, got {entry.min():g} at {last['origin'][entry.idxmin()]}; "
+                        "prices that may be negative have no backtest")
     strength = last['p_up'].astype(float) - .5 if signal == 'p_up' else last['mean'] / last['last'] - 1
     out = dict(origin=last['origin'], end=last['end'], signal=strength, ret=last['y'] / entry - 1)
     out = pd.DataFrame(out).reset_index()

@@ -38,9 +38,19 @@ def log_returns(
                         f"up to {_bar_name(bars, len(bars) - 1)}; give more bars")
     return np.diff(np.log(close))
 
+# %% ../../nbs/api/6_judging/62_baselines.ipynb #09a9a9e6
+def _differences(bars):
+    "Return the differences of the closes (T-1,); an error names the first close that is not finite"
+    close = bars['close'].to_numpy(np.float64)
+    if not np.isfinite(close).all():
+        i = int((~np.isfinite(close)).argmax())
+        raise DataError(f"close must be finite, got {close[i]} for {_bar_name(bars, i)}; repair or drop the bar")
+    return np.diff(close)
+
 # %% ../../nbs/api/6_judging/62_baselines.ipynb #cell-009
 class Baseline:
-    "A forecaster that draws log returns; subclasses say how, for `N` histories at once"
+    "A forecaster that draws log returns, or differences; subclasses say how, for `N` histories at once"
+    additive = False # Draw differences of prices, which may be negative
     def returns(self,
         r,    # (N, T) log returns of the histories
         size, # (paths, predict_window)
@@ -57,8 +67,9 @@ class Baseline:
 def _candles(self: Baseline, bars, size, rngs):
     "Return bars of six features, (N, S, H, 6)"
     last = np.array([b['close'].to_numpy()[-1] for b in bars])[:, None, None]
-    drawn = self.returns(np.stack([log_returns(b) for b in bars]), size, rngs, bars)
-    close = last * np.exp(np.cumsum(drawn, -1))
+    moves = _differences if self.additive else log_returns
+    drawn = self.returns(np.stack([moves(b) for b in bars]), size, rngs, bars)
+    close = last + np.cumsum(drawn, -1) if self.additive else last * np.exp(np.cumsum(drawn, -1))
     out = np.empty((*close.shape, len(FEATURES)))
     out[..., 3], out[..., 1:, 0], out[..., :1, 0] = close, close[..., :-1], last
     out[..., 1], out[..., 2] = np.maximum(out[..., 0], close), np.minimum(out[..., 0], close)
@@ -243,9 +254,13 @@ class Garch(Fitted):
 def default_baselines(
     bars: pd.DataFrame,   # Bars to be judged on, one or more symbols
     lookback_window: int, # Bars of history that each forecast gets
+    additive: bool = False, # Draw differences of prices, which may be negative
 ) -> list: # Of `Baseline`
     "Return every baseline that fits the bars"
     first = bars[bars['symbol'] == bars['symbol'].iloc[0]] if 'symbol' in bars else bars
     m = season_of(first['timestamps'])
     seasonal = [SeasonalNaive(m)] if m > 1 and lookback_window > 2 * m else []
-    return [LastValue(), Drift(), AR1(), *seasonal, GeometricBrownian(), EWMA(), Garch()]
+    out = [LastValue(), Drift(), AR1(), *seasonal, GeometricBrownian(), EWMA(), Garch()]
+    if additive:
+        for baseline in out: baseline.additive = True
+    return out

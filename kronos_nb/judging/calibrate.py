@@ -6,7 +6,7 @@
 __all__ = ['Calibration', 'Calibrated', 'calibrate']
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-002
-import json, math, re
+import math, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from ..core import DataError, RunError, write_json
 from ..display import md_table, percent
+from ..training.history import read_json
 from ..training.run import CALIBRATION, Run
 from ..forecast import Forecast, Forecaster, Forecasts
 from .baselines import LastValue
@@ -66,6 +67,9 @@ def _learn(
     if n < _MIN_DATES:
         raise DataError(f"a calibration needs at least {_MIN_DATES} forecast origins, got {n}; "
                         "give more validation bars or raise origins")
+    if (rows[['y', 'q2.5']] <= 0).any(axis=None):
+        raise DataError("a calibration stretches the logarithm of prices, and these hold prices of 0 or less; "
+                        "set evaluate.calibrate=off")
     for level, low, high in BANDS:
         scores = _band_scores(rows, low, high)
         factors.append(_conformal_quantile(scores, int(level) / 100, n))
@@ -128,6 +132,9 @@ def _from_hub(name, revision):
         raise RunError(f"the hub did not say whether {str(name)!r} has a calibration.json "
                        f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #cf1965ce
+_SAID = dict(factors=[float], dates=int, before=[float], first=str, last=str)
+
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-026
 @patch(cls_method=True)
 def load(cls: Calibration,
@@ -140,8 +147,10 @@ def load(cls: Calibration,
         where = f"{str(source)!r}{' or its predictor' * Path(source).is_dir()}"
         raise RunError(f"there is no calibration.json in {where}. Set evaluate.calibrate=on for a run, or learn one "
                        "with calibrate(...) and save it beside the model")
-    said = json.loads(Path(path).read_text(encoding='utf-8'))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+    said = read_json(path, _SAID)
+    if len(said['factors']) != len(BANDS) or not all(math.isfinite(f) and f > 0 for f in said['factors']):
+        raise RunError(f"{str(path)!r} is damaged: it must hold {len(BANDS)} factors above 0, got {said['factors']}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in _SAID})
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-029
 def _of_forecaster(name): return property(lambda self: getattr(self.forecaster, name))

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RunError
+from ..core import KronosError, RunError, md_text
 from ..config import Config
-from ..display import COLORS, figure, md_table, p_value, percent
+from ..display import COLORS, figure, md_table, p_value, percent, plain_text
 from ..training.run import STAGES, Run
 from .evaluation import COLUMNS, Evaluation, skill
 
@@ -28,6 +28,7 @@ class RunSummary:
     curves: pd.DataFrame    # stage, epoch, and a column per metric
     seconds: dict           # Stage -> seconds in its updates, over all sessions, without validations
     evaluation: Evaluation | None # None where the run was not judged
+    left_out: tuple = ()    # Sentences on files that are damaged
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-008
 def _curves(label, stage):
@@ -43,10 +44,15 @@ def _seconds(m):
     return float((m['step'].diff().fillna(m['step']) * m['step_seconds']).sum())
 
 def _evaluation(run):
+    return Evaluation.load(run) if run.judged else None
+
+def _read(left_out, otherwise, part, *args):
+    "Return what `part` returns; where a file is damaged, say so in `left_out` and return `otherwise`"
     try:
-        return Evaluation.load(run)
-    except RunError:
-        return None
+        return part(*args)
+    except KronosError as e:
+        left_out.append(str(e))
+        return otherwise
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-010
 def read_run(
@@ -54,16 +60,17 @@ def read_run(
     name: str | None = None,
 ) -> RunSummary:
     "Read the settings, curves, times and evaluation of a run"
-    run = Run(folder)
-    each = {label: _curves(label, stage) for label, stage in run.stages.items()}
-    evaluation = _evaluation(run)
+    run, left_out = Run(folder), []
+    none = pd.DataFrame(columns=['stage', 'epoch'])
+    each = {label: _read(left_out, none, _curves, label, stage) for label, stage in run.stages.items()}
+    evaluation = _read(left_out, None, _evaluation, run)
     if not (run.exists or each or evaluation is not None):
         raise RunError(f"{str(folder)!r} is no run: it has no settings, no metrics and no evaluation. "
                        "Give the folder that was given as out_dir")
     curves = pd.concat(each.values(), ignore_index=True) if each else pd.DataFrame()
     seconds = {label: _seconds(m) for label, m in each.items()}
-    config = run.config if run.exists else None
-    return RunSummary(name or run.folder.resolve().name, config, curves, seconds, evaluation)
+    config = _read(left_out, None, getattr, run, 'config') if run.exists else None
+    return RunSummary(name or run.folder.resolve().name, config, curves, seconds, evaluation, tuple(left_out))
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-012
 @dataclass
@@ -249,6 +256,9 @@ def to_markdown(self: Comparison) -> str:
         parts['Run against run, on the forecasts they share'] = md_table(_pair_table(self.pairs))
     if self.judged:
         parts['Metrics of the models'] = md_table(_metric_table(self.metrics, [r.name for r in self.judged]))
+    left_out = [f'- {md_text(r.name)}: {md_text(text)}' for r in self.runs for text in r.left_out]
+    if left_out:
+        parts['Left out'] = '\n'.join(left_out)
     return '## Runs compared\n\n' + '\n\n'.join(f'### {k}\n\n{v}' for k, v in parts.items()) + '\n'
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-038
@@ -265,7 +275,7 @@ def _plot_losses(ax, runs, stage):
     for i, r in enumerate(runs):
         m = r.curves[r.curves['stage'] == stage] if len(r.curves) else r.curves
         if 'val_loss' in m and len(m):
-            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=r.name)
+            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=plain_text(r.name))
     ax.set(title=f'{stage}, validation loss', xlabel='epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.lines:
@@ -294,7 +304,7 @@ def plot(self: Comparison):
     _plot_skills(last, v)
     last.margins(y=.3)
     last.axhline(0, color=COLORS['reference'], lw=.6, ls='--')
-    last.set_xticks(range(len(v)), v.index, fontsize=8)
+    last.set_xticks(range(len(v)), map(plain_text, v.index), fontsize=8)
     last.set(title='CRPS skill, %, and Diebold-Mariano p', xlim=(-.6, len(v) - .4))
     if self.judged:
         last.legend(fontsize=7, frameon=False)

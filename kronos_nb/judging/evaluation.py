@@ -6,7 +6,7 @@
 __all__ = ['window_losses', 'date_losses', 'with_intervals', 'skill', 'Evaluation']
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-002
-import base64, functools, html, io, json
+import base64, functools, html, io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RunError, check_choice, write_atomic, write_json
+from ..core import RunError, check_choice, md_text, one_line, write_atomic, write_json
 from kronos_nb.display import (
     COLORS, date_text, figure, legend_beside, md_key, md_table, p_value, percent, plain_text, png, save_figure,
     show_card,
 )
+from ..hashes import sha256
+from ..training.history import read_json
 from ..training.run import EVALUATION, Run
 from .metrics import LEVELS, directional_accuracy, ic, qlike
 from .stats import block_indices, block_length, diebold_mariano, interval, power
@@ -32,7 +34,7 @@ def _bar_losses(rows):
     y, last, scale = rows['y'], rows['last'], rows['scale']
     error, rise = abs(y - rows['q50']), (np.sign(y - last) + 1) / 2
     pinball = sum(quantile_score(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
-    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / last, mse_pct=(100 * error / last)**2)
+    out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / abs(last), mse_pct=(100 * error / last)**2)
     out['quantile_loss'] = pinball / scale
     for level, lo, hi in BANDS:
         out[f'cover_{level}'] = (rows[lo] <= y) & (y <= rows[hi])
@@ -42,11 +44,16 @@ def _bar_losses(rows):
     return pd.DataFrame(out).astype(np.float64)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-009
+def _change(price, rows):
+    "Return a price as a change from the last close; of a close at or below 0, as a share of its size"
+    change = price / rows['last'] - 1
+    return change if (rows['last'] > 0).all() else change * np.sign(rows['last'])
+
 def _horizon_losses(rows):
     "Return what only the last bar of each forecast tells"
     end = rows[rows['h'] == rows['h'].max()]
     out = dict(vol_mae=100 * abs(np.sqrt(end['var']) - np.sqrt(end['rvar'])), qlike=qlike(end['var'], end['rvar']),
-               expected=end['mean'] / end['last'] - 1, realised=end['y'] / end['last'] - 1)
+               expected=_change(end['mean'], end), realised=_change(end['y'], end))
     at = pd.MultiIndex.from_arrays([end['date'], end['symbol']], names=['date', 'symbol'])
     return pd.DataFrame(out).astype(np.float64).set_axis(at)
 
@@ -332,6 +339,9 @@ def write_parquet(
     frame.to_parquet(buffer, index=False)
     return write_atomic(path, buffer.getvalue())
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #1b541a6e
+_FILES = ('rows.parquet', 'history.parquet', 'card.md')   # beside evaluation.json, which holds their hashes
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-059
 @patch
 def save(self: Evaluation,
@@ -345,7 +355,24 @@ def save(self: Evaluation,
     save_figure(self.plot_verdict(), folder/'verdict.png')
     left_out = [] if self.left_out is None else self.left_out.to_dict('records')
     said = dict(settings=self.settings, left_out=left_out, verdict=self.verdict, sentence=self.sentence)
+    said['files'] = {name: sha256(folder/name) for name in _FILES if (folder/name).is_file()}
     return write_json(folder/EVALUATION, said).parent
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #65d26d1f
+_HOW = dict(lookback_window=int, predict_window=int, periods=int, paths=int, seed=int, overlap=int, draws=int,
+            level=float, worthwhile=float, sampling=dict)
+_LEFT_OUT = dict(symbol=str, count=int, reason=str)
+_FORM = dict(settings=_HOW, left_out=[_LEFT_OUT], verdict=str, sentence=str)
+
+def _read_rows(folder, hashes):
+    "Return rows and history, or None for a history that is not there"
+    damaged = [name for name, digest in hashes.items() if not (folder/name).is_file() or sha256(folder/name) != digest]
+    if damaged: raise RunError(f"{str(folder/damaged[0])!r} is not the file that was written. Evaluate the run again")
+    rows, past = folder/'rows.parquet', folder/'history.parquet'
+    try: return pd.read_parquet(rows), pd.read_parquet(past) if past.exists() else None
+    except Exception as e:   # whatever pyarrow raises
+        why = one_line(e)[:200]
+        raise RunError(f"the rows in {str(folder)!r} cannot be read ({why}). Evaluate the run again") from e
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-061
 @patch(cls_method=True)
@@ -358,11 +385,10 @@ def load(cls: Evaluation,
     if found is None:
         raise RunError(f"no evaluation in {str(folder)!r}: {EVALUATION} is missing. "
                        f"Run evaluate with out_dir={str(folder)!r} first")
-    said = json.loads((found/EVALUATION).read_text(encoding='utf-8'))
-    rows, past = found/'rows.parquet', found/'history.parquet'
-    history = pd.read_parquet(past) if past.exists() else None
+    said = read_json(found/EVALUATION, _FORM)
+    rows, history = _read_rows(found, said.get('files', {}))
     left_out = pd.DataFrame(said['left_out'], columns=['symbol', 'count', 'reason'])
-    return cls(pd.read_parquet(rows), said['settings'], history, left_out)
+    return cls(rows, said['settings'], history, left_out)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-064
 _SHOWN = ['crps', 'mase', 'rmse_pct', 'cover_80', 'direction', 'brier', 'qlike']
@@ -411,7 +437,7 @@ def _method(self: Evaluation):
 def _omissions(self: Evaluation, most=10):
     "Return what was left out and why; '' for nothing"
     if self.left_out is None or not len(self.left_out): return ''
-    named = '; '.join(f'{o.symbol}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
+    named = '; '.join(f'{md_text(o.symbol)}, {o.reason} ({o.count})' for o in self.left_out.head(most).itertuples())
     rest = len(self.left_out) - most
     return f'Left out: {named}' + (f' and {rest} more.' if rest > 0 else '.')
 

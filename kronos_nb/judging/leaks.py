@@ -69,8 +69,8 @@ def _moved(a, b):
         return np.inf
     if not a.size:
         return 0.0
-    size = np.maximum(abs(a), 1e-6 + abs(a).mean())
-    return float((abs(a - b) / size).max())
+    size = np.maximum(abs(a), abs(a).mean())
+    return float(np.max(abs(a - b) / np.where(size > 0, size, 1)))
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-012
 def _columns(bars):
@@ -134,17 +134,16 @@ def leak_symbols(dataset, bars, lookback_window, predict_window):
 def leak_splits(
     splits, # Has `train`, `val`, `test`: frames of canonical bars
 ):
-    "Count the bars that two parts share, and the parts that begin before the previous part ends"
+    "Count the bars that two parts share, and the symbols that begin a part before the previous one ends for all"
     parts = {k: p for k in ('train', 'val', 'test') if (p := getattr(splits, k, None)) is not None and len(p)}
     names, late, said = list(parts), 0, []
     for a, b in zip(names, names[1:]):
         last = parts[a].groupby('symbol', observed=True)['timestamps'].max()
         first = parts[b].groupby('symbol', observed=True)['timestamps'].min()
-        both = last.index.intersection(first.index)
-        wrong = both[(last[both] >= first[both]).to_numpy()]
+        wrong = first[first <= last.max()]
         late += len(wrong)
         if len(wrong):
-            said.append(f'{a} of {wrong[0]} ends {last[wrong[0]]}, {b} begins {first[wrong[0]]}')
+            said.append(f'{a} of {last.idxmax()} ends {last.max()}, {b} of {wrong.idxmin()} begins {wrong.min()}')
     twice = int(pd.concat([p[['symbol', 'timestamps']] for p in parts.values()]).duplicated().sum())
     if twice:
         said.append(f'{twice} bars in two parts')
@@ -208,16 +207,17 @@ def leak_evaluation(
     rows: pd.DataFrame, # Of an `Evaluation`
     splits,             # Has `train` and `val`
 ):
-    "Count the forecasts that begin inside the bars that trained or chose the model"
+    "Count the forecasts that begin inside the bars that trained or chose the model, or lie before the last of them"
     late, said = 0, []
     for name in ('train', 'val'):
         part = getattr(splits, name)
         if not len(part):
             continue
         last = part.groupby('symbol', observed=True)['timestamps'].max().astype('datetime64[ns]')
-        begun = rows.loc[rows['h'] == 1, ['symbol', 'origin']].drop_duplicates()
+        begun = rows.loc[rows['h'] == 1, ['symbol', 'origin', 'end']].drop_duplicates()
         ends = begun['symbol'].map(last).to_numpy('datetime64[ns]')
-        wrong = begun[begun['origin'].to_numpy('datetime64[ns]') < ends]
+        inside = begun['origin'].to_numpy('datetime64[ns]') < ends
+        wrong = begun[inside | (begun['end'].to_numpy('datetime64[ns]') <= last.max().to_datetime64())]
         late += len(wrong)
         if len(wrong):
             first = wrong.iloc[0]
@@ -242,8 +242,7 @@ def _bars_of(run, d):
     "Return the bars that the settings of a run name"
     if not d.source:
         return sample_klines(list(d.symbols) if d.symbols else None)
-    return read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows,
-                       extra_features=d.extra_features, tz=d.tz)
+    return read_klines(list(d.source), symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **d.reading)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-038
 def _of_run(folder, bars):
@@ -251,12 +250,13 @@ def _of_run(folder, bars):
     run = Run.find(folder)
     d = run.config.data
     bars = _bars_of(run, d) if bars is None else bars
-    if d.repair == 'standard' and not check_klines(bars, features=d.features).ok:
-        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, features=d.features)
+    if d.repair == 'standard' and not check_klines(bars, **d.rules).ok:
+        bars, _ = repair_klines(bars, min_bars=d.lookback_window + d.predict_window, **d.rules)
     forecaster = Forecaster.from_pretrained(run)
     dataset = partial(WindowDataset, lookback_window=d.lookback_window, predict_window=d.predict_window,
-                      normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features)
-    splits = split_by_time(bars, d.train, d.val, d.test, d.embargo)
+                      normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features,
+                      market_tz=d.clock)
+    splits = split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
     judged = Evaluation.load(run).rows if run.judged else None
     return _Target(forecaster, bars, d.lookback_window, d.predict_window, splits, dataset, judged)
 

@@ -141,19 +141,29 @@ def _used_ranges(
     return {s: (pd.Timestamp(a), pd.Timestamp(b)) for s, (a, b) in used.items()}
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-028
+def _touching(origins, used, across):
+    "Yield (symbol, first, last, forecasts that touch its bars) of what was used"
+    for s, (a, b) in _used_ranges(used).items():
+        o = origins[(origins['first'] <= b) & (origins['last'] >= a)]
+        o = o if across else o[o['symbol'] == s]
+        if len(o): yield s, a, b, o.sort_values('symbol', key=lambda c: c != s, kind='stable')
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #8519aad6
 def check_untouched(
     origins: pd.DataFrame, # From `pick_origins`
     used, # Bars, or {symbol: (first, last)}, that trained or selected the model
+    across: bool = True, # Look at the days of all symbols; False compares each symbol with itself alone
 ):
     "Raise if a forecast bar lies within what trained or selected the model"
-    for s, (a, b) in _used_ranges(used).items():
-        o = origins[(origins['symbol'] == s) & (origins['first'] <= b) & (origins['last'] >= a)]
-        if not len(o): continue
-        raise DataError(
-            f"the evaluation touches bars that trained or selected the model: {s} is forecast from "
-            f"{max(o['first'].min(), a)} to {min(o['last'].max(), b)} and was used from {a} to {b} "
-            f"({len(o)} forecasts); "
-            f"pass start='{b + (o['first'] - o['origin']).min()}' or later, or other bars")
+    s, a, b, o = next(_touching(origins, used, across), (None,) * 4)
+    if s is None: return
+    name = o['symbol'].iloc[0]
+    last = max(d for _, _, d, _ in _touching(origins, used, across))
+    other = '' if name == s else f" for {s}, whose days count for all symbols"
+    raise DataError(
+        f"the evaluation touches bars that trained or selected the model: {name} is forecast from "
+        f"{max(o['first'].min(), a)} to {min(o['last'].max(), b)} and was used from {a} to {b}{other} "
+        f"({len(o)} forecasts); pass start='{last + (o['first'] - o['origin']).min()}' or later, or other bars")
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-032
 QUANTILES = tuple(f'q{100 * p:g}' for p in LEVELS) # columns of the rows: q2.5 ... q97.5
@@ -164,6 +174,19 @@ def _path_variance(paths, last):
     "Return the variance of the returns of each path from bar to bar, averaged over paths: (N, H)"
     def one(p, l): return realised_var(np.maximum(p, .01 * l), np.full(len(p), l)).mean(0)   # at most -99 %
     return np.stack([one(p, l) for p, l in zip(paths, last)])
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #37320a00
+def _variances(paths, y, last, scale):
+    "Return the variance of the paths and the one that happened, (N, H) each, up to every bar"
+    positive = (last > 0) & (y > 0).all(-1)
+    if positive.all(): return _path_variance(paths, last), realised_var(y, last)
+    var, rvar = np.empty(y.shape), np.empty(y.shape)
+    if positive.any(): var[positive], rvar[positive] = _variances(*(o[positive] for o in (paths, y, last, scale)))
+    for i in np.flatnonzero(~positive):
+        moves = np.diff(np.concatenate([[last[i]], y[i]])) / scale[i]
+        each = np.diff(paths[i], axis=-1, prepend=last[i]) / scale[i]
+        var[i], rvar[i] = np.cumsum(each**2, -1).mean(0), np.cumsum(moves**2)
+    return var, rvar
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-034
 def _summarise(
@@ -176,9 +199,10 @@ def _summarise(
     "Return what is kept of `N` forecasts"
     last_N1, scale_N1, q = np.asarray(last)[:, None], np.asarray(scale)[:, None], quantiles(paths)
     ranks = np.stack([pit(*o) for o in zip(paths, y, keys)])
+    var, rvar = _variances(paths, y, np.asarray(last), np.asarray(scale))
     out = dict(
         y=y, last=last_N1 + 0 * y, scale=scale_N1 + 0 * y, crps=crps(paths, y) / scale_N1, pit=ranks,
-        p_up=prob_up(paths, last), mean=paths.mean(1), var=_path_variance(paths, last), rvar=realised_var(y, last))
+        p_up=prob_up(paths, last), mean=paths.mean(1), var=var, rvar=rvar)
     return out | {c: q[:, i] for i, c in enumerate(QUANTILES)}
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-036

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'Pretrained']
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-002
-import hashlib, inspect, json
+import contextlib, hashlib, inspect, json, math, re, shutil
 from importlib import resources
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import ModelError, check_choice, nearest, write_atomic
+from ..core import KronosError, ModelError, check_choice, nearest, short_repr
+from ..hashes import SUMS, check_sums, write_model_files
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-006
 _tokenizer = dict(
@@ -56,6 +57,7 @@ PUBLISHED = _tokenizers | {
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-015
 _FILES = ('config.json', 'model.safetensors')
+_HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-016
 def _local_files(folder):
@@ -68,9 +70,15 @@ def _local_files(folder):
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-017
 def _hub_files(repo, revision):
     from huggingface_hub import hf_hub_download
-    try: return tuple(Path(hf_hub_download(repo, o, revision=revision)) for o in _FILES)
+    from huggingface_hub.utils import EntryNotFoundError
+    def get(name): return Path(hf_hub_download(repo, name, revision=revision))
+    try:
+        found = tuple(map(get, _FILES))
+        if repo not in PUBLISHED:   # those came without hashes
+            with contextlib.suppress(EntryNotFoundError): get(SUMS)
+        return found
     except Exception as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        why = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         raise ModelError(f"the hub did not deliver {repo!r}, and no such folder exists here ({why}). "
                          f"Check the name{nearest(repo, PUBLISHED)}; offline, pass a folder, or start a run from the "
                          "small base that ships: --set tokenizer.init=bundled --set predictor.init=bundled") from e
@@ -89,6 +97,11 @@ def bundled_model(
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #2a92db48
 def _is_tokenizer(cls) -> bool: return 'Tokenizer' in cls.__name__
 
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #bf3bf94c
+def _is_folder(name):
+    try: return Path(name).is_dir()
+    except (OSError, ValueError): return False   # too long for a path, or with a zero byte
+
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-018
 def find_files(
     source,        # A folder, a hub id such as 'NeoQuasar/Kronos-mini', or 'bundled'
@@ -97,11 +110,37 @@ def find_files(
 ) -> tuple: # Paths of `config.json` and `model.safetensors`
     "Return the paths of a model's two files, downloaded where `source` is a hub id"
     if source == BUNDLED and kind: return _local_files(bundled_model(kind))
-    if Path(source).is_dir(): return _local_files(Path(source))
     name = str(source)
-    if name.count('/') == 1 and not name.startswith(('.', '/', '~')): return _hub_files(name, revision)
-    raise ModelError(f"no model folder {name!r}. Pass a folder with {' and '.join(_FILES)}, "
+    if _is_folder(name): return _local_files(Path(source))
+    if _HUB_ID.fullmatch(name) and '..' not in name and '--' not in name: return _hub_files(name, revision)
+    raise ModelError(f"no model folder {short_repr(name)}. Pass a folder with {' and '.join(_FILES)}, "
                      "or a hub id such as 'NeoQuasar/Kronos-mini'")
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #9014dab3
+def copy_model(
+    source, # A folder, a hub id, or 'bundled'
+    folder, # Made where needed
+    kind=None, # As in `find_files`
+) -> Path: # The folder
+    "Copy the files of a model, checked before"
+    files, folder = find_files(source, kind=kind), Path(folder)
+    check_sums(*files)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*files, files[0].parent/SUMS):
+        if file.is_file(): shutil.copyfile(file, folder/file.name)
+        else: (folder/file.name).unlink(missing_ok=True)
+    return folder
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #e20edea8
+def check_finite(
+    tensors: dict, # Name -> tensor
+    source,        # Named in the error
+):
+    "Raise `ModelError` where a weight is infinite or not a number"
+    def bad(t): return t.is_floating_point() and not torch.isfinite(t.sum()) and not torch.isfinite(t).all()
+    if wrong := [k for k, t in tensors.items() if bad(t)]:
+        raise ModelError(f"{source} holds weights that are no finite numbers, in {', '.join(wrong[:3])}: its training "
+                         "diverged, or the file is damaged. Use an earlier checkpoint, or train again with a lower lr")
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-022
 def _mismatches(want, got):
@@ -114,14 +153,37 @@ def _mismatches(want, got):
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-023
 def _load_weights(model, tensors, source):
-    "Put `tensors` into `model` in float32, after a check of every key and shape"
+    "Put `tensors` into `model` in float32, after a check of every key, shape and value"
     bad = list(_mismatches(model.state_dict(), tensors))
     more = f' and {len(bad)-5} more' if len(bad) > 5 else ''
     if bad: raise ModelError(f"{source} does not fit the {type(model).__name__} that its config.json describes: "
                              f"{'; '.join(bad[:5])}{more}. Is it the folder of another model or size?")
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+    check_finite(tensors, source)
     model.load_state_dict({k: t.clone() for k, t in tensors.items()}, assign=True)
     return model
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #4a3d0295
+_MOST = dict(d_in=256, n_heads=256, n_layers=256, n_enc_layers=256, n_dec_layers=256, s1_bits=16, s2_bits=16,
+             group_size=32, max_context=10**6, lookback_window=10**6, predict_window=10**6)
+
+def _number_error(name, kind, value) -> str | None: # None where all is well
+    "Return what a number of `config.json` must be, where it is not"
+    if kind is bool: return None if isinstance(value, bool) else 'true or false'
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value): return 'a number'
+    most = _MOST.get(name, 2**16)
+    if kind is int and not (isinstance(value, int) and 1 <= value <= most): return f'a whole number in 1..{most}'
+    if name.endswith('_p') and not 0 <= value < 1: return 'at least 0 and below 1'
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #4df3af26
+def _check_numbers(cls, config, extra):
+    "Raise unless every number of a model can be built"
+    kinds = {k: p.annotation for k, p in inspect.signature(cls).parameters.items() if k in config}
+    kinds |= {k: int for k in ('max_context', 'lookback_window', 'predict_window') if extra.get(k) is not None}
+    for name, kind in kinds.items():
+        value = config.get(name, extra.get(name))
+        if wrong := kind in (bool, int, float) and _number_error(name, kind, value):
+            raise ModelError(f"{name} of a {cls.__name__} must be {wrong}, got {short_repr(value)}")
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-026
 class Pretrained(nn.Module):
@@ -135,6 +197,7 @@ class Pretrained(nn.Module):
         super().__init__()
         self.config = {k: config[k] for k in sorted(config) if k not in ('self', 'extra', '__class__')}
         self.extra = dict(extra or {})
+        _check_numbers(type(self), self.config, self.extra)
 
     @property
     def n_params(self): return sum(p.numel() for p in self.parameters())
@@ -151,7 +214,8 @@ def from_config(cls: Pretrained,
     names = [k for k in inspect.signature(cls).parameters if k != 'extra']
     missing = [k for k in names if k not in config]
     if missing: raise ModelError(f"{source} lacks {', '.join(missing)}; a {cls.__name__} needs {', '.join(names)}")
-    return cls(**{k: config[k] for k in names}, extra={k: v for k, v in config.items() if k not in names})
+    try: return cls(**{k: config[k] for k in names}, extra={k: v for k, v in config.items() if k not in names})
+    except KronosError as e: raise ModelError(f"{source}: {e}") from e
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-029
 @patch(cls_method=True)
@@ -165,8 +229,12 @@ def from_size(cls: Pretrained,
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-031
 def _read_config(path):
-    try: return json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise ModelError(f"{path} is not JSON: {e}") from e
+    def refuse(word): raise ValueError(f'{word} is no number of JSON')
+    if path.stat().st_size > 2**20: raise ModelError(f"{path} has more than 1 MiB: it is no configuration of a model")
+    try: found = json.loads(path.read_bytes(), parse_constant=refuse)
+    except (ValueError, RecursionError) as e: raise ModelError(f"{path} is not JSON: {str(e)[:200]}") from e
+    if not isinstance(found, dict): raise ModelError(f"{path} must hold a mapping, got {short_repr(found)}")
+    return found
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-032
 def _read_weights(path):
@@ -182,7 +250,8 @@ def from_pretrained(cls: Pretrained,
     revision=None, # Branch, tag or commit of a hub id
 ):
     "Load the model saved at `source`, in eval mode"
-    config_path, weights_path = find_files(source, revision, 'tokenizer' if _is_tokenizer(cls) else 'predictor')
+    config_path, weights_path = files = find_files(source, revision, 'tokenizer' if _is_tokenizer(cls) else 'predictor')
+    check_sums(*files)
     with torch.device('meta'): model = cls.from_config(_read_config(config_path), config_path)
     return _load_weights(model, _read_weights(weights_path), weights_path).eval()
 
@@ -191,12 +260,13 @@ def from_pretrained(cls: Pretrained,
 def save_pretrained(self: Pretrained,
     folder, # Made where needed
 ) -> Path: # The folder
-    "Write `config.json` and `model.safetensors`, each atomically"
+    "Write `config.json`, `model.safetensors` and their hashes, each atomically"
     from safetensors.torch import save
     state = {k: t.detach().cpu() for k, t in self.state_dict().items()}
     state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
-    write_atomic(Path(folder)/'model.safetensors', save({k: t.contiguous().clone() for k, t in state.items()}))
-    write_atomic(Path(folder)/'config.json', json.dumps(self.config | self.extra, indent=2, sort_keys=True))
+    config = json.dumps(self.config | self.extra, indent=2, sort_keys=True).encode()
+    weights = save({k: t.contiguous().clone() for k, t in state.items()})
+    write_model_files(folder, {'config.json': config, 'model.safetensors': weights})
     return Path(folder)
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-037

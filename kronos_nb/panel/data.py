@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ..core import DataError, KronosError
 from ..settings import format_setting
 from ..config import OWN, Config, DataConfig
-from ..display import COLORS, date_text, figure, interval_text, percent
+from ..display import COLORS, date_text, figure, interval_text, percent, plain_text
 from ..data.augment import Augment
 from ..data.check import check_klines
 from ..data.normalize import NORMALIZERS
@@ -124,7 +124,7 @@ def plot_window(
     axes[2].plot(plain[:, 3], color=COLORS['history'], lw=2.5, alpha=.3)
     axes[2].plot(augmented[:, 3], color=COLORS['model'], lw=1)
     symbol, first, _ = ds.where(index)
-    titles = (f'{symbol}, close, from {first:%Y-%m-%d}', 'normalised, in sigmas',
+    titles = (f'{plain_text(symbol)}, close, from {first:%Y-%m-%d}', 'normalised, in sigmas',
         'augmented' if cfg.augment.on else 'augmented: nothing is switched on')
     for ax, title in zip(axes, titles):
         ax.set_title(title, fontsize=10)

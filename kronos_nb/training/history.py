@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import jsonable, write_json
+from ..core import RunError, jsonable, misfit, write_json
 from ..display import COLORS, figure
 
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-006
@@ -58,14 +58,27 @@ def json_line(row: dict) -> str:
     "Return a row as a line of strict JSON"
     return json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False) + '\n'
 
+# %% ../../nbs/api/4_training/40_history.ipynb #c837d8c0
+_AT = dict(epoch=int, step=int)
+_NUMBERS = {str: (float, bool, None)}
+_LIKE = dict(notes=_AT | dict(text=str), validations=_AT | _NUMBERS, steps=dict(step=int) | _NUMBERS)
+
+def _read_row(line: bytes, like): # None for a damaged line
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): return None
+    if misfit(row, like): return None
+    return {k: math.nan if v is None else v for k, v in row.items()}
+
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-014
-def read_lines(path) -> list:
+def read_lines(path, damaged=None) -> list: # `damaged`: a list that gets a sentence on lines that were left out
     "Return the rows of a file of JSON lines; [] without a file"
     path = Path(path)
     if not path.exists(): return []
-    whole, _, _ = path.read_text(encoding='utf-8').rpartition('\n')
-    rows = [json.loads(o) for o in whole.split('\n') if o]
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    whole, _, _ = path.read_bytes().rpartition(b'\n')
+    rows = [_read_row(o, _LIKE.get(path.stem, {})) for o in whole.split(b'\n') if o]
+    n = sum(row is None for row in rows)
+    if n and damaged is not None: damaged.append(f'{n} damaged of {len(rows)} lines of {path.name} are left out')
+    return [row for row in rows if row is not None]
 
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-017
 def write_metrics(
@@ -76,23 +89,35 @@ def write_metrics(
     keys = dict.fromkeys(k for row in epochs for k in row)
     return write_json(path, {k: [row.get(k) for row in epochs] for k in keys})
 
+# %% ../../nbs/api/4_training/40_history.ipynb #4d18c884
+def _parse_json(path, like) -> tuple: # The content, what is wrong with it, and when the file changed last
+    try: changed, data = path.stat().st_mtime_ns, path.read_bytes()
+    except OSError as e: return None, e.strerror, None
+    try: found = json.loads(data)
+    except (ValueError, RecursionError) as e: return None, f'no JSON: {str(e)[:80]}', changed
+    return found, misfit(found, like), changed
+
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-018
 def read_json(
     path,
-    tries=20, # Reads, a twentieth of a second apart
+    like=dict, # How the content must be built, see `core.misfit`
+    tries=20,  # Reads, a twentieth of a second apart, as long as the file changes
 ):
-    "Return the content of a JSON file that another process may be replacing"
-    for i in range(tries):
-        try: return json.loads(Path(path).read_text(encoding='utf-8'))
-        except (ValueError, FileNotFoundError):
-            if i == tries-1: raise
-            time.sleep(.05)
+    "Return the content of a JSON file that another process may be replacing; raise `RunError` for a damaged one"
+    seen = None
+    for _ in range(tries):
+        found, wrong, changed = _parse_json(Path(path), like)
+        if not wrong: return found
+        if changed is not None and changed == seen: break
+        seen = changed
+        time.sleep(.05)
+    raise RunError(f"{str(path)!r} is damaged ({wrong}). Bring it back from a copy of the run")
 
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-019
 def read_metrics(path) -> list:
     "Return the rows of epochs that `write_metrics` wrote; [] without a file"
     if not Path(path).exists(): return []
-    lists = read_json(path)
+    lists = read_json(path, {str: [(float, bool, None)]})
     return [{k: v for k, v in zip(lists, row) if v is not None} for row in zip(*lists.values())]
 
 # %% ../../nbs/api/4_training/40_history.ipynb #cell-023

@@ -50,6 +50,8 @@ class Source:
     def stream(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         "Yield the batches of `epoch` from step `start` on"
         return (self.load(epoch, i) for i in range(start, len(self)))
+    def close(self): "Release what the source holds, such as loader processes; the next `stream` starts them again"
+    lost_loaders = False   # Whether a loader process died
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-010
 class TensorSource(Source):
@@ -161,10 +163,15 @@ def sum_ranks(self: Backend, x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-029
 @patch
+def any_ranks(self: Backend, *flags: bool) -> list:
+    "Return whether each of `flags` holds on any process; all processes get the same answer"
+    if self.world == 1: return [bool(f) for f in flags]
+    mine = torch.tensor([float(bool(f)) for f in flags], device=self.device)
+    return (self.sum_ranks(mine) > 0).tolist()
+@patch
 def any_rank(self: Backend, flag: bool) -> bool:
-    "Return whether `flag` holds on any process; all processes get the same answer"
-    if self.world == 1: return bool(flag)
-    return bool(self.sum_ranks(torch.tensor(float(flag), device=self.device)) > 0)
+    "Return whether `flag` holds on any process"
+    return self.any_ranks(flag)[0]
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-033
 def out_of_memory(e: BaseException) -> bool:
@@ -201,6 +208,7 @@ NOTE_KINDS = dict(
     checkpoint='a damaged checkpoint was passed over',
     codebook_collapse='few tokens of the codebook are in use',
     compile='`torch.compile` does not work here and is left out',
+    damaged='a file of the run, or a part of it, could not be read and is left out',
     early_stopping='the fit ends because validation no longer improves',
     lr_find='the learning rate finder ran',
     lr_reduced='the plateau schedule lowered the learning rate',
@@ -210,6 +218,7 @@ NOTE_KINDS = dict(
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
+    validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-043
@@ -243,7 +252,7 @@ def _begin(self: Learner):
     "Put the learner before its first step"
     self.epoch = self.epoch_step = self.step = self.epochs = 0
     self.max_steps, self.validated_at, self.valid_batch = None, -1, None
-    self.stop_reason, self.interrupted, self.training = None, False, False
+    self.ending, self.leaving, self.ends, self.training = None, None, False, False
     self.history, self.metrics, self.losses = History(), {}, {}
     self.row, self.step_losses, self._rehearsed = {}, {}, 0
     self._pending, self._interval, self._means = [], Mean(), Mean()
@@ -266,7 +275,8 @@ def total_steps(self: Learner) -> int: return min(self.epochs*self.steps_per_epo
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-048
 @patch
 def event(self: Learner, name: str):
-    "Call the method `name` of every callback that has one, in order"
+    "Call the method `name` of every callback that has one, in order; a cleanup that fails stops no other one"
+    failed = None
     for c in self.callbacks:
         f = getattr(c, name, None)
         if f is None: continue
@@ -275,7 +285,9 @@ def event(self: Learner, name: str):
         except Exception as e:
             if hasattr(e, 'add_note'):   # Python 3.11 on
                 e.add_note(f"in {c.name}.{name} (epoch {self.epoch+1}, step {self.step})")
-            raise
+            if not name.startswith('cleanup'): raise
+            failed = failed or e
+    if failed: raise failed
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-049
 @patch
@@ -298,20 +310,29 @@ def fit(self: Learner,
     if epochs < 1 or (max_steps is not None and max_steps < 1):
         raise ConfigError(f"epochs and max_steps must be at least 1, got {epochs} and {max_steps}")
     if not len(self.source): raise ConfigError("the training source has no windows: there is nothing to fit")
-    self.epochs, self.max_steps, self.interrupted = epochs, max_steps, False
+    self.epochs, self.max_steps, self.leaving = epochs, max_steps, None
     self.zero_grads()
     devices = [self.backend.device] if self.backend.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=devices): self.span('fit', self._fit)
+    self._agree()   # on what was asked for after the last look
     return self
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-053
 @patch
 def _fit(self: Learner):
     if self.val_first and self.step == 0: self._validate_once()
-    while self.epoch < self.epochs and self.step < self.total_steps and not self.stop_reason:
+    while self._goes_on():
         at = self.epoch
         self.span('epoch', self._one_epoch)
         if self.epoch == at: self._next_epoch()   # the epoch was cancelled
+
+# %% ../../nbs/api/4_training/42_learner.ipynb #47200a3f
+@patch
+def _goes_on(self: Learner) -> bool:
+    "Return whether an epoch is open, or another one is due"
+    self._decide()
+    due = self.epoch < self.epochs and self.step < self.total_steps and not self.ends
+    return due or self.epoch_step > 0
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-055
 @patch
@@ -330,13 +351,18 @@ def _next_epoch(self: Learner): self.epoch, self.epoch_step, self._means = self.
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-057
 @patch
 def _train(self: Learner):
+    self._decide()
     self._validate_if_due()
-    if self.epoch_step >= self.steps_per_epoch: return
+    if self._train_is_over(): return
     for batch in self.source.stream(self.epoch, self.epoch_step):
-        if self.stop_reason or self.step >= self.total_steps: break
         self._one_step(batch)
-        self._check_interrupted()
+        self._decide()
         self._validate_if_due()
+        if self._train_is_over(): break
+
+@patch
+def _train_is_over(self: Learner) -> bool:
+    return self.ends or self.epoch_step >= self.steps_per_epoch or self.step >= self.total_steps
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-059
 @patch
@@ -505,13 +531,14 @@ def to_float64(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-086
 @patch
-def _loss_sums(self: Learner) -> tuple: # Name -> sum over windows, number of windows
-    "Add up the losses of this process's validation windows"
+def _loss_sums(self: Learner, decide) -> tuple: # Name -> sum over windows, number of windows
+    "Add up the losses of this process's validation windows; call `decide` before each batch"
     def weighted(batch):
         self.batch, self.losses = batch, self.model(**self.on_device(batch))
         return {k: to_float64(v.detach())*batch.n for k, v in self.losses.items()}
     sums, n = {}, 0
     for batch in self.valid.stream(0):
+        decide()
         for row in self.map_pieces(batch, weighted):
             for k, v in row.items(): sums[k] = sums.get(k, 0.) + v
         n += batch.n
@@ -519,11 +546,13 @@ def _loss_sums(self: Learner) -> tuple: # Name -> sum over windows, number of wi
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-087
 @patch
-def validate(self: Learner) -> dict: # 'val_loss', and the task's other scalars with `val_` before their names
+def validate(self: Learner,
+    decide=lambda: None, # Called before each batch; may leave the validation by an exception
+) -> dict: # 'val_loss', and the task's other scalars with `val_` before their names
     "Evaluate the task on the validation source"
     self.task.eval()
     self.training, size = False, self.valid_batch
-    with torch.no_grad(): sums, n = self._loss_sums()
+    with torch.no_grad(): sums, n = self._loss_sums(decide)
     stacked = torch.stack([*sums.values(), next(iter(sums.values())).new_tensor(n)])
     *values, n = self.backend.sum_ranks(stacked).tolist()
     if self.backend.any_rank(self.valid_batch != size) and self.valid_batch == size:
@@ -536,10 +565,11 @@ def validate(self: Learner) -> dict: # 'val_loss', and the task's other scalars 
 def _validate_once(self: Learner):
     if self.valid is None or self.validated_at == self.step: return
     self.span('validate', self._validation)
+    self._decide()
 
 @patch
 def _validation(self: Learner):
-    self.metrics = self.validate()
+    self.metrics = self.validate(self._decide)
     self.validated_at = self.step
     self.history.validations.append(dict(epoch=self.epoch+1, step=self.step) | self.metrics)
 
@@ -551,15 +581,29 @@ def _validate_if_due(self: Learner):
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-092
 @patch
 def stop(self: Learner, reason: str, interrupted=False):
-    "End the fit after this epoch's validation, or after this step if `interrupted`, which means to be continued"
-    self.stop_reason, self.interrupted = self.stop_reason or reason, self.interrupted or interrupted
+    """Ask for the end of the fit: after this epoch's validation, or after this step if `interrupted`, which means
+    to be continued"""
+    if interrupted: self.leaving = self.leaving or reason or 'interrupted'
+    else: self.ending = self.ending or reason or 'stopped'
+
+@patch(as_prop=True)
+def interrupted(self: Learner) -> bool: return self.leaving is not None
+@patch(as_prop=True)
+def stop_reason(self: Learner) -> str | None: return self.leaving or self.ending
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-093
 @patch
-def _check_interrupted(self: Learner):
-    if not self.backend.any_rank(self.interrupted): return
-    self.stop('another process was interrupted', interrupted=True)
-    raise CancelFit
+def _agree(self: Learner):
+    "Let all processes know what any of them was asked for"
+    self.ends, leaves = self.backend.any_ranks(self.ending, self.leaving)
+    if self.ends: self.stop('another process ended the fit')
+    if leaves: self.stop('another process was interrupted', interrupted=True)
+    return leaves
+
+@patch
+def _decide(self: Learner):
+    "Decide about a stop, on all processes at the same place"
+    if self._agree(): raise CancelFit
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-095
 _POSITION = ('epoch', 'epoch_step', 'step', 'validated_at', 'micro_batch', 'valid_batch', 'metrics')
@@ -571,7 +615,7 @@ def state_dict(self: Learner) -> dict:
     self._flush()
     scaler = self.backend.accelerator.scaler
     return dict(model=self.model.state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
-        position={k: getattr(self, k) for k in _POSITION}, stop_reason=None if self.interrupted else self.stop_reason,
+        position={k: getattr(self, k) for k in _POSITION}, stop_reason=self.ending,
         interval=self._interval.state, means=self._means.state, history=self.history.to_dict(),
         callbacks={c.name: s for c in self.callbacks if (s := c.state_dict())})
 
@@ -583,10 +627,16 @@ def load_state_dict(self: Learner, state: dict):
     self.opt.load_state_dict(state['opt'])
     if state['scaler']: self.backend.accelerator.scaler.load_state_dict(state['scaler'])
     for k, v in state['position'].items(): setattr(self, k, v)
-    self.stop_reason, self._interval, self._means = state['stop_reason'], Mean(state['interval']), Mean(state['means'])
+    self.ending, self._interval, self._means = state['stop_reason'], Mean(state['interval']), Mean(state['means'])
     self.history = History.from_dict(state['history'])
     for c in self.callbacks:
         if c.name in state['callbacks']: c.load_state_dict(state['callbacks'][c.name])
+
+# %% ../../nbs/api/4_training/42_learner.ipynb #61eddeb9
+@patch
+def close(self: Learner):
+    "End what the sources hold, such as loader processes"
+    for source in filter(None, (self.source, self.valid)): source.close()
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-099
 def _firing_order(span: str, *inner):

@@ -7,7 +7,7 @@ __all__ = ['Progress', 'RunFiles', 'LossPlot', 'LivePlot', 'GradNorm', 'UpdateRa
            'Tracker']
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-002
-import os, platform, subprocess, sys, time
+import contextlib, os, platform, subprocess, sys, time
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import psutil
 import torch
 from fastcore.basics import patch
 
-from ..core import ConfigError, check_choice, write_atomic, write_json
+from ..core import ConfigError, check_choice, write_atomic, write_json, writing
 from ..display import EVERY, clock, current_run, png, progress_bar
 from ..model.tokenizer import KronosTokenizer
 from .history import LINES, json_line, plot_losses, summary_line, write_metrics
@@ -148,7 +148,7 @@ def before_fit(self: RunFiles, learn):
     write_metrics(self.at.metrics_file, learn.history.epochs)
     self._start_log()
     files = {k: self.at.rows_file(k) for k in LINES} | dict(log=self.at.log)
-    self.files = {k: open(file, 'a', encoding='utf-8') for k, file in files.items()}
+    with writing(self.at): self.files = {k: open(file, 'a', encoding='utf-8') for k, file in files.items()}
     where = f'from step {learn.step}' if learn.step else 'start'
     self.write('log', f'--- {self.at.name}, {where}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n')
     self._write_status('running')
@@ -158,6 +158,14 @@ def before_fit(self: RunFiles, learn):
 def cleanup_fit(self: RunFiles, learn):
     "Write how the fit ended, and close the files"
     if not self.files: return
+    try: self._write_end(learn)
+    finally:
+        for f in self.files.values():
+            with contextlib.suppress(OSError): f.close()   # of a disk that is full
+        self.files, self.learn = {}, None
+
+@patch
+def _write_end(self: RunFiles, learn):
     self._append_new()
     error, how = sys.exc_info()[1], 'finished'
     if learn.interrupted or isinstance(error, KeyboardInterrupt): how = 'interrupted'
@@ -166,8 +174,6 @@ def cleanup_fit(self: RunFiles, learn):
     self.write('log', f"--- {how} at step {learn.step}{f': {why}' if why else ''} ---\n")
     self._write_status(how, why)
     self.kept = self.files['log'].tell()
-    for f in self.files.values(): f.close()
-    self.files, self.learn = {}, None
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-029
 @patch
@@ -180,8 +186,9 @@ def _start_log(self: RunFiles):
 @patch
 def write(self: RunFiles, name: str, text: str):
     "Append to a file and hand it to the operating system"
-    self.files[name].write(text)
-    self.files[name].flush()
+    with writing(self.files[name].name):
+        self.files[name].write(text)
+        self.files[name].flush()
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-030
 @patch

@@ -149,12 +149,15 @@ class Best(Callback):
         self.save, self.monitor, self.mode = save, monitor, check_choice('mode', mode, ('min', 'max'))
         self.value, self.step = None, None
     def better(self, new, old, by=0.) -> bool:
-        return old is None or (new < old-by if self.mode == 'min' else new > old+by)
+        if not math.isfinite(new): return False   # a number that is none is never the best
+        return old is None or not math.isfinite(old) or (new < old-by if self.mode == 'min' else new > old+by)
     def read(self, learn) -> float:
         if self.monitor in learn.metrics: return learn.metrics[self.monitor]
         raise ConfigError(f"monitor must be one of {', '.join(learn.metrics)}; got {self.monitor!r}")
     def after_validate(self, learn):
         value = self.read(learn)
+        if not math.isfinite(value):
+            learn.note('validation_not_finite', f'{self.monitor} is {value:g} and counts as no validation')
         if not self.better(value, self.value): return
         self.value, self.step = value, learn.step
         if self.save and learn.backend.is_main: self.save(learn)
@@ -176,8 +179,9 @@ class EarlyStopping(Best):
             return
         self.waited += 1
         if self.waited < self.patience: return
-        text = (f'early stopping: {self.monitor} did not improve on {self.value:.6g} (step {self.step}) '
-                f'by {self.min_delta:g} in {self.waited} validations')
+        old = 'any finite value' if self.value is None else f'{self.value:.6g} (step {self.step})'
+        text = (f'early stopping: {self.monitor} did not improve on {old} by {self.min_delta:g} in {self.waited} '
+                'validations')
         facts = dict(monitor=self.monitor, best_step=self.step, validations=self.waited, total_steps=learn.total_steps)
         learn.note('early_stopping', text, **facts)
         learn.stop(text)

@@ -6,16 +6,18 @@
 __all__ = ['RunStage', 'Run', 'find_runs']
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-002
-import platform, time
+import contextlib, errno, platform, re, time, warnings
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import psutil
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
-from ..core import RunError, check_choice, write_json
+from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
 from ..config import Config
+from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-007
@@ -80,7 +82,16 @@ def has_model(self: RunStage) -> bool: return is_model(self.best_model) or is_mo
 @patch(as_prop=True)
 def model_config(self: RunStage) -> dict: # Architecture, normaliser, windows, hash of the tokenizer
     "Return what the best model says about itself"
-    return read_json(self.model()/'config.json')
+    file = self.model()/'config.json'
+    check_sums(file)
+    return read_json(file)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #eb43f9e2
+def _with_damage(history, damaged):
+    "Append a note for everything that could not be read"
+    at = {k: max((r[k] for r in (history.steps or history.notes)[-1:]), default=0) for k in ('epoch', 'step')}
+    history.notes += [dict(**at, kind='damaged', text=text) for text in damaged]
+    return history
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-020
 @patch(as_prop=True)
@@ -89,8 +100,11 @@ def history(self: RunStage) -> History:
     if not self.begun:
         raise RunError(f"no stage of a run in {str(self.folder)!r}: it has no {self.metrics_file.name} "
             "and no steps.jsonl. Give the folder tokenizer or predictor of a run")
-    rows = {kind: read_lines(self.rows_file(kind)) for kind in LINES}
-    return History(epochs=read_metrics(self.metrics_file), **rows)
+    damaged = []
+    rows = {kind: read_lines(self.rows_file(kind), damaged) for kind in LINES}
+    try: epochs = read_metrics(self.metrics_file)
+    except RunError as e: epochs = damaged.append(str(e)) or []
+    return _with_damage(History(epochs=epochs, **rows), damaged)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-021
 @patch(as_prop=True)
@@ -99,20 +113,30 @@ def metrics(self: RunStage) -> pd.DataFrame: # One row per epoch; empty before t
     return pd.DataFrame(read_metrics(self.metrics_file))
 
 @patch(as_prop=True)
-def notes(self: RunStage) -> list: return read_lines(self.rows_file('notes'))   # dicts of epoch, step and text
+def notes(self: RunStage) -> list: return self.history.notes if self.begun else []   # dicts of epoch, step and text
+
+# %% ../../nbs/api/4_training/41_run.ipynb #be58723e
+_CANDIDATE = dict(candidate=str, val_loss=(float, None), chosen=bool)
+_CHOICE = dict(chosen=str, origin=str, table=[_CANDIDATE])
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-022
 @patch(as_prop=True)
 def choice(self: RunStage) -> dict: # chosen, origin, table; {} where nothing was chosen
     "Return which weights were kept"
-    return read_json(self.weights_file) if self.weights_file.is_file() else {}
+    return read_json(self.weights_file, _CHOICE) if self.weights_file.is_file() else {}
+
+# %% ../../nbs/api/4_training/41_run.ipynb #a807ec69
+_COUNTS = dict.fromkeys(('step', 'total_steps', 'epoch', 'epochs', 'first_step', 'pid'), int)
+_STATUS = _COUNTS | dict(state=str, why=(str, None), host=str, updated=float, began=float, every=float)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-026
 @patch(as_prop=True)
 def status(self: RunStage) -> dict: # As written, `state` corrected to 'killed' or 'silent'; {} without a file
-    "Return where the stage is"
+    "Return where the stage is; 'unknown' with a reason where the file is damaged"
     if not self.status_file.is_file(): return {}
-    s = read_json(self.status_file)
+    try: s = read_json(self.status_file, _STATUS)
+    except RunError as e: return dict(state='unknown', why=str(e))
+    if s['state'] not in _STATES: return dict(state='unknown', why=f"state is {s['state']!r} in {self.status_file}")
     if s['state'] != 'running': return s
     if s['host'] == platform.node() and not psutil.pid_exists(s['pid']): return s | dict(state='killed')
     silent = time.time() - s['updated'] > max(20*s['every'], 600)
@@ -127,6 +151,7 @@ _STATES = dict(running='Running,', finished='Ended', interrupted='Interrupted', 
 def ended(self: RunStage) -> str: # '' without a status
     "Return a sentence: why and when the stage stopped, or that it goes on"
     if not (s := self.status): return ''
+    if s['state'] == 'unknown': return f"Unknown: {s['why']}."
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(s['updated']))
     at = f"at step {s['step']:,} of {s['total_steps']:,} (epoch {s['epoch']} of {s['epochs']}), {when}"
     return f"{_STATES[s['state']]} {at}{': ' + s['why'] if s['why'] else ''}."
@@ -144,7 +169,7 @@ class Run(_Folder):
     evaluation_folder, evaluation_card = _under('evaluation'), _under('evaluation', 'card.md')
     evaluation_file, no_calibration_file = _under('evaluation', EVALUATION), _under('predictor', 'no_calibration.txt')
 
-    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{symbol}.png'
+    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
     @property
     def forecast_plots(self) -> list: return sorted(self.plots.glob('forecast_*.png'))
     @property
@@ -152,17 +177,40 @@ class Run(_Folder):
     @cached_property
     def config(self) -> Config:
         if not self.exists: raise _no_run(self.folder, self.config_file.name)
-        return Config.load(self.config_file)
+        try: return self._checked(Config.load(self.config_file))
+        except ConfigError as e:
+            if str(self.config_file) in str(e): raise
+            raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
+
+# %% ../../nbs/api/4_training/41_run.ipynb #76109fed
+_SPAN = dict(first=str, last=str, bars=int)
+_SERIES = _SPAN | dict(symbol=str, interval=(float, None), gaps=int)
+_PART = _SPAN | dict(part=str, symbols=int)
+_FACTS = dict(data=str, bars=int, symbols=int, files=[str], series=[_SERIES], parts=[_PART], windows={str: int},
+              device=str, versions={str: str})
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-036
 @patch(as_prop=True)
 def facts(self: Run) -> dict: # Hash of the bars, series, parts, windows, device, versions
     "Return what run.json says"
     if not self.facts_file.is_file(): raise _no_run(self.folder, self.facts_file.name)
-    return read_json(self.facts_file)
+    return read_json(self.facts_file, _FACTS)
 
 @patch(as_prop=True)
 def base(self: Run): return Run(self.base_folder) if self.base_folder.is_dir() else None   # None: it trained no base
+
+# %% ../../nbs/api/4_training/41_run.ipynb #9f19c02d
+@patch
+def _checked(self: Run, cfg: Config) -> Config:
+    "Raise unless the settings are those that the run was started with"
+    try: kept, now = self.facts.get('settings', {}), jsonable(cfg.flat())
+    except RunError: return cfg
+    wrong = [k for k, v in kept.items() if k in now and now[k] != v] if isinstance(kept, dict) else []
+    if not wrong: return cfg
+    more = f' and {len(wrong) - 1} more' * (len(wrong) > 1)
+    is_now, was = (short_repr(values[wrong[0]], 80) for values in (now, kept))
+    raise RunError(f"{str(self.config_file)!r} is damaged or changed: {wrong[0]} is {is_now}{more}, but the run was "
+        f"started with {was}. Call fit again as at first: it writes the file anew")
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-039
 @patch
@@ -235,10 +283,15 @@ def tokenizer(self: Run,
         "Train it first, or set predictor.tokenizer to a folder or a hub id")
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-055
+_SEED_FOLDER = re.compile(r'(seed_\d+/)?predictor(_\d+)?')   # nothing outside of the run
+
 @patch(as_prop=True)
 def ensemble(self: Run) -> list: # Of RunStage
     "Return the predictors that forecast together"
-    names = read_json(self.ensemble_file)['predictors'] if self.ensemble_file.is_file() else ['predictor']
+    names = ['predictor']
+    if self.ensemble_file.is_file(): names = read_json(self.ensemble_file, dict(predictors=[str]))['predictors']
+    if not names or any(not _SEED_FOLDER.fullmatch(name) for name in names):
+        raise RunError(f"{str(self.ensemble_file)!r} must name predictors of the run, got {short_repr(names)}")
     return [RunStage(self.folder/name) for name in names]
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-056
@@ -257,7 +310,8 @@ def judged(self: Run) -> bool: return self.evaluation_file.is_file()
 @patch(as_prop=True)
 def verdict(self: Run) -> dict: # verdict, sentence, settings, left_out; {} where the run was not judged
     "Return what evaluation.json says"
-    return read_json(self.evaluation_file) if self.judged else {}
+    like = dict(verdict=str, sentence=str, settings=dict, left_out=[dict])
+    return read_json(self.evaluation_file, like) if self.judged else {}
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-061
 @patch(as_prop=True)
@@ -272,7 +326,7 @@ def calibration_file(self: Run) -> Path | None: # None where there is none
 def why_not_calibrated(self: Run) -> str | None: # None where there is a calibration, or none was tried
     "Return why no calibration was learnt"
     file = self.no_calibration_file
-    return file.read_text(encoding='utf-8') if file.is_file() else None
+    return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else None
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-066
 @patch(cls_method=True)
@@ -310,3 +364,75 @@ def table(self: Run) -> pd.DataFrame: # One row per stage that has begun
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-071
 @patch
 def _repr_html_(self: Run): return self.table.to_html(index=False)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #c411d2c5
+def answers(process: psutil.Process) -> bool:
+    "Return whether a process is there and not stopped"
+    away = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    try: return process.is_running() and process.status() not in away
+    except psutil.Error: return False
+
+# %% ../../nbs/api/4_training/41_run.ipynb #e7c97c53
+def watch(
+    processes: dict, # Name -> `psutil.Process`
+    patience: float, # Seconds that one of them may be away
+    leave,           # Called with name, process and `patience` when one has been away for longer
+    over,            # `threading.Event` that ends the watch
+):
+    "Look at processes once a second, from a thread of its own"
+    away = dict.fromkeys(processes, 0)
+    while not over.wait(1):
+        for name, process in processes.items():
+            away[name] = 0 if answers(process) else away[name]+1
+            if away[name] == patience: leave(name, process, patience)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #58ff1334
+LOCK = '.lock'
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)   # what file systems without locks say
+
+def _try_lock(folder, wait):
+    "Return the lock of a folder once it is held; None where the file system has none"
+    lock = FileLock(Path(folder)/LOCK)
+    try: lock.acquire(timeout=wait)
+    except (NotImplementedError, OSError) as e:
+        if isinstance(e, Timeout) or isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise
+        warnings.warn(f"the file system of {str(folder)!r} has no locks: see to it that one process writes there")
+        return None
+    return lock
+
+# %% ../../nbs/api/4_training/41_run.ipynb #268a1044
+_LEFT = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')   # as `write_atomic` names them
+
+def remove_leftovers(
+    folder, # Of a run, with its lock held
+):
+    "Remove the temporary files of processes that were killed"
+    for path in list(Path(folder).rglob('.*.tmp')):
+        if _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
+
+# %% ../../nbs/api/4_training/41_run.ipynb #732d3bc3
+def _busy(folder):
+    return RunError(f"another process writes into {str(folder)!r}. Wait until it has ended, or stop it; or choose "
+        "another folder (out_dir, --out)")
+
+@contextlib.contextmanager
+def only_writer(
+    folder,        # Of a run; made if needed
+    wait: float = 10, # Seconds to wait for a process that is ending
+):
+    "Hold the lock of a folder inside the block; raise `RunError` where another process holds it"
+    with writing(folder):
+        try: lock = _try_lock(folder, wait)
+        except Timeout: raise _busy(folder) from None
+        remove_leftovers(folder)
+    try: yield
+    finally:
+        if lock is not None: lock.release()
+
+# %% ../../nbs/api/4_training/41_run.ipynb #f1cf4d98
+@patch(as_prop=True)
+def run_id(self: RunStage) -> str | None: # None outside of a run, and in runs of older versions
+    "Return the identity of the run that the stage belongs to"
+    runs = (Run(p) for p in list(self.folder.parents)[:2])   # `seed_N/predictor` lies one deeper
+    found = next((r for r in runs if r.facts_file.is_file()), None)
+    return found and found.facts.get('id')

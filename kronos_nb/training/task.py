@@ -6,20 +6,22 @@
 __all__ = ['plain_state']
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-002
-import contextlib, tempfile
+import contextlib, os, signal, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import FEATURES, ConfigError, ModelError
+from ..core import FEATURES, ConfigError, ModelError, writing
 from ..display import progress_bar
 from ..data.window import BatchSampler, WindowDataset
 from ..data.augment import Augment
 from ..model.tokenizer import KronosTokenizer
 from ..model.predictor import Kronos
+from .run import answers, watch
 from .learner import Batch, Source, halve_on_oom
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-006
@@ -216,9 +218,52 @@ class SampledSource(Source):
             return BatchSampler(dataset, batch_size, seed, mode, samples_per_epoch, drop_last=False, rank=rank,
                                 world_size=world)
         self.dataset, self.sampler, self.first = dataset, sampler(rank), sampler(0)
-        self.workers, self.prefetch, self.persistent, self._loader = workers, prefetch, persistent, None
+        self.workers, self.prefetch, self.persistent = workers, prefetch, persistent
+        self._loader = self._running = None
     def __len__(self): return len(self.sampler)
     def tensors(self, rows, epoch) -> dict: raise NotImplementedError
+
+# %% ../../nbs/api/4_training/43_task.ipynb #03a74514
+LOADER_TIMEOUT, LOADER_PATIENCE = 45, 20   # seconds until a loader that does not answer ends the run
+
+def _end_with(parent: int):
+    "End this process when its parent is gone"
+    while os.getppid() == parent: time.sleep(.5)
+    os._exit(1)
+
+def _begin_worker(_):
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+# %% ../../nbs/api/4_training/43_task.ipynb #c69f3d1f
+@contextlib.contextmanager
+def _watched(workers: list):
+    "End loader processes that are stopped for too long, inside the block"
+    over, there = threading.Event(), {}
+    for w in workers:
+        with contextlib.suppress(psutil.Error): there[w.pid] = psutil.Process(w.pid)
+    args = there, LOADER_PATIENCE, lambda name, process, patience: process.kill(), over
+    threading.Thread(target=watch, args=args, daemon=True).start()
+    try: yield
+    finally: over.set()
+
+# %% ../../nbs/api/4_training/43_task.ipynb #78bc500f
+@patch
+def close(self: SampledSource):
+    "End the loader processes"
+    running, self._running, self._loader = self._running, None, None
+    if running is None: return
+    for worker in running._workers:
+        if worker.is_alive() and not answers(psutil.Process(worker.pid)): worker.kill()   # torch would wait for it
+    running._shutdown_workers()   # otherwise torch ends them when the garbage is collected
+    for worker in running._workers:
+        if worker.is_alive(): worker.kill()
+        worker.join()
+
+@patch(as_prop=True)
+def lost_loaders(self: SampledSource) -> bool:
+    "Return whether a loader process came to a violent end"
+    return self._running is not None and any(w.exitcode for w in self._running._workers)
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-035
 @patch
@@ -240,9 +285,11 @@ def stream(self: SampledSource, epoch, start=0):
         self._plan = _Plan()
         self._loader = torch.utils.data.DataLoader(
             _Fetch(self), batch_size=None, sampler=self._plan, num_workers=self.workers, prefetch_factor=self.prefetch,
-            persistent_workers=self.persistent, generator=torch.Generator())   # no draw from the global generator
+            persistent_workers=self.persistent, timeout=LOADER_TIMEOUT, worker_init_fn=_begin_worker,
+            generator=torch.Generator())   # no draw from the global generator
     self._plan.steps = [(epoch, s) for s in range(start, len(self))]
-    yield from self._loader
+    self._running = iter(self._loader)
+    with _watched(self._running._workers): yield from self._running
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-037
 class WindowSource(SampledSource):
@@ -250,7 +297,7 @@ class WindowSource(SampledSource):
     def __init__(self, dataset, batch_size, seed=0, augment: Augment | None = None, **kw):
         super().__init__(dataset, batch_size, seed, **kw)
         self.augment, self.seed = augment if augment is not None and augment.on else None, seed
-    def __getstate__(self): return self.__dict__ | dict(_loader=None)
+    def __getstate__(self): return self.__dict__ | dict(_loader=None, _running=None)
     def tensors(self, rows, epoch):
         shift = self.augment and self.augment.shifts(self.seed, epoch, rows)
         x, stamp, _ = self.dataset.arrays(rows, shift)
@@ -270,8 +317,10 @@ def matmul_precision(name: str):
 def _mapped(folder, shape, kind):
     "Return an array in an unnamed file of `folder`, gone with the process"
     folder.mkdir(parents=True, exist_ok=True)
-    f = tempfile.TemporaryFile(dir=folder)
-    f.truncate(int(np.prod(shape))*np.dtype(kind).itemsize)
+    f, size = tempfile.TemporaryFile(dir=folder), int(np.prod(shape))*np.dtype(kind).itemsize
+    with writing(folder):   # reserved, where it can be: a disk that fills under a map kills the process
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
+        else: f.truncate(size)
     return np.memmap(f, kind, 'r+', shape=shape)
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-043
