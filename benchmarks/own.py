@@ -25,8 +25,9 @@ from kronos_nb.train import fit
 WINDOWS = dict(hourly=(96, 24), daily=(60, 10))   # lookback, horizon
 START = dict(scratch=dict(init='scratch', size='tiny'), bundled=dict(init='bundled'))
 ARMS = [   # start, tokenizer steps (0: the start's own), predictor steps, learning rate, lookback (0: as in WINDOWS)
-    ('bundled', 0, 1, 1e-8, 0), ('bundled', 0, 200, 5e-4, 0), ('bundled', 100, 400, 5e-4, 0),
-    ('bundled', 0, 400, 5e-4, 0), ('bundled', 0, 200, 1e-3, 0), ('bundled', 0, 200, 5e-4, 168),
+    ('bundled', 0, 1, 1e-8, 0), ('bundled', 0, 200, 5e-4, 0), ('bundled', 100, 200, 5e-4, 0),
+    ('bundled', 100, 400, 5e-4, 0), ('bundled', 0, 400, 5e-4, 0), ('bundled', 0, 200, 1e-3, 0),
+    ('bundled', 0, 200, 5e-4, 168),
     ('scratch', 100, 200, 1e-3, 0), ('scratch', 200, 400, 1e-3, 0), ('scratch', 400, 800, 1e-3, 0),
 ]
 OUT = Path(__file__).with_suffix('.csv')

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/reading.py [--rows 2000000] [--tickers 1000] [--files 10000] [--repeats 3]
 
 Times are of the processor, not of the wall, so that a busy machine gives the same figures. pandas reads the same
-columns, parses the stamps, and for the small files concatenates them: what somebody would write who knows the layout. Prints Markdown.
+columns, parses the stamps, and for the small files concatenates them: what somebody would write who knows the
+layout. Prints Markdown.
 """
 import argparse
 import os

@@ -171,10 +171,10 @@ def _newest(source, n, pattern):
 # %% ../nbs/api/4_training/49_average.ipynb #cell-024
 def _check_intact(files):
     "Raise for a damaged checkpoint"
-    for file in files: check_sums(file)
     for folder in (f.parent for f in files if (f.parent/'manifest.json').is_file()):
         if not (wrong := damage(folder)): continue
         raise RunError(f"checkpoint {folder} is damaged: {wrong}; delete it, or narrow the pattern")
+    for file in files: check_sums(file)
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-025
 def average_checkpoints(

@@ -52,7 +52,7 @@ def _as_setting(option: str) -> str: # '' where no setting has this name
     found = named + [f'--set {key}=VALUE' for key in keys]
     return f"; did you mean {' or '.join(found)}?" if found else ''
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #720e1ab8
+# %% ../nbs/api/9_faces/98_cli.ipynb #b8c45e66
 class _Help(argparse.HelpFormatter):
     "Show a default where there is one"
     def __init__(self, prog): super().__init__(prog, max_help_position=30, width=min(_columns(), 120))
@@ -61,6 +61,7 @@ class _Help(argparse.HelpFormatter):
         quiet = str(action.default) in ('None', 'False', '[]', argparse.SUPPRESS)
         return action.help + ('' if quiet else ' (default: %(default)s)')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #720e1ab8
 def _columns() -> int:
     import shutil
     return shutil.get_terminal_size((120, 24)).columns
@@ -117,9 +118,10 @@ def _command(sub, name: str, run, text: str, takes='', description='') -> _Comma
     p.set_defaults(run=run)
     return p
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #4387ff93
+# %% ../nbs/api/9_faces/98_cli.ipynb #0a95286b
 def _both(name: str) -> tuple: return f'tokenizer.{name}', f'predictor.{name}'
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #4387ff93
 _OPTIONS = dict(   # option -> the settings that it sets
     symbols=('data.symbols',),
     repair=('data.repair',),
@@ -373,9 +375,10 @@ def _search_options(p):
     p.add_argument('--storage', help='file or URL of the study; several processes may share one')
     p.add_argument('--worker', type=int, default=0, help='another number for each process that shares a storage')
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-041
+# %% ../nbs/api/9_faces/98_cli.ipynb #6446c8ae
 _OF_SEARCH = ('symbols', 'repair', 'lookback_window', 'predict_window', 'epochs', 'seed', 'device')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-041
 def _tune_parser(sub):
     "Add the command `tune`"
     text = 'search for settings by validation; resumes, and keeps to its budget'
@@ -473,7 +476,7 @@ def _check_source(a):
             f"--preset NAME ({', '.join(PRESET_NAMES)}); for a size use --set predictor.init=NeoQuasar/Kronos-small "
             "(released weights) or --set predictor.init=scratch --set predictor.size=Kronos-mini")
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-053
+# %% ../nbs/api/9_faces/98_cli.ipynb #436f3979
 def _asked(a) -> tuple: # Arguments of `config_for` and `fit`: data, configuration, changes
     "Return what the options of `fit` describe"
     _check_source(a)
@@ -485,6 +488,7 @@ def _asked(a) -> tuple: # Arguments of `config_for` and `fit`: data, configurati
         changes = _new_tokenizer(a, _config_for(data, named, changes)) | changes
     return data, named, changes
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-053
 def _config_for(data, named, changes) -> Config:
     from kronos_nb.own import config_for
     return config_for(data, named, **changes)
@@ -693,7 +697,7 @@ def run_fit(a):
         return launch(a.num_gpus, a.argv) or 130*stopped(settle(data, named, changes, a.out)[1].folder)
     return _fit_here(a, data, named, changes)
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-080
+# %% ../nbs/api/9_faces/98_cli.ipynb #e1f58e6d
 def _fit_here(a, data, named, changes) -> int:
     "Train in this process and return the exit code"
     from kronos_nb.train import fit
@@ -707,6 +711,7 @@ def _fit_here(a, data, named, changes) -> int:
     _print_result(result, data or ())
     return 0
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-080
 def _command_line(argv) -> str:
     import shlex
     return f'kronos-nb {shlex.join(map(str, argv))}'
@@ -740,7 +745,7 @@ def _run_of(model):
     except RunError:
         return None
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #8c717841
+# %% ../nbs/api/9_faces/98_cli.ipynb #558731ac
 def _reads(run, data: list) -> bool:
     "Return whether a run was trained on some of the files, folders or patterns"
     from glob import glob
@@ -748,13 +753,14 @@ def _reads(run, data: list) -> bool:
     names = {f.name for o in named for f in (o.iterdir() if o.is_dir() else [o])}
     return run.facts_file.is_file() and bool(names.intersection(run.facts['files']))
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #8c717841
 def _newest_run(data: list):
     "Return the newest finished run on the data; None where there is none"
     from kronos_nb.training.run import find_runs
     done = (r for r in find_runs('runs') if r.finished and r.stage('predictor').has_model)
     return next((r for r in done if not data or _reads(r, data)), None)
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #2814429d
+# %% ../nbs/api/9_faces/98_cli.ipynb #fb296f7b
 def _choose_model(a):
     "Set the model where the options name none, and say which one it is"
     if a.model:
@@ -767,6 +773,7 @@ def _choose_model(a):
         _say(f"Model: bundled, a toy beside released weights, because runs/ has no finished run on {files or 'bars'}. "
             f"Train one: {_command_line(['fit', *a.data])}")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #2814429d
 def _say(text: str): print(text, file=sys.stderr)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-087
@@ -787,7 +794,7 @@ def _base_of(a, f):
         raise RunError(f"the weights that the run began with cannot be read ({e}); "
             "name them with --base, or skip the comparison with --base none") from e
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
+# %% ../nbs/api/9_faces/98_cli.ipynb #dda8bf7b
 def _data_of(run) -> list: # Empty for the bundled sample
     "Return the files that a run was trained on; raise where they are not in this folder"
     files = run.facts['files']
@@ -797,6 +804,7 @@ def _data_of(run) -> list: # Empty for the bundled sample
     raise DataError(f"{run} was trained on {', '.join(files[:5])}, and {missing[0]} is not in this folder; "
         "name the bars")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
 def _bars_of(a, cfg: Config, f):
     "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
     from kronos_nb.data.read import read_klines, sample_klines
@@ -900,12 +908,13 @@ def _write_forecasts(found: dict, out: Path):
     pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')
     return table
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
+# %% ../nbs/api/9_faces/98_cli.ipynb #3bf1dd22
 def _shown(table) -> str:
     "Return the table of a few symbols, or where each forecast of many ends"
     few = table.symbol.nunique() <= 3
     return (table if few else table.groupby('symbol', sort=False).tail(1)).to_string(index=False)
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
 def run_forecast(a):
     "Run `kronos-nb forecast`"
     f, bars, cfg = _model_and_bars(a)
@@ -925,7 +934,7 @@ def run_forecast(a):
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
     return 0
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-095
+# %% ../nbs/api/9_faces/98_cli.ipynb #81e74938
 def _seen_note(f, bars) -> list: # Of one text, or empty
     "Return what to say of released weights on bars that they may have seen"
     until = getattr(f, 'seen_until', None)
@@ -933,6 +942,7 @@ def _seen_note(f, bars) -> list: # Of one text, or empty
         return []
     return [f'released weights may have seen the bars before {until.date()}: nothing before it is a test of them']
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-095
 def _unseen_from(f, bars):
     "Return for each symbol the first moment after the bars that the model was trained on; None: `evaluate` knows"
     import pandas as pd

@@ -103,14 +103,6 @@ class DataConfig(_SplitConfig):
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
     @property
     def clock(self) -> str | None: return self.market_tz or self.tz
-    @property
-    def reading(self) -> dict:
-        "Arguments of `read_klines` that say how files are read"
-        return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
-    @property
-    def rules(self) -> dict:
-        "Arguments of `check_klines` and `repair_klines`"
-        return dict(features=self.features, allow_negative_prices=self.allow_negative_prices)
     def check(self):
         for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
         for name in ('tz', 'market_tz'):
@@ -123,6 +115,17 @@ class DataConfig(_SplitConfig):
         if abs(total - 1) > 1e-6:
             shares = f'{self.train} + {self.val} + {self.test} = {total:g}'
             raise ConfigError(f"data.train + data.val + data.test must be 1, got {shares}")
+
+# %% ../nbs/api/0_ground/03_config.ipynb #75f1e2bc
+@patch(as_prop=True)
+def reading(self: DataConfig) -> dict:
+    "Return the arguments of `read_klines` that say how files are read"
+    return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
+
+@patch(as_prop=True)
+def rules(self: DataConfig) -> dict:
+    "Return the arguments of `check_klines` and `repair_klines`"
+    return dict(features=self.features, allow_negative_prices=self.allow_negative_prices)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-016
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +378,7 @@ class Config:
         "Return dotted names to values"
         return {f'{s}.{k}': v for s, part in self.to_dict().items() for k, v in part.items()}
 
-# %% ../nbs/api/0_ground/03_config.ipynb #cell-050
+# %% ../nbs/api/0_ground/03_config.ipynb #054ced2a
 def check_keys(got, allowed, where: str):
     "Raise `ConfigError` if `got` has a name that is not in `allowed`"
     for k in got:
@@ -383,6 +386,7 @@ def check_keys(got, allowed, where: str):
         few = f"; there are: {', '.join(allowed)}" if len(allowed) <= 12 else "; kronos-nb fit --help-all lists all"
         raise ConfigError(f"{where} has no setting {k!r}{nearest(k, allowed) or few}")
 
+# %% ../nbs/api/0_ground/03_config.ipynb #cell-050
 def _meant(key) -> str:
     "Return a suggestion for a name whose group is missing or misspelt"
     names = list(Config().flat())

@@ -44,7 +44,7 @@ GLOSSARY += (
     ('base', '', '', 'the model before fine-tuning', 'pretrained, basemodel'),
 )
 
-# %% ../nbs/api/0_ground/00_core.ipynb #cell-013
+# %% ../nbs/api/0_ground/00_core.ipynb #78f00efd
 class KronosError(Exception):
     "Base of every error that this package raises on purpose"
     def __init__(self, *args,
@@ -53,6 +53,7 @@ class KronosError(Exception):
         super().__init__(*args)
         self.options = options
 
+# %% ../nbs/api/0_ground/00_core.ipynb #cell-013
 class ConfigError(KronosError, ValueError): "A setting is unknown, of the wrong type or out of range"
 class DataError(KronosError, ValueError):   "Bars cannot be used as they are; names symbol and timestamp"
 class ModelError(KronosError, ValueError):  "Weights, configuration and use of a model do not fit together"
@@ -167,7 +168,7 @@ def _write_flushed(fd, content: bytes):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/api/0_ground/00_core.ipynb #edb46126
+# %% ../nbs/api/0_ground/00_core.ipynb #83a41e97
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # only writing fails like this
 
 def _disk_says(e, full) -> str:
@@ -175,6 +176,7 @@ def _disk_says(e, full) -> str:
     if isinstance(e, OSError): return '' if full and e.errno not in _FULL else e.strerror or str(e)
     return str(e) if type(e).__name__ == 'SafetensorError' and 'os error' in str(e) else ''
 
+# %% ../nbs/api/0_ground/00_core.ipynb #edb46126
 @contextlib.contextmanager
 def writing(
     path,       # What is being written, for the message
@@ -227,12 +229,13 @@ def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
     return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
 
-# %% ../nbs/api/0_ground/00_core.ipynb #b1484855
+# %% ../nbs/api/0_ground/00_core.ipynb #d6fdba4e
 _DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)   # reserved by Windows, with any extension
 _LONGEST = 128                                  # characters of a safe name; file systems take about 250
 
 def _byte_name(b: int) -> str: return f'~{b:02X}'
 
+# %% ../nbs/api/0_ground/00_core.ipynb #b1484855
 def _escape_bytes(text: str) -> str:
     return ''.join(c if c.isascii() and (c.isalnum() or c in '_-.') else
                    ''.join(map(_byte_name, c.encode('utf-8', 'surrogatepass'))) for c in text)
@@ -273,7 +276,7 @@ def one_line(
     "Return `text` in one visible line of valid Unicode"
     return _UNSEEN.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
 
-# %% ../nbs/api/0_ground/00_core.ipynb #8b827b00
+# %% ../nbs/api/0_ground/00_core.ipynb #ff9d7879
 _MARKUP = re.compile(r'[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.', re.IGNORECASE)
 
 def md_text(
@@ -283,6 +286,7 @@ def md_text(
     text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     return _MARKUP.sub(r'\\\g<0>', text)
 
+# %% ../nbs/api/0_ground/00_core.ipynb #8b827b00
 def md_code(
     text, # From data
 ) -> str:

@@ -139,7 +139,7 @@ class RunProgress:
 
     def begin(self, stage: str): self.stage = stage
 
-# %% ../nbs/api/0_ground/04_display.ipynb #6116b567
+# %% ../nbs/api/0_ground/04_display.ipynb #b40788f6
 @patch
 def left(self: RunProgress,
     share: float,   # Of the stage at work that was done since `seconds` are counted
@@ -153,16 +153,18 @@ def left(self: RunProgress,
     later = sum(self.costs[o] for o in names[names.index(self.stage)+1:]) + self.after
     return seconds*todo/share + rate*later
 
+# %% ../nbs/api/0_ground/04_display.ipynb #6116b567
 @patch
 def end(self: RunProgress, share, seconds):
     "Count what the stage at work took"
     self.seconds, self.covered = self.seconds + seconds, self.covered + share*self.costs[self.stage]
 
-# %% ../nbs/api/0_ground/04_display.ipynb #5390a4ab
+# %% ../nbs/api/0_ground/04_display.ipynb #bffc5e03
 _RUN = contextvars.ContextVar('run', default=None)
 
 def current_run() -> RunProgress | None: return _RUN.get()
 
+# %% ../nbs/api/0_ground/04_display.ipynb #5390a4ab
 @contextlib.contextmanager
 def progress_of_run(costs: dict, after: float = 0.):
     "Run a block whose bars name the stage at work; inside another run, leave the outer one in place"

@@ -162,22 +162,29 @@ def _evaluate(forecasters, bars, picked, sizes, sampling, out_dir, progress):
         parts.drop()
     return out
 
+# %% ../nbs/api/6_judging/65_evaluate.ipynb #1abfdd1c
+def _checked_facts(forecaster, origins, used):
+    "Return what the model says of its training, after a check that no origin lies in it"
+    known = _extra(forecaster)
+    check_untouched(origins, known.get('trained_on') if used is None else used, known.get('split') != 'symbol')
+    return known
+
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-028
 @with_sampling
 def evaluate(
     forecaster,       # Anything with `predict_many`
-    bars: pd.DataFrame, # Canonical, with the history of the first origins
+    bars: pd.DataFrame, # With the history of the first origins
     lookback_window: int | None = None, # `L`; None: as trained
     predict_window: int | None = None, # `H`; None: as trained
     *,
     base=None,        # Model before fine-tuning
-    baselines=None,   # None: `default_baselines`
-    origins: int | None = None, # Dates; None: up to 64 that do not overlap
+    baselines=None,   # `default_baselines`
+    origins: int | None = None, # None: up to 64 dates
     start=None,       # First stamp to forecast, or {symbol: first}
-    used=None,        # Bars, or {symbol: (first, last)}, behind the model; None: as recorded
+    used=None,        # Bars, or {symbol: (first, last)}; None: as recorded
     max_gap='auto',   # As in `segments`
     sampling: Sampling | None = None, # How to draw paths
-    out_dir=None,     # Where to save
+    out_dir=None,     # To save
     progress: bool = True, # Show a bar
     **kwargs,         # Settings of `Sampling`
 ) -> Evaluation:
@@ -189,8 +196,7 @@ def evaluate(
     sizes = _sizes(forecaster, lookback_window, predict_window)
     if used is None: start = _first_unseen(forecaster, bars, start)
     picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap)
-    known = _extra(forecaster)
-    check_untouched(picked[0], known.get('trained_on') if used is None else used, known.get('split') != 'symbol')
+    known = _checked_facts(forecaster, picked[0], used)
     if baselines is None: baselines = default_baselines(bars, sizes[0], known.get('negative_prices', False))
     return _evaluate(_by_name(forecaster, base, baselines), bars, picked, sizes, sampling, out_dir, progress)
 

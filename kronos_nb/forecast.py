@@ -371,7 +371,7 @@ class Forecaster:
     """
     def __init__(self,
         tokenizer: KronosTokenizer,
-        predictor,                # A `Kronos`, or several that share the tokenizer: their paths are pooled
+        predictor,                # A `Kronos`, or several whose paths are pooled
         normalizer='from config', # That of training; z-score where the models do not say
         max_context: int | None = None, # Most bars read at once; None: that of training, or 512
         device=None,              # 'auto', 'cpu', 'cuda' ...; None leaves the models where they are
@@ -385,9 +385,15 @@ class Forecaster:
         self.cross_rope, self.compile, self.precision = cross_rope, compile, precision
         self._take(tokenizer, predictor, device)
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
-        self.max_context = self._context(max_context)
-        self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
-        self.market_tz = market_tz or _recorded(self.predictors, 'market_tz') or 'UTC'
+        self._recall(max_context, lookback_window, market_tz)
+
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #903290bf
+@patch
+def _recall(self: Forecaster, max_context, lookback_window, market_tz):
+    "Set what is not given to what the predictors record of their training"
+    self.max_context = self._context(max_context)
+    self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
+    self.market_tz = market_tz or _recorded(self.predictors, 'market_tz') or 'UTC'
 
 # %% ../nbs/api/5_forecast/53_forecast.ipynb #cell-042
 @patch
@@ -426,9 +432,10 @@ def device(self: Forecaster): return self.tokenizer.device
 @patch(as_prop=True)
 def dtype(self: Forecaster): return getattr(torch, self.precision)
 
-# %% ../nbs/api/5_forecast/53_forecast.ipynb #1a901613
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #d753e58e
 RELEASED_UNTIL = '2024-07-01'   # released weights may have seen the bars before it
 
+# %% ../nbs/api/5_forecast/53_forecast.ipynb #1a901613
 @patch(as_prop=True)
 def seen_until(self: Forecaster) -> pd.Timestamp | None: # None: the bars of training are recorded, or nothing is known
     "Return the moment before which the weights may have seen every market"

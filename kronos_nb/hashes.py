@@ -18,10 +18,11 @@ def sha256(path) -> str:
         if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'sha256').hexdigest()
         return hashlib.sha256(f.read()).hexdigest()
 
-# %% ../nbs/api/0_ground/07_hashes.ipynb #3dfaff09
+# %% ../nbs/api/0_ground/07_hashes.ipynb #a59c2159
 SUMS = 'SHA256SUMS'
 _SUM_LINE = re.compile(r'([0-9a-f]{64}) [ *]([\w.-]+)')
 
+# %% ../nbs/api/0_ground/07_hashes.ipynb #b3d153d0
 def _read_sums(folder) -> dict: # Name -> hashes that its file may have; {} where nothing was written down
     file = Path(folder)/SUMS
     if not file.is_file(): return {}
@@ -31,6 +32,7 @@ def _read_sums(folder) -> dict: # Name -> hashes that its file may have; {} wher
     if 'model.safetensors' in found and len(lines) == sum(map(len, found.values())): return found
     raise ModelError(f"{file} is damaged. Copy the model again; delete the file only if you trust the two others")
 
+# %% ../nbs/api/0_ground/07_hashes.ipynb #3dfaff09
 def _write_sums(folder, sums: dict):
     lines = [f'{digest}  {name}\n' for name, digests in sums.items() for digest in dict.fromkeys(digests)]
     write_atomic(Path(folder)/SUMS, ''.join(lines))

@@ -31,12 +31,13 @@ def _repo_names(name: str) -> dict: # Stage -> hub id
                           'inside; -tokenizer and -predictor are added')
     return {stage: f'{name}-{stage}' for stage in STAGES}
 
-# %% ../nbs/api/8_share/80_hub.ipynb #cell-011
+# %% ../nbs/api/8_share/80_hub.ipynb #fd08fa15
 def _is_calibrated(run, model) -> bool:
     "Return whether a calibration belongs to the model; raise for a damaged one"
     alone = len(run.config.runtime.seeds or [0]) == 1
     return alone and (model/CALIBRATION).is_file() and bool(Calibration.load(model))
 
+# %% ../nbs/api/8_share/80_hub.ipynb #cell-011
 def _check_models(run, stages):
     "Raise unless the models can be used: whole, finite, and a pair"
     models = [CLASSES[stage].from_pretrained(run.stage(stage).model()) for stage in stages]

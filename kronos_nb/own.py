@@ -86,9 +86,10 @@ def _is_cached(name) -> bool:
     from huggingface_hub import try_to_load_from_cache
     return all(isinstance(try_to_load_from_cache(name, f), str) for f in ('config.json', 'model.safetensors'))
 
-# %% ../nbs/api/7_fit/76_own.ipynb #afd521d5
+# %% ../nbs/api/7_fit/76_own.ipynb #ac8f7d55
 _PATIENCE = 3.   # seconds that the hub is given
 
+# %% ../nbs/api/7_fit/76_own.ipynb #afd521d5
 @functools.cache
 def hub_answers(
     name: str, # A hub id
@@ -186,9 +187,10 @@ def _judging_rule(case, cfg):
     out = {'evaluate.origins': max(ORIGINS, _FORECASTS//case.symbols)}
     return out | ({'evaluate.paths': 20} if case.symbols*ORIGINS > 2*_FORECASTS else {})
 
-# %% ../nbs/api/7_fit/76_own.ipynb #4b4bfa1b
+# %% ../nbs/api/7_fit/76_own.ipynb #4fbd8ce3
 RULES = (_split_rule, _window_rule, _start_rule, _step_rule, _judging_rule)
 
+# %% ../nbs/api/7_fit/76_own.ipynb #4b4bfa1b
 def own_config(
     data,                # Bars, or anything `read_klines` takes
     changes: dict = None, # Settings that are given, as for `Config.replace`

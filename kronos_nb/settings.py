@@ -48,7 +48,7 @@ def _check_depth(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST: raise ValueError(f'groups are nested more than {_DEEPEST} deep')
 
-# %% ../nbs/api/0_ground/01_settings.ipynb #2ff2b83a
+# %% ../nbs/api/0_ground/01_settings.ipynb #f73e6289
 def _children(node):
     "Return the nodes in a list or a mapping; raise for a key that stands there twice"
     if not isinstance(node, yaml.MappingNode): return node.value
@@ -58,6 +58,7 @@ def _children(node):
         raise ValueError(f'{short_repr(min(twice))} stands twice in the group that begins in line {line}')
     return [part for pair in node.value for part in pair]
 
+# %% ../nbs/api/0_ground/01_settings.ipynb #2ff2b83a
 def _count_values(node, counted, inside=()) -> int: # After expansion
     if isinstance(node, yaml.ScalarNode): return 1
     if id(node) in inside: raise ValueError('an alias holds itself')
@@ -90,7 +91,7 @@ def read_yaml(
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise ConfigError(f"{name} is not valid YAML: {one_line(' '.join(str(e).split()))[:300]}") from e
 
-# %% ../nbs/api/0_ground/01_settings.ipynb #cell-011
+# %% ../nbs/api/0_ground/01_settings.ipynb #41b04606
 _SWITCH = dict(true=True, yes=True, on=True, false=False, no=False, off=False) | {'1': True, '0': False}
 
 def _read_bool(value): return _SWITCH[str(value).lower()]
@@ -99,6 +100,7 @@ _SPECIAL = re.compile(r'([+-]?)\.(inf|nan)', re.IGNORECASE)   # as YAML writes t
 
 def _to_float(value): return float(_SPECIAL.sub(r'\1\2', value) if isinstance(value, str) else value)
 
+# %% ../nbs/api/0_ground/01_settings.ipynb #cell-011
 def _read_float(value):
     if isinstance(value, bool) or math.isnan(number := _to_float(value)): raise ValueError
     return number

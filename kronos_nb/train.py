@@ -341,12 +341,13 @@ def _train_stages(result: FitResult, data: Prepared, inits: dict, session: _Sess
         if files.name == 'tokenizer': result.tokenizer = _tokenizer_of(run)
         elif due or files.finished: result.predictors.append(_best_of(files))
 
-# %% ../nbs/api/7_fit/77_train.ipynb #95aefb82
+# %% ../nbs/api/7_fit/77_train.ipynb #0837fc5d
 def _label(files, base=False) -> str: # 'base predictor', 'seed_2 predictor'
     "Return the name of a stage in a run"
     seed = files.folder.parent.name
     return f"{'base ' if base else ''}{seed + ' ' if seed.startswith('seed_') else ''}{files.name}"
 
+# %% ../nbs/api/7_fit/77_train.ipynb #95aefb82
 def _costs(cfg: Config, data: Prepared, stages) -> dict: # Stage -> weights times bars
     "Return what each of the stages will cost"
     rows = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.set_index('stage')

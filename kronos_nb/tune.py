@@ -583,9 +583,10 @@ def _checked_space(data, cfg, space):
     check_columns(data, cfg, space)
     return space
 
-# %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+# %% ../nbs/api/7_fit/78_tune.ipynb #b50bcd5c
 _QUIET = {'runtime.progress': False, 'runtime.plots': False}
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
 def _folder_for(data, cfg):
     "Return the folder of a search that names none: a new one, or that of a search on the same bars"
     data = data if data is not None else list(cfg.data.source or ()) or 'sample'

@@ -14,6 +14,7 @@ from kronos_nb.evaluate import evaluate as judge
 from kronos_nb.forecast import Forecaster
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
+from kronos_nb.train import load
 from tests.helpers import bars, cfg
 
 
@@ -46,10 +47,10 @@ def test_fit_says_the_verdict_and_leaves_a_report(place, capsys):
     assert fit(place) == 0   # again: everything is there
     said = capsys.readouterr().out
     assert 'report.md' in said
-    verdict = said.strip().splitlines()[0]
+    judged = load(place/'run').evaluation
     report = (place/'run'/'report.md').read_text()
-    assert '## Verdict' in report
-    assert f'**{verdict}**' in report
+    assert judged.sentence in said
+    assert all(text in report for text in ('## Verdict', f'**{judged.light}**', *judged.sentences))
     assert 'plots/evaluation.png' in report
     assert (place/'run'/'plots'/'evaluation.png').is_file()
 

@@ -21,6 +21,7 @@ from kronos_nb.judging.leaks import check_leaks, leak_splits
 from kronos_nb.judging.origins import check_untouched, pick_origins
 from kronos_nb.train import fit
 from kronos_nb.training.task import build_model
+from kronos_nb.training.learner import NOTE_KINDS
 from tests.helpers import bars as small_bars
 from tests.helpers import cfg as small_cfg
 from tests.helpers import one_epoch
@@ -297,15 +298,16 @@ def test_old_young_and_tiny_symbols_are_named_and_stop_nobody():
     p = prepare(bars, Config.preset('quickstart', **SETTINGS))
     texts = {(o['kind'], o.get('part')): o['text'] for o in p.notes}
     assert 'TINY' in texts['left_out', None] and 'OLD' in texts['absent', 'test']
+    assert {o['kind'] for o in p.notes} <= set(NOTE_KINDS)   # what a fit writes down
     assert set(p.bars.symbol) == {'OLD', 'YOUNG', 'LONG'} and p.report.ok
     assert 'TINY' in p.report.to_markdown()
     by_symbol = prepare(panel(), Config.preset('quickstart', **SETTINGS, **{'data.split': 'symbol'}))
-    assert [o['kind'] for o in by_symbol.notes] == ['split']
+    assert [o['kind'] for o in by_symbol.notes] == ['split'] and 'split' in NOTE_KINDS
 
 
 def test_a_lookback_beyond_the_context_is_noted(released):
     p = prepare(random_walks(900), Config.preset('quickstart', **SETTINGS, **{'data.max_context': 20}))
-    assert [o['kind'] for o in p.notes] == ['context']
+    assert [o['kind'] for o in p.notes] == ['context'] and 'context' in NOTE_KINDS
     short = Forecaster(released.tokenizer, released.predictors, max_context=20, lookback_window=60)
     assert '20' in short.predict(random_walks(100), 2, paths=2).notes[0]
 

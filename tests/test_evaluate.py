@@ -163,7 +163,7 @@ def test_a_panel_has_information_coefficients_and_a_scope_for_each_symbol():
 
 def test_a_symbol_without_a_test_part_is_left_out():
     t = walks().timestamps
-    used = {'A': (t[0], t[299]), 'B': (t[0], t[599])}
+    used = {'A': (t[0], t[299]), 'B': (t[0], t[299])}
     e = evaluate(LastValue(), walks(), start={'A': t[300]}, used=used, **simple)
     assert e.symbols == ['A'] and list(e.left_out.symbol) == ['B']
 

@@ -423,8 +423,8 @@ def test_pairs_that_do_not_fit():
         (lambda o: o.drop(columns='timestamps'), 'has no timestamps'),
         (lambda o: o.iloc[[*range(58), 59, 58]], 'timestamps must increase'),
         (lambda o: o.iloc[[*range(60), 59]], 'timestamps must increase'),
-        (lambda o: 'bars.csv', 'must be a DataFrame'),
-        (lambda o: o.to_numpy(), 'must be a DataFrame'),
+        (lambda o: 'bars.csv', 'DataFrame'),
+        (lambda o: o.to_numpy(), 'DataFrame'),
     ],
 )
 def test_bad_histories(fc, change, message):

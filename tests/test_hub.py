@@ -197,7 +197,7 @@ def test_a_card_says_which_weights_it_describes(run, tmp_path):
     start = json.dumps(dict(epoch=1, step=0, val_loss=.01))
     validations.write_text(f'{start}\n{validations.read_text()}')
     assert 'Training never improved' in model_card(stage, 'predictor')
-    table = [dict(candidate='best', val_loss=1.2), dict(candidate='ema', val_loss=1.1)]
+    table = [dict(candidate=k, val_loss=v, chosen=k == 'ema') for k, v in dict(best=1.2, ema=1.1).items()]
     choice = dict(chosen='ema', origin='EMA of 20 steps', table=table)
     (stage/'weights.json').write_text(json.dumps(choice))
     assert '**ema** (EMA of 20 steps)' in model_card(stage, 'predictor')

@@ -109,10 +109,11 @@ def _ahead(t, n, step):
     weekend = 'open' if hours[5:].any() else 'closed'
     return at[at > t[-1]][:n], f'no weekend in the history: it is assumed to be {weekend}' if unseen else ''
 
-# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-030
+# %% ../../nbs/api/1_data/18_calendar.ipynb #ee5a4993
 _MONTH_DAYS = dict(first=pd.offsets.MonthBegin, last=pd.offsets.MonthEnd, first_weekday=pd.offsets.BMonthBegin,
                    last_weekday=pd.offsets.BMonthEnd)
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-030
 def _in_months(at, first, months, n):
     "Return bars every `months` months after the month `first`, on the day that most of the stamps `at` have"
     hits = {name: np.mean([kind().is_on_offset(o) for o in at]) for name, kind in _MONTH_DAYS.items()}
@@ -161,12 +162,13 @@ def _exchange_calendar(name, last):
         raise DataError(f"the calendar {name} does not reach to {last}, where the history ends ({e}); "
                         "pass future= with the stamps to forecast") from e
 
-# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-035
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cb141ae6
 def _steadiest_zone(t, zones):
     "Return the zone in which the stamps `t` have the fewest clock times"
     past = t[-500:].view('M8[ns]')
     return min(zones, key=lambda tz: len(np.unique(market_clock(past, tz).view('i8') % _DAY)))
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-035
 def _session_stamps(calendar, t):
     "Return the stamp of a daily bar of each session"
     days = calendar.sessions.tz_localize(None)
@@ -196,13 +198,14 @@ def _last_sessions(at, calendar):
     place = days.searchsorted(dates) if (at.day < 8).all() else days.searchsorted(dates, 'right') - 1
     return days[place] + (at - dates)
 
-# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-036
+# %% ../../nbs/api/1_data/18_calendar.ipynb #b5f285b7
 def _trading_times(calendar, t, n, step):
     "Return stamps of bars of `step` on an exchange, past the end of the history"
     if step < _DAY: return _bar_stamps(calendar, t, step)
     if step == _DAY: return _session_stamps(calendar, t)
     return _last_sessions(pd.DatetimeIndex(_long_steps(t, n, step)[0].view('M8[ns]')), calendar)
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-036
 def _exchange(t, n, step, name):
     "Return the next `n` stamps of the exchange called `name`"
     last = pd.Timestamp(t[-1])
@@ -230,7 +233,7 @@ def _never_closes(t, step):
     clock, hours, _ = _opening_hours(t)
     return len(clock) * step >= _DAY and bool(hours.all())
 
-# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-039
+# %% ../../nbs/api/1_data/18_calendar.ipynb #5b01ad27
 def _on_clock(t, n, tz, ahead):
     "Return `ahead(stamps, how many)` of the history `t`, both on the clock of the market, as instants in UTC"
     if session_dates(t.view('M8[ns]')): tz = None
@@ -238,6 +241,7 @@ def _on_clock(t, n, tz, ahead):
     at = np.unique(from_market_clock(local.view('M8[ns]'), tz, ambiguous='first')).view('i8')
     return at[at > t[-1]][:n], note
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #cell-039
 def _next(t, n, calendar, tz):
     "Return the next `n` stamps in ns, and a note on what had to be guessed"
     if len(t) < 2: raise DataError(f"the pace of bars needs at least 2 of them, got {len(t)}; pass future=")

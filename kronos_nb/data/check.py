@@ -51,10 +51,11 @@ RULES |= dict(
     jump=('warning', 'a large move from one close to the next'),
 )
 
-# %% ../../nbs/api/1_data/12_check.ipynb #6d242ee6
+# %% ../../nbs/api/1_data/12_check.ipynb #2ed893c3
 _DAY, _HOUR = 86400 * 10**9, 3600 * 10**9 # ns
 _RUN = 24 # Bars on each side that must agree
 
+# %% ../../nbs/api/1_data/12_check.ipynb #6d242ee6
 def _common_distances(d):
     "Return the distances that rule some `_RUN` of `d` (T-1,), and how many of each `_RUN` up to any place are so long"
     distances, counts = np.unique(d, return_counts=True)
@@ -83,9 +84,10 @@ def interval_changes(
             if here[run[0]]: found.add(int(run[clear[run].argmax()]) + _RUN)
     return np.array(sorted(found), int)
 
-# %% ../../nbs/api/1_data/12_check.ipynb #b77e7d59
+# %% ../../nbs/api/1_data/12_check.ipynb #2e80562a
 WEEKS = 8 # Weeks that tell whether a time is traded
 
+# %% ../../nbs/api/1_data/12_check.ipynb #48876ea0
 def held_before(
     held,        # (D, ...) bool, one row per day
     weeks=WEEKS,
@@ -96,11 +98,13 @@ def held_before(
         if 7 * k < len(held): count[7 * k:] += held[:-7 * k]
     return count, np.minimum(np.arange(len(held)) // 7, weeks).astype(np.int8)
 
+# %% ../../nbs/api/1_data/12_check.ipynb #b77e7d59
 def often(count, known): return 4 * count > known.reshape(-1, *[1] * (count.ndim - 1))
 
-# %% ../../nbs/api/1_data/12_check.ipynb #09a8df90
+# %% ../../nbs/api/1_data/12_check.ipynb #61e89e55
 _CELLS = 2**26 # Most cells of a table of slots
 
+# %% ../../nbs/api/1_data/12_check.ipynb #09a8df90
 def _slot_table(t, step):
     "Return which slots of each day hold a bar, (D, S), and the slot of each bar, counted through"
     width, first = min(step, _DAY), t[0] // _DAY
@@ -138,9 +142,10 @@ def _traded(held, first, span):
     if alone.any(): out[alone] = _alone(held, span, weekend)[alone]
     return out
 
-# %% ../../nbs/api/1_data/12_check.ipynb #7c5b168a
+# %% ../../nbs/api/1_data/12_check.ipynb #b83af3d6
 _LONGEST_CLOSURE = 11 * _DAY
 
+# %% ../../nbs/api/1_data/12_check.ipynb #7c5b168a
 def _like_closures(before, after, closed):
     "Return a mask of the breaks whose clock times, or both an hour later or earlier, are mostly those of closures"
     clock = np.stack([before, after], 1) % _DAY
@@ -319,10 +324,11 @@ def _text_issues(b, log):
             rows.append(_logged_issue(b, groups[entry[2]], entry, file['file']))
     return [row for row in rows if row]
 
-# %% ../../nbs/api/1_data/12_check.ipynb #6629266e
+# %% ../../nbs/api/1_data/12_check.ipynb #cb99eb12
 EPSILON = 1e-5 # What the reference adds to the sigma of every feature
 HARMLESS = .01 # Share of sigma below which that makes no difference
 
+# %% ../../nbs/api/1_data/12_check.ipynb #6629266e
 def _small_features(x, features, block=100):
     "Return the features of `x` (T, F) whose sigma `EPSILON` would distort in most stretches"
     n = max(len(x) // block, 1)

@@ -33,9 +33,10 @@ class Layout:
     asks: str = ''          # Parameter that the error names
     how: dict = field(default_factory=dict) # Arguments of `read_klines` that settle it
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #90ecffc3
+# %% ../../nbs/api/1_data/19_layouts.ipynb #3391f8c4
 def _lines(*rows): return '\n'.join(rows) + '\n'
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #90ecffc3
 _EXCHANGES = (
     Layout('Binance archive, ms', 'BTCUSDT-1h-2024-01.csv', _lines(
         '1704187800000,1,2,0.5,1.5,10,1704191399999,15,3,5,7,0', '1704191400000,1.5,2,1,2,10,1704194999999,15,3,5,7,0'),
@@ -53,10 +54,11 @@ _EXCHANGES = (
         'Unix,Date,Symbol,Open,High,Low,Close,Volume BTC,Volume USDT,tradecount',
         '1704187800000,2024-01-02 09:30:00,BTCUSDT,1,2,0.5,1.5,10,15,3'), 'BTCUSDT', amount=15))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #c297c5d5
+# %% ../../nbs/api/1_data/19_layouts.ipynb #0977f263
 _MS = 1704187800000 # 2024-01-02 09:30
 _CCXT = [[_MS, 1, 2, .5, 1.5, 10], [_MS + 3_600_000, 1.5, 2, 1, 2, 10]]
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #c297c5d5
 _CLIENTS = (
     Layout('ccxt', '', _CCXT, 'UNKNOWN'),
     Layout('ccxt, saved as JSON', 'BTCUSDT_1h.json', json.dumps(_CCXT), 'BTCUSDT'),
@@ -95,9 +97,10 @@ _TERMINALS = (
         'symbol,exchange,datetime,open_price,high_price,low_price,close_price,volume,turnover,open_interest',
         'rb2405,SHFE,2024-01-02 09:30:00,1,2,0.5,1.5,10,125,1000'), 'rb2405', amount=125))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #10959a8a
+# %% ../../nbs/api/1_data/19_layouts.ipynb #5ecf4543
 _DAY = '2024-01-02'
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #10959a8a
 _SHARES = (
     Layout('Yahoo', 'AAPL.csv', _lines('Date,Open,High,Low,Close,Adj Close,Volume', f'{_DAY},1,2,0.5,1.5,0.75,10'),
         'AAPL', _DAY),
@@ -111,7 +114,10 @@ _SHARES = (
     Layout('Nasdaq', 'HistoricalData.csv', _lines('Date,Close/Last,Volume,Open,High,Low',
         '01/13/2024,$1.50,10,$1.00,$2.00,$0.50'), 'HistoricalData', '2024-01-13'),
     Layout('Investing.com', 'AAPL.csv', _lines('Date,Price,Open,High,Low,Vol.,Change %',
-        '13/01/2024,1.5,1,2,0.5,0.01K,1%'), 'AAPL', '2024-01-13'),
+        '13/01/2024,1.5,1,2,0.5,0.01K,1%'), 'AAPL', '2024-01-13'))
+
+# %% ../../nbs/api/1_data/19_layouts.ipynb #a1c60ff0
+_OTHERS = (
     Layout('European numbers and dates', 'DAX.csv', _lines('Date;Open;High;Low;Close;Volume',
         '02.01.2024;1,0;2,0;0,5;1,5;10'), 'DAX', _DAY, asks='dayfirst', how=dict(dayfirst=True)),
     Layout('a date of two orders', 'X.csv', _lines('Date,Open,High,Low,Close,Volume', '01/02/2024,1,2,0.5,1.5,10'),
@@ -132,6 +138,7 @@ _EASTMONEY = _lines('\u65e5\u671f,\u80a1\u7968\u4ee3\u7801,\u5f00\u76d8,\u6536\u
                     '\u6210\u4ea4\u91cf,\u6210\u4ea4\u989d,\u6362\u624b\u7387',
                     f'{_DAY},000001,1,1.5,2,0.5,10,1250,0.3')
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #41812562
 _CHINA = (
     Layout('akshare, Eastmoney', '000001.csv', _EASTMONEY, '000001', _DAY, amount=1250),
     Layout('akshare, Sina, days', 'sh600000.csv', _lines(
@@ -142,7 +149,10 @@ _CHINA = (
         how=dict(bar_end=True)),
     Layout('tushare, days: lots and thousands', 'daily.csv', _lines(
         'ts_code,trade_date,open,high,low,close,pre_close,vol,amount', '600000.SH,20240102,1,2,0.5,1.5,1,10,1.25'),
-        '600000.SH', _DAY, volume=1000, amount=1250),
+        '600000.SH', _DAY, volume=1000, amount=1250))
+
+# %% ../../nbs/api/1_data/19_layouts.ipynb #6ac42211
+_CHINA_MINUTES = (
     Layout('tushare, minutes', 'mins.csv', _lines('ts_code,trade_time,close,open,high,low,vol,amount',
         '600000.SH,2024-01-02 09:36:00,2,1.5,2,1,10,15', '600000.SH,2024-01-02 09:31:00,1.5,1,2,0.5,10,15',
         ), '600000.SH', '2024-01-02 09:26', amount=15, how=dict(bar_end=True)),
@@ -153,7 +163,7 @@ _CHINA = (
         'sh.600000', amount=15),
     Layout('TDX', 'SZ#000001.txt', _TDX, 'SZ000001', amount=15))
 
-# %% ../../nbs/api/1_data/19_layouts.ipynb #15b1b4e8
+# %% ../../nbs/api/1_data/19_layouts.ipynb #25c8aeed
 def _qlib_folder():
     "Return {name: bytes} of a qlib folder of one share that is listed on the second day"
     fields = dict(open=1, high=2, low=.5, close=1.5, volume=10, factor=1)
@@ -162,6 +172,7 @@ def _qlib_folder():
     return files | {'calendars/day.txt': b'2024-01-01\n2024-01-02\n2024-01-03\n',
                     'instruments/all.txt': b'SH600000\t2024-01-02\t2024-01-02\n'}
 
+# %% ../../nbs/api/1_data/19_layouts.ipynb #15b1b4e8
 _FOLDERS = (Layout('qlib', 'cn_data', _qlib_folder(), 'SH600000', _DAY),)
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #921e321e
@@ -185,7 +196,8 @@ def _frames():
     return *out, Layout('pandas on Arrow', '', table.to_pandas(types_mapper=pd.ArrowDtype)), Layout('Arrow', '', table)
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #cef19af7
-LAYOUTS = (*_EXCHANGES, *_CLIENTS, *_TERMINALS, *_SHARES, *_CHINA, *_FOLDERS, *_frames())
+LAYOUTS = (*_EXCHANGES, *_CLIENTS, *_TERMINALS, *_SHARES, *_OTHERS, *_CHINA, *_CHINA_MINUTES, *_FOLDERS,
+           *_frames())
 
 # %% ../../nbs/api/1_data/19_layouts.ipynb #1675795c
 @patch

@@ -62,9 +62,10 @@ def _known_columns(by_key):
     matches = {ours: [by_key[name] for name in names.split() if name in by_key] for ours, names in _NAMES.items()}
     return {ours: theirs[0] for ours, theirs in matches.items() if theirs}
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
+# %% ../../nbs/api/1_data/10_parse.ipynb #9b2aa09b
 _UNIT = r'(?i:volume)[ _]\(?([A-Z0-9]{2,10}|Currency)\)?'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #cell-020
 def _add_unnamed(columns, found):
     "Add volumes that are named by their unit, stamps in a column without a name, and the tick volume"
     by_unit = [c for c in columns if re.fullmatch(_UNIT, str(c))]
@@ -190,9 +191,10 @@ def check_zone(
                         f"{nearest(tz, available_timezones())}") from e
     return tz
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
+# %% ../../nbs/api/1_data/10_parse.ipynb #02135adf
 _MOVED = 'stamps do not exist on the clock of tz, which went forward; each is moved to the next that does'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #98fadfdf
 def _localise(wall, tz):
     "Return the clock of `tz`, datetime64[ns], as naive UTC, the mask of hours that occur twice, and notes"
     wall = pd.DatetimeIndex(wall)
@@ -295,9 +297,10 @@ def _parse_text(text, **kw):
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
     return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #bdf91f99
+# %% ../../nbs/api/1_data/10_parse.ipynb #412d323d
 _ISO = r'\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #bdf91f99
 def _parse_iso(s):
     "Return stamps of text in ISO 8601 without a zone, all of one length; None where it is another text"
     first = s.iloc[0]
@@ -353,11 +356,12 @@ class Stamps:
     notes: list       # What was assumed
     naive: bool       # Whether some have neither an offset nor are epochs
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
+# %% ../../nbs/api/1_data/10_parse.ipynb #b701cfb4
 _SESSIONS = 'stamps are dates without a time of day: sessions, which no zone moves'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #9e0d0edf
 @patch
-def to_utc(self: Clock, wall):
+def instants(self: Clock, wall):
     "Return the wall clock as UTC, the mask of hours that occur twice, and notes"
     none = np.zeros(len(wall), bool)
     if self.tz in (None, 'UTC') or not len(wall): return wall, none, []
@@ -374,7 +378,7 @@ def stamps(self: Clock, out, naive, mixed=None):
     twice, notes = np.zeros(len(out), bool), []
     if naive.any():
         out = out.copy()
-        out[naive], twice[naive], notes = self.to_utc(out[naive])
+        out[naive], twice[naive], notes = self.instants(out[naive])
     mixed = np.zeros(len(out), bool) if mixed is None else mixed
     return Stamps(_sane(out), mixed, twice, notes, bool(naive.any()))
 
@@ -669,9 +673,10 @@ _CONVENTIONS = ( # columns that tell a source, note
     ('date tickvol', _SERVER),
     ('tick_volume real_volume', _SERVER))
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
+# %% ../../nbs/api/1_data/10_parse.ipynb #f09d4b7b
 _IDENTIFIER = r'(.*_)?(id|code|ticker|isin|cusip|permno|gvkey|figi|ric)'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #0453122b
 def _conventions(by_key, found, ignored, options):
     "Return notes on what the columns tell about their source"
     notes = [note for names, note in _CONVENTIONS if set(names.split()) <= set(by_key)
@@ -739,9 +744,10 @@ def numbers(self: TableParser, raw):
         if mask.any(): bad[self.found[ours]] = mask
     return values, bad
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
+# %% ../../nbs/api/1_data/10_parse.ipynb #fd34ef54
 _TICKS = 'volume is 0 throughout: the number of price changes is used'
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #4ab2e51b
 @patch
 def pick_volume(self: TableParser, values):
     "Use the tick volume where the volume is 0 throughout"
@@ -775,10 +781,11 @@ def _unit_ratio(values):
     ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
     return float(np.median(ratio)) if len(ratio) else np.nan
 
-# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
+# %% ../../nbs/api/1_data/10_parse.ipynb #b3fb4e2d
 _UNITS = ({100: dict(volume=100), .1: dict(volume=100, amount=1000), .001: dict(amount=1000),
            .01: dict(volume=100, amount=10_000), 1e-4: dict(amount=10_000)})
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #ecd40618
 @patch
 def settle_units(self: TableParser, values):
     "Find out the units of volume and amount from the first rows, or say what their ratio is"

@@ -45,9 +45,10 @@ def _is_data(cells):
     "Return whether more than half of the cells look like numbers or stamps"
     return sum(bool(re.fullmatch(r'\s*-?\d[\d.,:/\-T eE+Z]*\s*', c)) for c in cells) > len(cells) / 2
 
-# %% ../../nbs/api/1_data/11_read.ipynb #cell-011
+# %% ../../nbs/api/1_data/11_read.ipynb #c2939353
 _BARE = ['timestamps', 'open', 'high', 'low', 'close', 'volume']
 
+# %% ../../nbs/api/1_data/11_read.ipynb #cell-011
 def _headerless(cells, name, given=None):
     "Return the column names of a table without a header; `given` are those of the caller"
     if isinstance(given, (list, tuple)):
@@ -318,13 +319,14 @@ def _framed(name, symbol, frames, options, bare=False):
         yield from frames
     return _Table(name, symbol, TableParser(first[0].columns, options), pieces(), bare=bare)
 
-# %% ../../nbs/api/1_data/11_read.ipynb #e523bded
+# %% ../../nbs/api/1_data/11_read.ipynb #f5f29c2d
 def _columns_in(found):
     "Return a dict of columns of equal length as records"
     columns = {k: v for k, v in found.items() if isinstance(v, list) and v and not isinstance(v[0], (list, dict))}
     if len(columns) < 5 or len({len(v) for v in columns.values()}) > 1: return None
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
+# %% ../../nbs/api/1_data/11_read.ipynb #e523bded
 def _bars_in(found):
     "Return the first list of bars inside parsed JSON, or None"
     if isinstance(found, list): return found if found and isinstance(found[0], (list, dict)) else None
@@ -353,9 +355,10 @@ def _json_tables(path, options, limits):
             raise DataError(f"{name} holds no list of bars, such as [[ms, open, high, low, close, volume], ...]")
         yield _bars_table(bars, name, _symbol_of(name), options, path.stat().st_size)
 
-# %% ../../nbs/api/1_data/11_read.ipynb #90f243e3
+# %% ../../nbs/api/1_data/11_read.ipynb #ecb8a4ee
 def _is_qlib(folder): return (folder/'calendars').is_dir() and (folder/'features').is_dir()
 
+# %% ../../nbs/api/1_data/11_read.ipynb #90f243e3
 def _qlib_calendar(path):
     "Return the file of the calendar in a qlib folder, or `path` where it is one"
     if path.is_file(): return path
@@ -422,9 +425,10 @@ def _files(source):
     if not files: raise DataError(f"no file of bars at {str(source)!r}; give a file, glob, list, folder or DataFrame")
     return files
 
-# %% ../../nbs/api/1_data/11_read.ipynb #cell-044
+# %% ../../nbs/api/1_data/11_read.ipynb #a7cbdffe
 _BINARY = {'.parquet': _parquet_pieces, '.pq': _parquet_pieces, '.feather': _feather_pieces}
 
+# %% ../../nbs/api/1_data/11_read.ipynb #cell-044
 def _tables_of(path, options, limits):
     "Yield the tables of one file or qlib folder"
     kind = re.sub(r'\.gz$', '', path.name.lower()).rpartition('.')[2]
@@ -472,21 +476,23 @@ def as_frame(
     kind = f'{type(source).__module__}.{type(source).__name__}'
     raise DataError(f"need a pandas DataFrame, got {kind}{why}; pass frame.to_pandas() or the path of a file")
 
-# %% ../../nbs/api/1_data/11_read.ipynb #cell-045
+# %% ../../nbs/api/1_data/11_read.ipynb #e108b5a4
 def _is_frame(source): return not isinstance(source, (str, Path, list, tuple, dict, np.ndarray))
 
+# %% ../../nbs/api/1_data/11_read.ipynb #91f2cd00
 def _is_bar(bar):
     "Return whether a list is one bar: a stamp and at least four numbers"
     if isinstance(bar, dict): return not any(_is_frame(o) and hasattr(o, 'columns') for o in bar.values())
     if not isinstance(bar, (list, tuple, np.ndarray)) or len(bar) < 5: return False
     return not isinstance(bar[0], (str, Path, list)) or bool(re.fullmatch(r'[\d .:TZ+\-/]+', str(bar[0])))
 
+# %% ../../nbs/api/1_data/11_read.ipynb #cell-045
 def _is_bars(source):
     "Return whether a source is a list of bars, as client libraries return them"
     if isinstance(source, np.ndarray): return source.ndim == 2
     return isinstance(source, (list, tuple)) and len(source) > 0 and _is_bar(source[0])
 
-# %% ../../nbs/api/1_data/11_read.ipynb #1016a157
+# %% ../../nbs/api/1_data/11_read.ipynb #ec520940
 def is_canonical(
     frame, # Anything
 ) -> bool:
@@ -495,6 +501,7 @@ def is_canonical(
     stamps = frame['timestamps'].dtype
     return isinstance(stamps, np.dtype) and stamps.kind == 'M'
 
+# %% ../../nbs/api/1_data/11_read.ipynb #1016a157
 def _check_canonical(frame, options):
     "Raise where a frame that is in our form already is to be changed as if it were not"
     given = [name for name in ('tz', 'bar_end', 'units') if getattr(options, name)]
@@ -503,10 +510,11 @@ def _check_canonical(frame, options):
                     "the form that read_klines returns, whose stamps are in UTC. Leave it out; data.market_tz sets the "
                     "clock that the models read")
 
-# %% ../../nbs/api/1_data/11_read.ipynb #b697d475
+# %% ../../nbs/api/1_data/11_read.ipynb #d6239615
 def _frame_pieces(frame, n):
     for i in range(0, max(len(frame), 1), n): yield frame.iloc[i:i + n], 0
 
+# %% ../../nbs/api/1_data/11_read.ipynb #b697d475
 def _memory_table(source, options, limits):
     "Return the table of a frame or of a list of bars"
     if _is_bars(source): return _bars_table(list(source), 'list', 'UNKNOWN', options)
@@ -666,9 +674,10 @@ def settled(self: _Rows, names, code, t, twice):
         t[rows] -= np.timedelta64(bar_interval(np.sort(t[rows])), 'ns')
     return t
 
-# %% ../../nbs/api/1_data/11_read.ipynb #4ebde0fd
+# %% ../../nbs/api/1_data/11_read.ipynb #9bd3e3bc
 def _joined(parts, dtype): return np.concatenate(parts) if parts else np.empty(0, dtype)
 
+# %% ../../nbs/api/1_data/11_read.ipynb #4ebde0fd
 @patch
 def frame(self: _Rows) -> pd.DataFrame:
     "Return all rows, grouped by symbol"
@@ -700,7 +709,7 @@ def set_read_log(bars, log):
     "Attach the log of reading to `bars`; None leaves them without"
     if log is not None: bars.attrs['read'] = log
 
-# %% ../../nbs/api/1_data/11_read.ipynb #cell-064
+# %% ../../nbs/api/1_data/11_read.ipynb #5ac3770a
 def _log_entry(log, table, symbol):
     "Return the entry of a table in the log"
     parser = table.parser
@@ -708,6 +717,7 @@ def _log_entry(log, table, symbol):
                ignored=[str(c) for c in parser.ignored if c not in parser.helpers], notes={}, odd=[])
     return log.setdefault((table.name, symbol), new)
 
+# %% ../../nbs/api/1_data/11_read.ipynb #cell-064
 def _log_piece(entry, table, piece, keep, symbol):
     "Add what was recognised in one piece to the entry of its file"
     entry['rows'] += int(keep.sum())
@@ -739,9 +749,10 @@ def _progress(sources):
     total = sum(o.stat().st_size for o, _ in sources if isinstance(o, Path))
     return progress_bar(total, 'bars', 'B', show=total > 2e8, unit_scale=True)
 
-# %% ../../nbs/api/1_data/11_read.ipynb #cell-070
+# %% ../../nbs/api/1_data/11_read.ipynb #c7d22027
 _NEWEST_FIRST = 'rows came newest first and were turned around'
 
+# %% ../../nbs/api/1_data/11_read.ipynb #cell-070
 def _read(sources, features, limits, wanted):
     "Return the wanted rows of the sources as a canonical frame"
     rows, log, last, entry = _Rows(features), {}, None, None
@@ -763,22 +774,21 @@ def _read(sources, features, limits, wanted):
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-072
 def read_klines(
-    source,           # Path, glob, folder, DataFrame, list of bars, or a list or dict {symbol: ...} of them
-    symbol=None,      # Of files without such a column; None takes it from the file name
+    source,           # Path, glob, folder, frame, list of bars, or a list or dict {symbol: ...} of them
+    symbol=None,      # Of files without such a column; None: the file name
     *, tz=None,       # Zone of stamps without one; None is UTC
-    dayfirst=None,    # How to read 03/04/2024; None finds out or raises
-    columns=None,     # {'their name': 'ours'} for names that are not recognised; a list names all in order
-    extra_features=(), # Numeric columns to keep beside the six, as recorded
-    adjust=False,     # Apply the adjusted close (splits, dividends) to prices and volume
-    decimal=None,     # Decimal mark of text, '.' or ','; None finds out or raises
-    units=None,       # {'volume': 100, 'amount': 1000}: what 1 stands for in the source; None leaves them as recorded
-    bar_end=False,    # Stamps mark the end of a bar: move them to its start
-    ambiguous=None,   # 'first' or 'last' of an hour that the clock of `tz` shows twice and the source once; None raises
+    dayfirst=None,    # How to read 03/04/2024; None finds out
+    columns=None,     # {'theirs': 'ours'}; a list names all
+    extra_features=(), # Numeric columns beside the six
+    adjust=False,     # Apply the adjusted close
+    decimal=None,     # Decimal mark, '.' or ','; None finds out or raises
+    units=None,       # {'volume': 100}: what 1 stands for in the source; None is 1
+    bar_end=False,    # Stamps mark the end of a bar
+    ambiguous=None,   # 'first' or 'last' of an hour that occurs twice
     symbols=None,     # Keep these only
     start=None, end=None, # Keep start <= timestamps < end (UTC)
-    max_rows=None,    # Stop after this many kept rows
-    chunk=500_000,    # Rows held in raw form at a time
-    max_bytes=2**33, max_ratio=100, # Limits on what compressed input may expand to
+    max_rows=None,    # Of the result
+    **limits,         # `chunk`, `max_bytes`, `max_ratio`, see `_Limits`
 ) -> pd.DataFrame: # Canonical and extra columns, grouped by symbol, in the order found
     """Return the bars of a source
 
@@ -786,10 +796,13 @@ def read_klines(
     """
     extra = (extra_features,) if isinstance(extra_features, str) else tuple(extra_features or ())
     options = ParseOptions(symbol, tz, dayfirst, columns, adjust, extra, decimal, units, bar_end, ambiguous)
+    return _read_all(source, options, _Limits(**limits), _Filter(symbols, start, end, max_rows))
+
+# %% ../../nbs/api/1_data/11_read.ipynb #3e738321
+def _read_all(source, options, limits, wanted):
+    "Return the wanted rows of a source, and keep the logs of frames that were read before"
     sources = _sources(source, options)
-    limits, wanted = _Limits(chunk, max_bytes, max_ratio), _Filter(symbols, start, end, max_rows)
-    bars = _read(sources, (*FEATURES, *extra), limits, wanted)
-    return _keep_logs(bars, sources)
+    return _keep_logs(_read(sources, (*FEATURES, *options.extra), limits, wanted), sources)
 
 # %% ../../nbs/api/1_data/11_read.ipynb #28b04373
 def _keep_logs(bars, sources):
@@ -817,6 +830,7 @@ def extra_columns(
     **how,   # Its other arguments
 ) -> list: # Names for `extra_features`
     "Return the columns beside the six features that a tokenizer could read"
+    if isinstance(source, pd.DataFrame): source = pd.DataFrame(source)   # its columns as they are, without its log
     ignored = [entry['ignored'] for entry in read_log(read_klines(source, **how))]
     if not ignored: return []
     ours = {theirs: name for name, text in EXTRA_NAMES.items() for theirs in text.split()}

@@ -189,13 +189,14 @@ def _repairable(bars, features):
         raise DataError(f"cells that are no numbers: {counts}; pass the table through read_klines first")
     return b
 
-# %% ../../nbs/api/1_data/13_repair.ipynb #484da863
+# %% ../../nbs/api/1_data/13_repair.ipynb #5595b5a7
 _REMEDIES = dict(
     bad_timestamp='columns names another column of stamps',
     nan="nan='ffill' fills holes", inf="nan='ffill' fills holes",
     price_not_positive='allow_negative_prices keeps such prices', high_low="high_low='widen' keeps the bars",
     negative_volume="volume='zero' keeps the bars", too_short='bring more bars or shorten the window')
 
+# %% ../../nbs/api/1_data/13_repair.ipynb #484da863
 def _check_left(r, n):
     "Raise where a repair has dropped all of `n` bars"
     if len(r.t) or not n: return
@@ -204,6 +205,15 @@ def _check_left(r, n):
     worst = dropped.idxmax()
     counts = ', '.join(f'{count} x {rule}' for rule, count in dropped.items() if count)
     raise DataError(f"repair would drop every one of {n} bars: {counts}. {_REMEDIES.get(worst, 'Look at the bars')}")
+
+# %% ../../nbs/api/1_data/13_repair.ipynb #fa9cdea6
+def _repair_by(r, policies, allow_negative_prices):
+    "Check the policies, and apply them in order"
+    for k, choice in policies.items(): check_choice(k, choice, POLICIES[k])
+    _repair_time(r, policies['duplicates'])
+    _repair_nan(r, policies['nan'])
+    _repair_candles(r, 'keep' if allow_negative_prices else policies['price'], policies['high_low'])
+    _repair_volume(r, policies['volume'])
 
 # %% ../../nbs/api/1_data/13_repair.ipynb #cell-045
 def repair_klines(
@@ -225,12 +235,8 @@ def repair_klines(
     >>> good, changes = kn.repair_klines(bars, nan='ffill')
     """
     policies = dict(nan=nan, duplicates=duplicates, price=price, high_low=high_low, volume=volume)
-    for k, choice in policies.items(): check_choice(k, choice, POLICIES[k])
     r = _Repair(_repairable(bars, features))
-    _repair_time(r, duplicates)
-    _repair_nan(r, nan)
-    _repair_candles(r, 'keep' if allow_negative_prices else price, high_low)
-    _repair_volume(r, volume)
+    _repair_by(r, policies, allow_negative_prices)
     _repair_outliers(r, winsorise, winsorise_volume, winsorise_window)
     r.drop('too_short', np.bincount(r.code)[r.code] < min_bars)
     _check_left(r, len(bars))

@@ -56,9 +56,10 @@ def _differences(cfg: Config, other: Config):
     "Return the settings that differ and change the result"
     return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
 
-# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
+# %% ../../nbs/api/7_fit/74_claim.ipynb #c2c70e8f
 def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
 
+# %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
 def _kept_settings(run: Run) -> Config:
     "Return the settings that a run was started with"
     if 'settings' in run.facts:

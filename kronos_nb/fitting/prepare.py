@@ -84,7 +84,7 @@ def _fitting(bars, d):
             return windows.settings | {f'data.{k}': v for k, v in shares.items() if v != own[k]}
     return None
 
-# %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #b6a30aa4
 LEAST = 120   # bars of one symbol from which `own` finds windows for every part
 
 def least_text() -> str:
@@ -93,6 +93,7 @@ def least_text() -> str:
     return (f"Bring at least {LEAST} bars of one symbol without a gap: {LEAST - 2*n} to train on, {n} to choose "
             f"weights and {n} to judge, so that windows fit into each part")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
 def offer(
     bars: pd.DataFrame,
     d,          # `cfg.data`
@@ -242,7 +243,7 @@ def checked_split(data, cfg: Config) -> tuple: # Bars, changes, report, Split
     bars, changes, report = _check_bars(bars, d)
     return bars, changes, report, split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
 
-# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #7408dcce
 def _overlap_text(split) -> str:
     "Return what shares of each symbol's own bars do to the order in time; '' where nothing"
     rows = split.summary
@@ -251,6 +252,7 @@ def _overlap_text(split) -> str:
     return (f"data.split=symbol: training goes to {ends} and judging begins at {begins}, so one symbol trains on days "
             "on which another is judged; data.split=date keeps them apart")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #c43cea63
 def _notes(report, split, d):
     "Yield notes on symbols that are left out or lack a part, on the order in time and on the context"
     short = report.issues[report.issues.rule == 'too_short']

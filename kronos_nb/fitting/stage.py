@@ -415,9 +415,10 @@ def run_stage(
         if not learn.interrupted and not stage.files.finished: _finish(stage, learn)
     return learn
 
-# %% ../../nbs/api/7_fit/73_stage.ipynb #ba24f4d7
+# %% ../../nbs/api/7_fit/73_stage.ipynb #89c068b0
 def _has_note(learn, kind) -> bool: return any(n['kind'] == kind for n in learn.history.notes)
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #d18adf60
 def _loader_died(learn, e) -> bool:
     "Return whether `e` is the end of a loader process"
     if isinstance(e, (ConnectionError, EOFError)):   # the system tells who has died a moment later
@@ -426,6 +427,7 @@ def _loader_died(learn, e) -> bool:
     lost = any(s.lost_loaders for s in (learn.source, learn.valid) if s is not None)
     return lost or 'DataLoader' in str(e)
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #ba24f4d7
 @contextlib.contextmanager
 def _loaders(learn: Learner):
     "End the loader processes after the block; say what to do where one of them died or stood still"

@@ -36,7 +36,7 @@ def _curves(label, stage):
     m = stage.metrics.astype(float)
     return m.assign(stage=label, epoch=np.arange(1, len(m) + 1))
 
-# %% ../../nbs/api/6_judging/69_compare.ipynb #cell-009
+# %% ../../nbs/api/6_judging/69_compare.ipynb #9dfdfcf4
 def _seconds(m):
     "Return the seconds that a stage spent in its updates; nan where they were not counted"
     if not {'step', 'step_seconds'} <= set(m):
@@ -46,6 +46,7 @@ def _seconds(m):
 def _evaluation(run):
     return Evaluation.load(run) if run.judged else None
 
+# %% ../../nbs/api/6_judging/69_compare.ipynb #cell-009
 def _read(left_out, otherwise, part, *args):
     "Return what `part` returns; where a file is damaged, say so in `left_out` and return `otherwise`"
     try:

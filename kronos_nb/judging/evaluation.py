@@ -43,12 +43,13 @@ def _bar_losses(rows):
     out['brier'] = (rows['p_up'] - rise)**2
     return pd.DataFrame(out).astype(np.float64)
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-009
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #a24b6d54
 def _change(price, rows):
     "Return a price as a change from the last close; of a close at or below 0, as a share of its size"
     change = price / rows['last'] - 1
     return change if (rows['last'] > 0).all() else change * np.sign(rows['last'])
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-009
 def _horizon_losses(rows):
     "Return what only the last bar of each forecast tells"
     end = rows[rows['h'] == rows['h'].max()]
@@ -191,9 +192,10 @@ def _reason(self: _Finding):
     lost = [who for who, t in self.shown.items() if t['high'] < self.worthwhile]
     return f"{said}: its forecasts are not {percent(self.worthwhile, 0)} better than those of {' or of '.join(lost)}."
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #36715ffa
 def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
 @patch
 def _difference(self: _Finding):
     "Return the second sentence: the quantity, the differences and their intervals"
@@ -296,12 +298,13 @@ def verdict(self: Evaluation) -> str:
     "Return 'helped', 'did not help' or 'cannot tell'"
     return _verdict(self.tests, self.best_naive, self.settings['worthwhile'])
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #07fb34a1
 @patch(as_prop=True)
 def light(self: Evaluation) -> str:
     "Return a green, red or yellow circle with its word: better, not better or inconclusive"
     return LIGHTS[self.verdict]
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
 @patch(as_prop=True)
 def sentences(self: Evaluation) -> list:
     "Return the verdict with its reason, the differences with their intervals, and what the origins can show"
@@ -340,7 +343,7 @@ def write_parquet(
     return write_atomic(path, buffer.getvalue())
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #1b541a6e
-_FILES = ('rows.parquet', 'history.parquet', 'card.md')   # beside evaluation.json, which holds their hashes
+_FILES = ('rows.parquet', 'history.parquet')   # beside evaluation.json, which holds their hashes
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-059
 @patch
@@ -358,12 +361,13 @@ def save(self: Evaluation,
     said['files'] = {name: sha256(folder/name) for name in _FILES if (folder/name).is_file()}
     return write_json(folder/EVALUATION, said).parent
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #65d26d1f
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #7d594185
 _HOW = dict(lookback_window=int, predict_window=int, periods=int, paths=int, seed=int, overlap=int, draws=int,
             level=float, worthwhile=float, sampling=dict)
 _LEFT_OUT = dict(symbol=str, count=int, reason=str)
 _FORM = dict(settings=_HOW, left_out=[_LEFT_OUT], verdict=str, sentence=str)
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #65d26d1f
 def _read_rows(folder, hashes):
     "Return rows and history, or None for a history that is not there"
     damaged = [name for name, digest in hashes.items() if not (folder/name).is_file() or sha256(folder/name) != digest]

@@ -58,10 +58,11 @@ class LeakReport:
     def __repr__(self):
         return self.to_markdown()
 
-# %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-008
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #fb00a0ee
 def _array(x):
     return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-008
 def _moved(a, b):
     "Return the largest relative difference of two arrays; inf where their shapes differ"
     a, b = _array(a), _array(b)

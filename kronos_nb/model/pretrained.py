@@ -163,10 +163,11 @@ def _load_weights(model, tensors, source):
     model.load_state_dict({k: t.clone() for k, t in tensors.items()}, assign=True)
     return model
 
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #4a3d0295
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #561f05f8
 _MOST = dict(d_in=256, n_heads=256, n_layers=256, n_enc_layers=256, n_dec_layers=256, s1_bits=16, s2_bits=16,
              group_size=32, max_context=10**6, lookback_window=10**6, predict_window=10**6)
 
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #4a3d0295
 def _number_error(name, kind, value) -> str | None: # None where all is well
     "Return what a number of `config.json` must be, where it is not"
     if kind is bool: return None if isinstance(value, bool) else 'true or false'

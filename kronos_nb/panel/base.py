@@ -278,7 +278,7 @@ _NARROW = """
 # %% ../../nbs/api/9_faces/90_base.ipynb #1bc91ae0
 CSS = f'<style>{_LOOK}{_SIZES}{_NARROW}</style>'
 
-# %% ../../nbs/api/9_faces/90_base.ipynb #cell-033
+# %% ../../nbs/api/9_faces/90_base.ipynb #f1eed63b
 def framed(part):
     "Return a picture in a frame that scrolls where the page is narrow; anything else as it is"
     import ipywidgets as W
@@ -287,6 +287,7 @@ def framed(part):
     frame.add_class('knb-picture')
     return frame
 
+# %% ../../nbs/api/9_faces/90_base.ipynb #cell-033
 def panel_page(*parts):
     "Return the parts below each other, with the style of all panels"
     import ipywidgets as W

@@ -330,12 +330,13 @@ def _read_controls(self: ConfigPanel):
         row._annotate(base[path], bool(wrong) or values[path] != base[path], wrong)
     self._summarise()
 
-# %% ../../nbs/api/9_faces/91_config.ipynb #cell-044
+# %% ../../nbs/api/9_faces/91_config.ipynb #533c64b6
 @patch
 def _estimated_bars(self: ConfigPanel):
     "Return the bars of the run as they are read already, or their source where a base needs other symbols, too"
     return value_of(self.data) if self.cfg.base.symbols else bars_of(self.data)
 
+# %% ../../nbs/api/9_faces/91_config.ipynb #cell-044
 @patch
 def _cost_text(self: ConfigPanel):
     "Return what the run costs, in a sentence, without what was not measured"

@@ -186,7 +186,7 @@ def _reading_code(source, choice, extra):
     features = f', features=(*FEATURES, *{tuple(extra)!r})' if extra else ''
     return '\n'.join(lines + [f'bars, changes = repair_klines(bars{features})']*repair)
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #9b493db2
+# %% ../../nbs/api/9_faces/94_data.ipynb #f444e778
 def _files_of(source):
     "Return the files of a source"
     if isinstance(source, (list, tuple)): return [f for o in source for f in _files_of(o)]
@@ -194,6 +194,7 @@ def _files_of(source):
     found = Path(source).rglob('*') if Path(source).is_dir() else map(Path, glob.glob(str(source), recursive=True))
     return sorted(f for f in found if f.is_file())
 
+# %% ../../nbs/api/9_faces/94_data.ipynb #9b493db2
 def _version_of(source):
     "Return something that differs where the bars of a source may differ"
     if is_sample(source): return source
@@ -365,7 +366,7 @@ def _uploaded(value):
     files = [o | dict(name=name) for name, o in value.items()] if isinstance(value, dict) else value
     return [(o['name'], bytes(o['content'])) for o in files]
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #1f3054c0
+# %% ../../nbs/api/9_faces/94_data.ipynb #05b7a796
 @patch
 def _take_upload(self: DataPanel):
     "Take what the browser has sent, and free its memory"
@@ -376,6 +377,7 @@ def _take_upload(self: DataPanel):
     try: self.take_file(*files[0])
     finally: self._list_source()
 
+# %% ../../nbs/api/9_faces/94_data.ipynb #1f3054c0
 @patch
 def _list_source(self: DataPanel):
     "Choose the source in the list, where it may be new"
@@ -384,10 +386,11 @@ def _list_source(self: DataPanel):
         self.controls['source'].options = self._source_options()
         self.controls['source'].value = self.source if isinstance(self.source, str) else None
 
-# %% ../../nbs/api/9_faces/94_data.ipynb #cell-033
+# %% ../../nbs/api/9_faces/94_data.ipynb #7f21d702
 _SHOWN = dict(bars='{:,}'.format, gaps='{:,}'.format, coverage=lambda share: percent(share, 1),
               first=date_text, last=date_text, interval=lambda t: interval_text(t.total_seconds()))
 
+# %% ../../nbs/api/9_faces/94_data.ipynb #cell-033
 def _report_html(bars, changes, report):
     issues = report.issues.head(12)
     first = [', '.join(map(str, stamps)) for stamps in issues['first']]

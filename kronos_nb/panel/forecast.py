@@ -265,7 +265,7 @@ def _control_changed(self: ForecastPanel, change):
     if name == 'origin' and value == change['owner'].max: self.origin = None
     self.refresh()
 
-# %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-024
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #a238c976
 @patch
 def _show_forecast(self: ForecastPanel, clicked):
     "Forecast, draw and summarise; the button that was clicked says so meanwhile"
@@ -277,6 +277,7 @@ def _show_forecast(self: ForecastPanel, clicked):
     line = f'median {median:.6g} after {len(f)} bars, last close {f.last_close:.6g}; {higher} of the paths end higher.'
     self.output.value = f"<div class='knb-note'>{line} {html.escape('; '.join(f.notes))}</div>"
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-024
 @patch
 def _show_replay(self: ForecastPanel):
     self._take()

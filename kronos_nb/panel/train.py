@@ -283,7 +283,7 @@ def _lines(self: TrainPanel):
     if job.result is not None and job.result.evaluation is not None: lines.append(job.result.evaluation.sentence)
     return [*lines, '']
 
-# %% ../../nbs/api/9_faces/92_train.ipynb #cell-029
+# %% ../../nbs/api/9_faces/92_train.ipynb #a0858b7b
 @patch
 def _make_head(self: TrainPanel):
     import ipywidgets as W
@@ -297,6 +297,7 @@ def _make_head(self: TrainPanel):
     self.bar = W.FloatProgress(min=0., max=1., layout=W.Layout(width='180px'))
     return bar(*self.buttons.values(), self.folder, self.bar)
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #cell-029
 @patch
 def _folder_typed(self: TrainPanel, change):
     "Take the typed folder; an empty one goes back to the name of bars and preset"
@@ -308,7 +309,7 @@ def _folder_typed(self: TrainPanel, change):
 _KEEP_OPEN = ("<div class='knb-note'>Keep this page open while it trains. Closing it stops the run with a checkpoint, "
               "and the next time the first button continues it.</div>")
 
-# %% ../../nbs/api/9_faces/92_train.ipynb #cell-030
+# %% ../../nbs/api/9_faces/92_train.ipynb #62f7b7f9
 @patch
 def _make_curves(self: TrainPanel):
     "Return the curves and what they mean, which fold away once there is a verdict"
@@ -319,6 +320,7 @@ def _make_curves(self: TrainPanel):
     curves.add_class('knb-fold')
     return curves
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #cell-030
 @patch
 def _build(self: TrainPanel):
     self.error, self.status, self.verdict = html_box(), html_box(), html_box()

@@ -79,7 +79,7 @@ def _write_state(folder, state, prefix):
     save_file(kept, folder/_STATE_FILES[0])
     (folder/_STATE_FILES[1]).write_text(json.dumps(dict(tree=tree, prefix=prefix)), encoding='utf-8')
 
-# %% ../../nbs/api/4_training/48_checkpoint.ipynb #cell-016
+# %% ../../nbs/api/4_training/48_checkpoint.ipynb #15e4359a
 def _aside(folder) -> Path: return folder.with_name(f'.{folder.name}.old')
 
 def _replace_folder(new, folder):
@@ -91,6 +91,7 @@ def _replace_folder(new, folder):
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/api/4_training/48_checkpoint.ipynb #cell-016
 def _drop(folder):
     "Remove a checkpoint; one that is half removed is hidden"
     folder.rename(_aside(folder))
@@ -143,7 +144,7 @@ def read_checkpoint(
         tensors = {f"model/{saved['prefix']}{k}": v for k, v in load_file(model).items()} | tensors
     return join_tensors(saved['tree'], tensors)
 
-# %% ../../nbs/api/4_training/48_checkpoint.ipynb #84c33672
+# %% ../../nbs/api/4_training/48_checkpoint.ipynb #af66ade2
 def _manifest(folder) -> dict:
     "Return the manifest of a checkpoint; {} where it cannot be read, or is none"
     try: found = json.loads((Path(folder)/'manifest.json').read_text(encoding='utf-8'))
@@ -151,6 +152,7 @@ def _manifest(folder) -> dict:
     files = found.get('files') if isinstance(found, dict) else None
     return found if isinstance(files, dict) and set(_STATE_FILES) <= set(files) else {}
 
+# %% ../../nbs/api/4_training/48_checkpoint.ipynb #84c33672
 def is_extra(
     folder, # A checkpoint
 ) -> bool:

@@ -140,10 +140,11 @@ def _leave(rank, process, seconds):
     with contextlib.suppress(psutil.Error): process.kill()
     os._exit(2)
 
-# %% ../../nbs/api/4_training/47_guard.ipynb #a827da1e
+# %% ../../nbs/api/4_training/47_guard.ipynb #1b1421ca
 LAUNCHER = 'KRONOS_NB_LAUNCHER'   # environment variable: the process behind the launcher
 _followed = []
 
+# %% ../../nbs/api/4_training/47_guard.ipynb #83d8238d
 def follow_launcher():
     "End this process when its launcher is gone"
     if _followed: return
@@ -154,6 +155,7 @@ def follow_launcher():
 
 def _is_there(p) -> bool: return p.is_running() and p.status() != psutil.STATUS_ZOMBIE
 
+# %% ../../nbs/api/4_training/47_guard.ipynb #a827da1e
 def _follow(parent, command):
     with contextlib.suppress(psutil.Error):
         while os.getppid() == parent and all(map(_is_there, command)): time.sleep(1)

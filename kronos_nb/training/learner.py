@@ -204,12 +204,15 @@ def halve_on_oom(
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-039
 NOTE_KINDS = dict(
+    absent='symbols without bars in a part of the split',
     advice='a finding of the diagnosis made while the fit ran; `finding` is its kind',
     checkpoint='a damaged checkpoint was passed over',
     codebook_collapse='few tokens of the codebook are in use',
     compile='`torch.compile` does not work here and is left out',
+    context='a lookback is longer than what the model reads at once',
     damaged='a file of the run, or a part of it, could not be read and is left out',
     early_stopping='the fit ends because validation no longer improves',
+    left_out='symbols with fewer bars than a window has',
     lr_find='the learning rate finder ran',
     lr_reduced='the plateau schedule lowered the learning rate',
     machine='threads, loader processes and compiler that were chosen',
@@ -217,6 +220,7 @@ NOTE_KINDS = dict(
     note='anything else, and every note of runs that knew no kinds',
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
+    split='training bars of a symbol lie after bars that judge another one',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
     validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
@@ -348,7 +352,7 @@ def _one_epoch(self: Learner):
 @patch
 def _next_epoch(self: Learner): self.epoch, self.epoch_step, self._means = self.epoch+1, 0, Mean()
 
-# %% ../../nbs/api/4_training/42_learner.ipynb #cell-057
+# %% ../../nbs/api/4_training/42_learner.ipynb #56df42be
 @patch
 def _train(self: Learner):
     self._decide()
@@ -360,6 +364,7 @@ def _train(self: Learner):
         self._validate_if_due()
         if self._train_is_over(): break
 
+# %% ../../nbs/api/4_training/42_learner.ipynb #cell-057
 @patch
 def _train_is_over(self: Learner) -> bool:
     return self.ends or self.epoch_step >= self.steps_per_epoch or self.step >= self.total_steps
@@ -591,7 +596,7 @@ def interrupted(self: Learner) -> bool: return self.leaving is not None
 @patch(as_prop=True)
 def stop_reason(self: Learner) -> str | None: return self.leaving or self.ending
 
-# %% ../../nbs/api/4_training/42_learner.ipynb #cell-093
+# %% ../../nbs/api/4_training/42_learner.ipynb #70f2ef8b
 @patch
 def _agree(self: Learner):
     "Let all processes know what any of them was asked for"
@@ -600,6 +605,7 @@ def _agree(self: Learner):
     if leaves: self.stop('another process was interrupted', interrupted=True)
     return leaves
 
+# %% ../../nbs/api/4_training/42_learner.ipynb #cell-093
 @patch
 def _decide(self: Learner):
     "Decide about a stop, on all processes at the same place"

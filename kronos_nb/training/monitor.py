@@ -76,12 +76,13 @@ def _status(self: Progress, learn) -> str: # 'epoch 2/3, loss 0.1234, val 0.1301
     if 'val_loss' in learn.metrics: parts.append(f"val {learn.metrics['val_loss']:.4f}")
     return ', '.join(parts + self._left(learn))
 
-# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-014
+# %% ../../nbs/api/4_training/46_monitor.ipynb #77818c5f
 @patch
 def _done(self: Progress, learn) -> tuple: # Share of the steps, seconds
     "Return what was done since the first step"
     return (learn.step - self.first)/learn.total_steps, time.monotonic() - self.began
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-014
 @patch
 def _left(self: Progress, learn) -> list: # Of one text, or empty where no run goes on or it is too early to tell
     "Return the time left of the run"
@@ -153,7 +154,7 @@ def before_fit(self: RunFiles, learn):
     self.write('log', f'--- {self.at.name}, {where}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n')
     self._write_status('running')
 
-# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-028
+# %% ../../nbs/api/4_training/46_monitor.ipynb #a3b97eb0
 @patch
 def cleanup_fit(self: RunFiles, learn):
     "Write how the fit ended, and close the files"
@@ -164,6 +165,7 @@ def cleanup_fit(self: RunFiles, learn):
             with contextlib.suppress(OSError): f.close()   # of a disk that is full
         self.files, self.learn = {}, None
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-028
 @patch
 def _write_end(self: RunFiles, learn):
     self._append_new()
@@ -175,7 +177,7 @@ def _write_end(self: RunFiles, learn):
     self._write_status(how, why)
     self.kept = self.files['log'].tell()
 
-# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-029
+# %% ../../nbs/api/4_training/46_monitor.ipynb #317640f3
 @patch
 def _start_log(self: RunFiles):
     "Begin the log, or cut it where the checkpoint was taken"
@@ -183,6 +185,7 @@ def _start_log(self: RunFiles):
     if self.kept is None or not log.exists(): write_atomic(log, '')
     elif log.stat().st_size > self.kept: os.truncate(log, self.kept)
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #cell-029
 @patch
 def write(self: RunFiles, name: str, text: str):
     "Append to a file and hand it to the operating system"

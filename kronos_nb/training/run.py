@@ -282,9 +282,10 @@ def tokenizer(self: Run,
     raise RunError(f"{str(self.folder)!r} has no tokenizer: tokenizer/ holds none, and predictor.tokenizer names none. "
         "Train it first, or set predictor.tokenizer to a folder or a hub id")
 
-# %% ../../nbs/api/4_training/41_run.ipynb #cell-055
+# %% ../../nbs/api/4_training/41_run.ipynb #e360f813
 _SEED_FOLDER = re.compile(r'(seed_\d+/)?predictor(_\d+)?')   # nothing outside of the run
 
+# %% ../../nbs/api/4_training/41_run.ipynb #cell-055
 @patch(as_prop=True)
 def ensemble(self: Run) -> list: # Of RunStage
     "Return the predictors that forecast together"
@@ -386,10 +387,11 @@ def watch(
             away[name] = 0 if answers(process) else away[name]+1
             if away[name] == patience: leave(name, process, patience)
 
-# %% ../../nbs/api/4_training/41_run.ipynb #58ff1334
+# %% ../../nbs/api/4_training/41_run.ipynb #a5a9e49e
 LOCK = '.lock'
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)   # what file systems without locks say
 
+# %% ../../nbs/api/4_training/41_run.ipynb #58ff1334
 def _try_lock(folder, wait):
     "Return the lock of a folder once it is held; None where the file system has none"
     lock = FileLock(Path(folder)/LOCK)
@@ -410,11 +412,12 @@ def remove_leftovers(
     for path in list(Path(folder).rglob('.*.tmp')):
         if _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
 
-# %% ../../nbs/api/4_training/41_run.ipynb #732d3bc3
+# %% ../../nbs/api/4_training/41_run.ipynb #eee9460a
 def _busy(folder):
     return RunError(f"another process writes into {str(folder)!r}. Wait until it has ended, or stop it; or choose "
         "another folder (out_dir, --out)")
 
+# %% ../../nbs/api/4_training/41_run.ipynb #732d3bc3
 @contextlib.contextmanager
 def only_writer(
     folder,        # Of a run; made if needed
@@ -435,4 +438,4 @@ def run_id(self: RunStage) -> str | None: # None outside of a run, and in runs o
     "Return the identity of the run that the stage belongs to"
     runs = (Run(p) for p in list(self.folder.parents)[:2])   # `seed_N/predictor` lies one deeper
     found = next((r for r in runs if r.facts_file.is_file()), None)
-    return found and found.facts.get('id')
+    return found and read_json(found.facts_file).get('id')

@@ -247,7 +247,7 @@ def _watched(workers: list):
     try: yield
     finally: over.set()
 
-# %% ../../nbs/api/4_training/43_task.ipynb #78bc500f
+# %% ../../nbs/api/4_training/43_task.ipynb #c3efa4d5
 @patch
 def close(self: SampledSource):
     "End the loader processes"
@@ -260,6 +260,7 @@ def close(self: SampledSource):
         if worker.is_alive(): worker.kill()
         worker.join()
 
+# %% ../../nbs/api/4_training/43_task.ipynb #78bc500f
 @patch(as_prop=True)
 def lost_loaders(self: SampledSource) -> bool:
     "Return whether a loader process came to a violent end"
