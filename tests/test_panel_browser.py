@@ -223,8 +223,8 @@ def compare_runs(page):
 
 def test_every_page_in_voila(voila, page, tmp_path):
     def check(name):
-        check_fit(page)
         shot(page, name, tmp_path)
+        check_fit(page)
     page.goto(f'http://127.0.0.1:{voila}/', wait_until='commit')
     page.get_by_role('tab', name='settings', exact=True).wait_for()
     page.get_by_text(re.compile(r'bars of \d+ symbols?, usable')).first.wait_for()

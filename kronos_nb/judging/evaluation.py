@@ -523,10 +523,12 @@ def plot_verdict(self: Evaluation): # The figure
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #557b252b
 @patch
 def summary_html(self: Evaluation) -> str:
-    "Return light, sentences and picture as HTML"
+    "Return light, sentences and picture as HTML; the light is a dot, which fonts without emoji have, too"
+    color, word = COLORS[dict(zip(LIGHTS, ('best', 'truth', 'unsure')))[self.verdict]], self.light.partition(' ')[2]
     lines = ''.join(f'<div>{html.escape(o)}</div>' for o in self.sentences)
     picture = base64.b64encode(png(self.plot_verdict())).decode()
-    return f"<b>{self.light}</b>{lines}<img src='data:image/png;base64,{picture}' style='max-width: 100%'>"
+    return (f"<b><span style='color: {color}'>&#9679;</span> {word}</b>{lines}"
+            f"<img src='data:image/png;base64,{picture}' style='max-width: 100%'>")
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-073
 @patch

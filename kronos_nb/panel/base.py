@@ -186,7 +186,7 @@ def html_box(*classes):
 def picture():
     "Return an image that takes no room while it is empty"
     import ipywidgets as W
-    return W.Image(format='png', layout=W.Layout(width='100%', display='none'))
+    return W.Image(format='png', layout=W.Layout(display='none'))
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-028
 def show_figure(
@@ -259,7 +259,8 @@ _SIZES = """
 .knb-rows {align-items: center; gap: 2px 8px}
 .knb-rows > * {width: auto; margin: 0; min-width: 0}
 .knb-wrap td {white-space: normal}
-.knb-picture {overflow-x: auto; overflow-y: hidden} .knb-picture img {max-width: none}
+.knb-picture {overflow-x: auto; overflow-y: hidden} .knb img, .knb-picture img {max-width: 100%; max-height: 430px}
+.knb img, .knb-picture img {width: auto; height: auto; align-self: flex-start; flex-shrink: 0}
 .knb-upload {font-size: 0} .knb-upload i {font-size: 13px}
 .knb-upload::after {content: "Upload a file"; font-size: 13px}
 .knb-tabs > div > .lm-TabBar-content, .knb-tabs > div > .p-TabBar-content {flex-wrap: wrap}"""
@@ -272,7 +273,7 @@ _NARROW = """
 @container (max-width: 700px) {
   .knb-rows {grid-template-columns: 1fr 84px} .knb-rows > :nth-child(3n) {grid-column: 1 / -1; margin-bottom: 8px}
   .knb-rows .widget-label {width: 112px !important} .knb-rows .widget-hslider {width: auto !important; min-width: 0}
-  .knb-picture img {min-width: 640px}
+  .knb-picture img {min-width: 640px; max-width: none}
 }"""
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #1bc91ae0

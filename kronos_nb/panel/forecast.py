@@ -146,6 +146,7 @@ _SHIPPED = {'the small base that ships (a toy)': BUNDLED}
 
 def _label_of(model):
     if isinstance(model, Panel): return 'the run of the train page'
+    if model == BUNDLED: return next(iter(_SHIPPED))
     return _name_of(model) or 'the given model'
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #05bcd18b

@@ -105,7 +105,7 @@ def _select(self: RunsPanel, change):
 def _build(self: RunsPanel):
     import ipywidgets as W
     self.error, self.result, self.chart = html_box(), html_box('knb'), picture()
-    self.list = W.SelectMultiple(rows=6, layout=W.Layout(width='min(520px, 100%)'))
+    self.list = W.SelectMultiple(rows=4, layout=W.Layout(width='min(640px, 100%)'))
     self.list.observe(self._select, 'value')
     self.buttons = dict(
         compare=button('Compare the selected runs', self.error, self._show_comparison, 'columns'),
@@ -115,5 +115,6 @@ def _build(self: RunsPanel):
             hint='The best run, and each further one that does not raise the validation loss'),
         refresh=button('Look for new runs', self.error, self.refresh, 'refresh'))
     self.folded = Folded(self.error, as_code=lambda: self.code)
-    head = bar(self.list, W.VBox(list(self.buttons.values())))
-    return panel_page(head, self.error, self.result, self.chart, self.folded.widget)
+    self.chart.layout.max_height = '250px'   # tables are above it
+    shown = self.error, self.result, self.chart
+    return panel_page(self.list, bar(*self.buttons.values()), *shown, self.folded.widget)
