@@ -10,8 +10,9 @@ import importlib as _importlib
 
 _DOOR = dict(
     Config='config', Forecaster='forecast', Studio='panel.studio', average_checkpoints='average',
-    check_klines='data.check', compare='judging.compare', evaluate='evaluate', fit='train', load='train', push='hub',
-    read_klines='data.read', repair_klines='data.repair', sample_klines='data.read', tune='tune')
+    check_klines='data.check', compare='judging.compare', evaluate='evaluate', fetch_klines='data.fetch', fit='train',
+    load='train', push='hub', read_klines='data.read', repair_klines='data.repair', sample_klines='data.read',
+    tune='tune')
 
 __all__ = [*_DOOR, '__version__']
 

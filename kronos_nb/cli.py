@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'run_experiments', 'stopped', 'run_forecast',
            'run_evaluate', 'run_monitor', 'run_compare', 'run_tune', 'run_average', 'run_report', 'run_push',
-           'run_bundle', 'run_check', 'run_studio', 'main']
+           'run_bundle', 'run_check', 'run_fetch', 'run_studio', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
 import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
@@ -423,6 +423,19 @@ def _check_parser(sub):
         help='columns beside the six that must hold numbers too, such as trades,taker_buy_volume')
     p.add_argument('--out', help='folder for data_report.md and its pictures')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #2c3afc53
+def _fetch_parser(sub):
+    "Add the command `fetch`"
+    text = 'download bars from an exchange, in UTC'
+    p = _command(sub, 'fetch', run_fetch, text, 'SYMBOL INTERVAL --start DATE')
+    p.add_argument('symbol', metavar='SYMBOL', help='as the source names it: BTCUSDT, BTC/USDT, AAPL')
+    p.add_argument('interval', metavar='INTERVAL', help='1m, 5m, 1h, 1d ...')
+    p.add_argument('--start', required=True, metavar='DATE', help='first day, such as 2023-01-01')
+    p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
+    p.add_argument('--source', default='binance', metavar='NAME',
+        help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
+    p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #c658f03d
 def _studio_parser(sub):
     "Add the command `studio`"
@@ -438,7 +451,7 @@ def _studio_parser(sub):
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
 _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser,
-    _tune_parser, _average_parser, _check_parser, _push_parser, _bundle_parser, _studio_parser)
+    _tune_parser, _average_parser, _fetch_parser, _check_parser, _push_parser, _bundle_parser, _studio_parser)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
@@ -1076,6 +1089,25 @@ def run_check(a):
     if a.out:
         print(f'written to {report.save(a.out)}')
     return 0 if report.ok else 1
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #47aeb207
+_WRITERS = {'.parquet': 'to_parquet', '.feather': 'to_feather', '.csv': 'to_csv'}
+
+def run_fetch(a):
+    "Run `kronos-nb fetch`"
+    from kronos_nb.core import writing
+    from kronos_nb.data.fetch import fetch_klines
+    from kronos_nb.data.read import read_report
+    out = Path(a.out or f"{''.join(filter(str.isalnum, a.symbol))}-{a.interval}.parquet")
+    writer = _WRITERS[check_choice('the ending of --out', out.suffix, _WRITERS)]
+    bars = fetch_klines(a.symbol, a.interval, a.start, a.end, a.source)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        getattr(bars, writer)(out, **({'index': False} if writer != 'to_feather' else {}))
+    notes = [note for notes in read_report(bars).notes for note in notes.split('; ') if note.startswith('missing')]
+    print(f'{len(bars):,} bars from {bars.timestamps.iloc[0]} to {bars.timestamps.iloc[-1]}, written to {out}')
+    print(*dict.fromkeys(notes), f'Next: kronos-nb check {out}', sep='\n')
+    return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e0a0f687
 def run_studio(a):

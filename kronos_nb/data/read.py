@@ -10,6 +10,7 @@ import codecs
 import csv
 import glob
 import gzip
+import inspect
 import io
 import json
 import re
@@ -814,9 +815,16 @@ def read_klines(
     """
     extra = (extra_features,) if isinstance(extra_features, str) else tuple(extra_features or ())
     options = ParseOptions(symbol, tz, dayfirst, columns, adjust, extra, decimal, units, bar_end, ambiguous)
-    return _read_all(source, options, _Limits(**limits), _Filter(symbols, start, end, max_rows))
+    return _read_all(source, options, _limits_of(limits), _Filter(symbols, start, end, max_rows))
 
 # %% ../../nbs/api/1_data/11_read.ipynb #3e738321
+def _limits_of(given):
+    "Return `_Limits`; raise for what is no argument of `read_klines`"
+    allowed = [*inspect.signature(read_klines).parameters][:-1] + [*_Limits.__dataclass_fields__]
+    for name in given: check_choice('an argument of read_klines', name, allowed)
+    return _Limits(**given)
+
+# %% ../../nbs/api/1_data/11_read.ipynb #393a4bb6
 def _read_all(source, options, limits, wanted):
     "Return the wanted rows of a source, and keep the logs of frames that were read before"
     sources = _sources(source, options)

@@ -172,6 +172,7 @@ def _repair_outliers(r, winsorise, winsorise_volume, window):
     "Limit moves of prices, and volume and amount, where that is asked for"
     if winsorise is not None:
         _check_outlier_settings('winsorise', winsorise, window)
+        if (r.x[:, :4] <= 0).any(): raise ConfigError("winsorise limits ratios of prices; some are not above 0")
         _limit_by_symbol(r, 'winsorise', PRICES, lambda x: _winsorise(x, winsorise, window))
     if winsorise_volume is not None:
         _check_outlier_settings('winsorise_volume', winsorise_volume, window)
