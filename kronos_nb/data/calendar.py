@@ -163,17 +163,20 @@ def _exchange_calendar(name, last):
                         "pass future= with the stamps to forecast") from e
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cb141ae6
-def _steadiest_zone(t, zones):
-    "Return the zone in which the stamps `t` have the fewest clock times"
-    past = t[-500:].view('M8[ns]')
-    return min(zones, key=lambda tz: len(np.unique(market_clock(past, tz).view('i8') % _DAY)))
+def _steadiest_zone(t, zones, days):
+    "Return the zone in which most of the stamps `t` lie on sessions, and have the fewest clock times"
+    past = t[(t >= days[0].value) & (t < days[-1].value)][-500:].view('M8[ns]')
+    def cost(tz):
+        local = pd.DatetimeIndex(market_clock(past, tz))
+        return (~local.normalize().isin(days)).sum(), len(np.unique(local - local.normalize()))
+    return min(zones, key=cost)
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-035
 def _session_stamps(calendar, t):
     "Return the stamp of a daily bar of each session"
     days = calendar.sessions.tz_localize(None)
     if session_dates(t.view('M8[ns]')): return days
-    tz = _steadiest_zone(t, (None, str(calendar.tz)))
+    tz = _steadiest_zone(t, (None, str(calendar.tz)), days)
     clock = market_clock(t[-1:].view('M8[ns]'), tz).view('i8')[0] % _DAY
     return pd.DatetimeIndex(from_market_clock(days + pd.Timedelta(int(clock)), tz, ambiguous='first'))
 

@@ -154,7 +154,7 @@ class _Choice(_Request):
     def models(self) -> dict: # Label -> model
         "Return the models to choose from: the given one, finished runs, and the released models"
         runs = [run for run in find_runs(self.runs) if run.stage('predictor').has_model] if self.runs else []
-        return {_label_of(self.given): self.given} | {str(run): str(run) for run in runs[:30]} | _SHIPPED | _RELEASED
+        return {_label_of(self.given): self.given} | {str(run): str(run) for run in runs} | _SHIPPED | _RELEASED
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-016
 class ForecastPanel(_Choice):
