@@ -178,7 +178,8 @@ def _session_stamps(calendar, t):
     if session_dates(t.view('M8[ns]')): return days
     tz = _steadiest_zone(t, (None, str(calendar.tz)), days)
     clock = market_clock(t[-1:].view('M8[ns]'), tz).view('i8')[0] % _DAY
-    return pd.DatetimeIndex(from_market_clock(days + pd.Timedelta(int(clock)), tz, ambiguous='first'))
+    local = (days + pd.Timedelta(int(clock))).tz_localize(tz or 'UTC', ambiguous=True, nonexistent='shift_forward')
+    return local.tz_convert('UTC').tz_localize(None) # midnights of a zone, too, which alone would pass for dates
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #be2f644e
 def _bar_stamps(calendar, t, step):

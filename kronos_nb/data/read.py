@@ -440,7 +440,7 @@ def _files(source):
     found = _in_folder(p) if p.is_dir() else [Path(f) for f in sorted(glob.glob(str(source), recursive=True))]
     files = [p] if p.is_file() else [f for f in found if f.is_file() or _is_qlib(f)]
     if odd := next((f for f in files if one_line(f) != str(f)), None):
-        raise DataError(f"the name of {one_line(odd)!r} holds a control character, or is not UTF-8 text: rename the file")
+        raise DataError(f"the name of {one_line(odd)!r} holds a control character or no UTF-8 text: rename it")
     if not files: raise DataError(f"no file of bars at {str(source)!r}; give a file, glob, list, folder or DataFrame")
     return files
 
