@@ -204,8 +204,9 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
+    few = sorted(val)[::-(-len(val)//(cfg.evaluate.per_date or len(val)))]   # as many symbols as a date has
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
-        start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
+        start={s: val[s][0] for s in few}, max_gap=d.max_gap)
     room_to_calibrate(**given)
     return given
 
@@ -241,7 +242,8 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
     "Judge the model on the test part"
     cfg, run = result.config, result.run
     result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
-        base=_base_forecaster(data, cfg, inits), origins=cfg.evaluate.origins, start=_test_starts(data, cfg),
+        base=_base_forecaster(data, cfg, inits), origins=cfg.evaluate.origins,
+        per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
     save_figure(result.evaluation.plot(), run.evaluation_plot)
