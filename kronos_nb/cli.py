@@ -290,8 +290,8 @@ def _forecast_parser(sub):
         "XNYS; none: as the bars so far")
     p.add_argument('--future', metavar='FILE', help='a file with the stamps to forecast, with a column symbol where '
         'they differ between symbols')
-    p.add_argument('--calibrated', action='store_true',
-        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true',
+        help='leave out what fit chose for the paths: no anchor at the last close, no spread, no pool')
     p.add_argument('--out', metavar='FOLDER', help='folder for forecast.csv (quantiles per bar), paths.parquet and '
         'a picture per symbol; without it forecast/<file>')
 
@@ -304,8 +304,7 @@ def _evaluate_parser(sub):
     p.add_argument('--base', metavar='MODEL', help="what to compare with: a run, a folder with tokenizer/ and "
         "predictor/, or 'none'; without it what the run began with")
     p.add_argument('--origins', type=int, metavar='N', help='dates to forecast from')
-    p.add_argument('--calibrated', action='store_true',
-        help="judge the forecasts widened by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true', help='judge the paths as the model draws them')
     p.add_argument('--out', metavar='FOLDER', help='folder for the results')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-032
@@ -840,13 +839,13 @@ def _bars_of(a, cfg: Config, f):
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
     "Return forecaster, bars and the configuration of the run, if the model has one"
-    from kronos_nb.judging.calibrate import Calibrated
+
     from kronos_nb.forecast import Forecaster
     _choose_model(a)
     run = _run_of(a.model)
     cfg = run.config if run else Config()
-    kind = Calibrated if a.calibrated else Forecaster
-    f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    f = Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa

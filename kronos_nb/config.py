@@ -256,12 +256,14 @@ class EvaluateConfig(Settings):
     origins: int | None = setting(
         None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 64", lo=2, hi=100_000)
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
-    temperature: float = setting(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
+    temperature: float | None = setting(
+        None, "of sampling; none: chosen on validation, else 1", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
-    top_p: float = setting(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
+    top_p: float | None = setting(
+        None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1., tune=(.7, 1.))
     calibrate: str = setting(
-        'auto', "learn on the validation split how much wider the bands must be, and keep that beside the model; "
-                             "auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
+        'auto', "choose on the validation split how paths are drawn, spread and pooled with a naive forecast, and keep "
+        "that beside the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:
         "Return how forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"
