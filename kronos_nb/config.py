@@ -50,8 +50,8 @@ class _WindowConfig(_SourceConfig):
         512, "most bars in one pass of generation; released models: 512, Kronos-mini 2048", lo=2, hi=8192, unit='bars')
     stride: int = setting(1, "bars from one training window to the next", lo=1, unit='bars')
     normalizer: str = setting(
-        'zscore', "zscore for released weights; median_mad for a tokenizer trained with it", choices=('zscore',
-        'median_mad'))
+        'zscore', "zscore for released weights; median_mad or last_close for a tokenizer trained with it",
+        choices=('zscore', 'median_mad', 'last_close'))
     clip: float = setting(5.0, "normalised values are limited to -clip..clip", lo=0.1, hi=100., unit='sigmas')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010

@@ -32,6 +32,7 @@ class Calibration:
     horizon: int   # Bars ahead that it was learnt for
     weight: float  # Share of the paths that keep the model's closes, 0..1
     naive: str     # Baseline whose closes the other paths take
+    naive_spread: tuple # Factors of its paths
     dates: int     # Forecast origins behind it
     scores: dict = field(default_factory=dict) # Validation CRPS, in mean one-bar moves, of each step and baseline
     before: tuple = () # Coverage of the 50, 80 and 95 % band on validation, as drawn
@@ -48,9 +49,10 @@ NAIVE = {o.name: o for o in (LastValue(), EWMA(), Garch())} # Baselines that may
 @patch
 def factors(self: Calibration,
     n: int, # Bars ahead
+    naive=False, # Those of the naive forecast
 ) -> np.ndarray: # (n,)
     "Return the factor of each bar; beyond the horizon it was learnt for, that of its last bar"
-    return np.interp(np.arange(1, n + 1), [1, max(self.horizon, 2)], self.spread)
+    return np.interp(np.arange(1, n + 1), [1, max(self.horizon, 2)], self.naive_spread if naive else self.spread)
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #98aa2119
 def move_closes(
@@ -96,7 +98,7 @@ def _naive_closes(self: Calibration, forecast, key, seed):
         baseline.additive = True
     sampling = Sampling(paths=len(forecast.paths), seed=seed)
     made, = baseline.predict_many([history], len(forecast), keys=[key], futures=[forecast.timestamps], sampling=sampling)
-    return made.paths[..., 3]
+    return stretched(made.paths[..., 3], self.factors(len(forecast), naive=True))
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #1a169325
 @patch
@@ -144,14 +146,15 @@ def apply(self: Calibration,
     return out
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #9113ad7d
-_SAID = dict(sampling=dict, spread=[float], horizon=int, weight=float, naive=str, dates=int, scores=dict, before=[float],
-    after=[float], first=str, last=str)
+_SAID = dict(sampling=dict, spread=[float], horizon=int, weight=float, naive=str, naive_spread=[float], dates=int,
+    scores=dict, before=[float], after=[float], first=str, last=str)
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #8fd95563
 def _damage(said) -> str: # '' where there is none
     "Return what is wrong with the numbers of a calibration"
-    good = [math.isfinite(f) and f > 0 for f in said['spread']]
-    if len(good) != 2 or not all(good): return f"spread must be two factors above 0, got {said['spread']}"
+    for name in ('spread', 'naive_spread'):
+        good = [math.isfinite(f) and f > 0 for f in said[name]]
+        if len(good) != 2 or not all(good): return f"{name} must be two factors above 0, got {said[name]}"
     if not 0 <= said['weight'] <= 1: return f"weight must be in 0..1, got {said['weight']}"
     if said['naive'] not in NAIVE: return f"naive must be one of {', '.join(NAIVE)}, got {said['naive']!r}"
     if set(said['sampling']) != {'temperature', 'top_k', 'top_p'}: return 'sampling must have temperature, top_k, top_p'
@@ -210,6 +213,7 @@ def saved_calibration(
 def sentence(self: Calibration) -> str:
     "Return what is done to the paths"
     spread = f'{self.spread[0]:.2f} at the first bar and {self.spread[1]:.2f} at bar {self.horizon}'
+    if not self.weight: return f'The model is set aside for the close: its paths follow {self.naive}.'
     return (f'Forecasts are drawn with {self.drawing}; distances to the median are multiplied by {spread}; the closes '
             f'are a pool of {self.shares}.')
 

@@ -43,7 +43,7 @@ def _band_scores(
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(y == mid, 0., abs(y - mid)/half)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #118140a5
-_LIMITS = .25, 4. # Of a factor
+_LIMITS, _SHRINK = (.25, 4.), 20 # Of a factor; dates that halve what was learnt
 
 def _spread(
     closes, # (N, S, H) of the paths
@@ -59,7 +59,8 @@ def _spread(
     h = np.arange(len(each))
     slope, first = np.polyfit(h, each, 1) if len(each) > 1 else (0., each[0])
     if slope < 0: slope, first = 0., each.mean()
-    return tuple(float(np.clip(first + slope*o, *_LIMITS)) for o in (0, max(len(each) - 1, 1)))
+    ends = np.clip([first, first + slope*max(len(each) - 1, 1)], *_LIMITS)
+    return tuple((1 + (ends - 1)*dates/(dates + _SHRINK)).tolist())
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #c0fdbe4d
 def _apart(x): # (..., S, H) -> (..., H)
@@ -82,7 +83,7 @@ def _pool_scores(
     return w*far[0] + (1 - w)*far[1] - .5*(w**2*mm + 2*w*(1 - w)*mn + (1 - w)**2*nn)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #1e1761ee
-_MIN_DATES, _SHRINK = 20, 20
+_MIN_DATES = 20
 
 def _weight(model, naive, y, scale, dates) -> float:
     "Return the weight of the model in the pool"
@@ -139,6 +140,8 @@ def _learn(closes, naive, windows, samplings) -> Calibration:
     dates = windows.origins['date'].nunique()
     i, spread, wide = _best_drawing(closes, y, scale, dates)
     def mean(paths): return float((crps(paths, y)/scale).mean())
+    spreads = {name: _spread(o, y, dates) for name, o in naive.items()}
+    naive = {name: stretched(o, np.linspace(*spreads[name], o.shape[-1])) for name, o in naive.items()}
     scores = {name: mean(o) for name, o in naive.items()}
     best = min(scores, key=scores.get)
     weight = _weight(wide, naive[best], y, scale, dates)
@@ -146,7 +149,7 @@ def _learn(closes, naive, windows, samplings) -> Calibration:
     scores = {'as drawn': mean(closes[i]), 'spread': mean(wide), 'delivered': mean(pool)} | scores
     drawn = {k: getattr(samplings[i], k) for k in ('temperature', 'top_k', 'top_p')}
     first, last = windows.origins['origin'].min(), windows.origins['origin'].max()
-    return Calibration(drawn, spread, y.shape[1], weight, best, dates, scores, _coverage(closes[i], y),
+    return Calibration(drawn, spread, y.shape[1], weight, best, spreads[best], dates, scores, _coverage(closes[i], y),
                        _coverage(pool, y), str(first), str(last))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35

@@ -195,13 +195,16 @@ def _reason(self: _Finding):
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #36715ffa
 def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
+def _compared(who, t):
+    "Return a difference and its interval in words"
+    if t['low'] == t['high'] == 0: return f'that of {who}, the same'
+    return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
 @patch
 def _difference(self: _Finding):
     "Return the second sentence: the quantity, the differences and their intervals"
-    def one(who, t):
-        return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
-    compared = ' and '.join(one(who, t) for who, t in self.shown.items())
+    compared = ' and '.join(_compared(*o) for o in self.shown.items())
     return (f"Over {self.n} origins in {self.periods} periods its CRPS, the error of the whole predicted distribution, "
             f"is {compared}; intervals are {100 * self.level:g} %.")
 
@@ -254,7 +257,7 @@ class Evaluation:
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-042
 @patch(as_prop=True)
-def models(self: Evaluation) -> list: return list(dict.fromkeys(self.rows['model']))
+def models(self: Evaluation) -> list: return list(self.rows['model'].unique())
 
 @patch(as_prop=True)
 def baselines(self: Evaluation) -> list: return [m for m in self.models if m not in ('model', 'base')]
