@@ -31,7 +31,7 @@ from .training.monitor import check_tracker
 from .forecast import Forecaster
 from .judging.origins import pick_origins
 from .judging.evaluation import Evaluation
-from .decode.calibration import Calibration
+from .decode.calibration import Calibration, saved_calibration
 from .judging.calibrate import GRID, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
@@ -167,7 +167,7 @@ def load(
     tokenizer = trained[0] if trained else _tokenizer_of(run) if predictors else None
     return FitResult(run.folder, run.config, _history_of(run), tokenizer, predictors,
         evaluation=Evaluation.load(run) if run.judged else None,
-        calibration=Calibration.load(run) if run.calibration_file else None,
+        calibration=saved_calibration(run, None) if run.calibration_file else None,
         not_calibrated=run.why_not_calibrated, interrupted=not run.finished, stop_reason=_why_unfinished(run))
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-023

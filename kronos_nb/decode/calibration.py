@@ -165,8 +165,7 @@ def _read(path) -> Calibration:
     "Read calibration.json"
     said = read_json(path, _SAID)
     if why := _damage(said):
-        raise RunError(f"{str(path)!r} is damaged or of an earlier version: {why}. Learn it again: "
-                       "calibrate(...).save(folder), or delete the file")
+        raise RunError(f"{str(path)!r} is damaged: {why}. Learn it again: calibrate(...).save(folder), or delete it")
     return Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in _SAID})
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #81b4e33d
@@ -202,7 +201,10 @@ def saved_calibration(
 ) -> Calibration | None: # None where there is none
     "Return the calibration that lies beside a predictor"
     for folder in filter(None, (source, predictor)):
-        if Path(folder).is_dir() and (path := Run(folder).calibration_file): return _read(path)
+        if Path(folder).is_dir() and (path := Run(folder).calibration_file):
+            if 'factors' not in read_json(path, {}): return _read(path)
+            warnings.warn(f'{path} is of an earlier version and is left out; fit or calibrate(...) makes a new one')
+            return None
     name, ours = str(predictor), str(predictor) in PUBLISHED or predictor == BUNDLED
     if ours or Path(name).is_dir() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name): return None
     path = _from_hub(name, revision)
