@@ -693,7 +693,7 @@ def _print_result(result, data):
     "Print the verdict of a finished run, where its report is, and the command that uses it"
     e, lines = result.evaluation, ['Not judged: no test part was held back.']
     if e is not None:
-        lines = [e.light, *e.sentences]
+        lines = [e.light, *e.sentences, *([e.by_quantity] if len(e.quantities) else [])]
     print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")

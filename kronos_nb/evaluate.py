@@ -22,7 +22,7 @@ from .judging.origins import check_untouched, forecast_rows, pick_origins, slice
 from .judging.evaluation import Evaluation, write_parquet
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-006
-_ROWS_VERSION = 2 # raise it when the same settings give other rows, so that old parts are not read
+_ROWS_VERSION = 3 # raise it when the same settings give other rows, so that old parts are not read
 
 def _address(*parts): return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
