@@ -61,7 +61,8 @@ def train(market, bars, seed, normalizer, out) -> dict:
     mine = bars.symbol.isin(market.targets)
     early = bars.timestamps < market.begin
     base = out/'base'
-    fit(bars[~mine & early].reset_index(drop=True), config(market, seed, normalizer, market.steps, 1e-3, .1), base, judge=False)
+    whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
+    fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1).replace(**{
         'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
@@ -83,17 +84,20 @@ def judge(market, bars, folder, seed) -> list:
     "Return a row for each way to deliver"
     mine = bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
     L, H = market.windows
-    rows, naive = [], None
+    rows = []
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
                      baselines=list(NAIVE.values()), progress=False)
-        naive, m = e.best_naive, e.metrics[(e.metrics.scope == 'pooled') & (e.metrics.model == 'model')].set_index('metric')
+        pooled, naive = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value, e.best_naive
         first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
         t = e.tests.loc[naive]
-        rows.append(dict(way=name, crps=m.value['crps'], naive=naive, skill=t['skill'], low=t['low'], high=t['high'],
-            cover_80=m.value['cover_80'], first_bar=(first.crps).mean(),
+        rows.append(dict(way=name, crps=pooled['crps'], naive=naive, skill=t['skill'], low=t['low'], high=t['high'],
+            cover_80=pooled['cover_80'], first_bar=first.crps.mean(),
             jump=(abs(first.q50 - first['last'])/first.scale).mean(),
             calibration=getattr(f.calibration, 'sentence', '')))
+        for q in ('range', 'volatility', 'volume'):
+            o = e.quantities.loc[q]
+            rows[-1] |= {f'{q}_naive': o.against, f'{q}_skill': o.skill, f'{q}_low': o.low, f'{q}_high': o.high}
     return rows
 
 
@@ -124,7 +128,8 @@ def main():
                 done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed)]
             done.sort(key=lambda o: (o['market'], o['normalizer'], o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
-            print(pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())]).round(3).to_string(), flush=True)
+            new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
+            print(new.round(3).to_string(), flush=True)
 
 
 if __name__ == '__main__': main()
