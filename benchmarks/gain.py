@@ -1,6 +1,6 @@
 """What a base, its fine-tuning and the choices for its paths are worth, on bars that chose nothing
 
-    OMP_NUM_THREADS=1 python benchmarks/gain.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2] [--out runs/gain]
+    OMP_NUM_THREADS=1 python benchmarks/gain.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
     OMP_NUM_THREADS=1 python benchmarks/gain.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
     OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv
 
@@ -49,8 +49,8 @@ def config(market, seed, normalizer, steps, lr, val) -> Config:
     L, H = market.windows
     stage = dict(size='tiny', epochs=10_000, batch_size=64, weight_decay=.05, warmup=.05, lr=lr)
     return Config().replace(
-        data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0., embargo=H,
-                  val_windows=300, windows_per_epoch=6400),
+        data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0.,
+                  embargo=H, val_windows=300, windows_per_epoch=6400),
         tokenizer=dict(stage, max_steps=steps[0]), predictor=dict(stage, max_steps=steps[1]),
         runtime=dict(progress=False, plots=False, device='cpu', threads=1, seed=seed, save_steps=200),
         evaluate=dict(calibrate='off'))
@@ -88,7 +88,8 @@ def judge(market, bars, folder, seed) -> list:
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
                      baselines=list(NAIVE.values()), progress=False)
-        pooled, naive = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value, e.best_naive
+        pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
+        naive = e.best_naive
         first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
         t = e.tests.loc[naive]
         rows.append(dict(way=name, crps=pooled['crps'], naive=naive, skill=t['skill'], low=t['low'], high=t['high'],

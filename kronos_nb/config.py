@@ -260,10 +260,11 @@ class EvaluateConfig(Settings):
         None, "of sampling; none: chosen on validation, else 1", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
     top_p: float | None = setting(
-        None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1., tune=(.7, 1.))
+        None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1.,
+        tune=(.7, 1.))
     calibrate: str = setting(
-        'auto', "choose on the validation split how paths are drawn, spread and pooled with a naive forecast, and keep "
-        "that beside the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
+        'auto', "choose on validation how paths are drawn, spread and pooled with a naive forecast, and keep that beside "
+        "the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:
         "Return how forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"

@@ -165,17 +165,17 @@ class Forecaster:
     """
     def __init__(self,
         tokenizer: KronosTokenizer,
-        predictor,                # A `Kronos`, or several whose paths are pooled
-        normalizer='from config', # That of training; z-score where the models do not say
-        max_context: int | None = None, # Most bars read at once; None: that of training, or 512
-        device=None,              # 'auto', 'cpu', 'cuda' ...; None leaves the models where they are
-        lookback_window: int | None = None, # Bars of history used; None: that of training, or `max_context`
+        predictor, # `Kronos`, or several
+        normalizer='from config', # None recorded: z-score
+        max_context: int | None = None, # None: as trained, or 512
+        device=None, # None: where the models are
+        lookback_window: int | None = None, # None: as trained, or `max_context`
         cross_rope: str | None = None, # 'reference' or 'trained'; None: from the config
-        compile=False,            # Compile what lies between matrix products
-        precision: str = 'float32', # Of the predictor: 'float32' or 'bfloat16'
-        market_tz: str | None = None, # Zone whose clock the models read; None: that of training, or UTC
-        anchor: bool | None = None, # Begin paths at the last close; None: as the models record, else True
-        calibration: Calibration | None = None, # How paths are drawn, widened and pooled
+        compile=False, # Compile what lies between matrix products
+        precision: str = 'float32', # Or 'bfloat16', of the predictor
+        market_tz: str | None = None, # None: as trained, or UTC
+        anchor: bool | None = None, # Begin at the last close; None: as trained, or True
+        calibration: Calibration | None = None, # How paths are drawn, spread and pooled
     ):
         _check_options(cross_rope, precision)
         self.anchor, self.calibration = anchor, calibration

@@ -234,7 +234,8 @@ class Sampling(Settings):
         None, "divides the logits; 0 is greedy; none: as saved with the model, else 1", lo=0., hi=1000.)
     top_k: int | None = setting(0, "draw from this many likeliest tokens; 0 or none: all", lo=0, unit='tokens')
     top_p: float | None = setting(
-        None, "draw from the likeliest that hold this share, 1: all; none: as saved with the model, else .9", lo=1e-6, hi=1.)
+        None, "draw from the likeliest that hold this share, 1: all; none: as saved with the model, else .9",
+        lo=1e-6, hi=1.)
     refresh: int = setting(1, "past max_context, read the window again every N bars; 1 is exact", lo=1, unit='bars')
 
     @classmethod

@@ -20,7 +20,7 @@ from ..settings import Sampling
 from ..model.pretrained import BUNDLED, PUBLISHED
 from ..training.history import read_json
 from ..training.run import CALIBRATION, Run
-from .paths import Forecast
+
 from ..judging.baselines import EWMA, Garch, LastValue
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #f7d0d836
