@@ -263,7 +263,7 @@ class EvaluateConfig(Settings):
         None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1.,
         tune=(.7, 1.))
     calibrate: str = setting(
-        'auto', "choose on validation how paths are drawn, spread and pooled with a naive forecast, and keep that beside "
+        'auto', "choose on validation how paths are drawn, spread and pooled with a naive forecast, and keep it beside "
         "the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:

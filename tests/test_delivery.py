@@ -4,6 +4,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kronos_nb.core import DataError, RunError
 from kronos_nb.decode.calibration import Calibration
@@ -38,9 +39,9 @@ def test_an_anchored_forecast_is_the_raw_one_shifted_by_the_tokenizers_error(mod
     np.testing.assert_array_equal(f.paths[..., 4:], raw.paths[..., 4:])
     x = past(model.lookback_window)[list(model.features)].to_numpy()
     scale = model.normalizer.fit(x, len(x))
-    import torch
     with torch.no_grad():
-        z = model.tokenizer.decode(model.tokenizer.encode(torch.from_numpy(scale.encode(x))[None], half=True), half=True)
+        tokens = model.tokenizer.encode(torch.from_numpy(scale.encode(x))[None], half=True)
+        z = model.tokenizer.decode(tokens, half=True)
     error = x[-1, 3] - scale.decode(z.double().numpy()[0, -1:])[0, 3]
     np.testing.assert_allclose(f.settings['shift'], error, rtol=1e-3)
     assert 'shift' not in raw.settings and raw.settings['anchor'] is False

@@ -97,7 +97,8 @@ def _naive_closes(self: Calibration, forecast, key, seed):
         baseline = type(baseline)()
         baseline.additive = True
     sampling = Sampling(paths=len(forecast.paths), seed=seed)
-    made, = baseline.predict_many([history], len(forecast), keys=[key], futures=[forecast.timestamps], sampling=sampling)
+    made, = baseline.predict_many([history], len(forecast), keys=[key], futures=[forecast.timestamps],
+        sampling=sampling)
     return stretched(made.paths[..., 3], self.factors(len(forecast), naive=True))
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #1a169325
@@ -227,7 +228,8 @@ def to_markdown(self: Calibration) -> str:
         [f'{v:.4g}' for v in self.scores.values()]})
     levels = [percent(v, 0) for v in (.5, .8, .95)]
     shares = [[percent(v, 0) for v in o] for o in (self.before, self.after)]
-    bands = pd.DataFrame({'band': levels[:len(shares[0])], 'held on validation, as drawn': shares[0], 'delivered': shares[1]})
+    bands = pd.DataFrame({'band': levels[:len(shares[0])], 'held on validation, as drawn': shares[0],
+        'held on validation, delivered': shares[1]})
     return (f"## Calibration\n\n{self.sentence} Learnt from {self.dates} origins of the validation part "
             f"({self.first[:16]} to {self.last[:16]}). `predict(raw=True)` or `kronos-nb forecast --raw` leaves all of "
             f"it out.\n\n{md_table(scores)}\n\n{md_table(bands)}\n")

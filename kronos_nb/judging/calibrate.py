@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from ..display import percent, progress_bar
+from ..display import percent
 from ..settings import Sampling
 from ..decode.calibration import NAIVE, Calibration, own_paths, stretched
 from .metrics import crps

@@ -301,12 +301,14 @@ def skills(self: Evaluation) -> pd.DataFrame: # metric, against, skill, low, hig
     return pd.concat(found, names=['metric']).reset_index()
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #32a1c301
-_QUANTITIES = dict(close='crps', range='crps_range', volatility='crps_volatility', volume='crps_volume', direction='brier')
+_QUANTITIES = dict(close='crps', range='crps_range', volatility='crps_volatility', volume='crps_volume',
+                   direction='brier')
 
 @patch(as_prop=True)
 def quantities(self: Evaluation) -> pd.DataFrame: # Index: quantity; against, skill, low, high, finding
     "Return the skill in each quantity against its own best naive forecast, with intervals corrected for several looks"
-    known = {q: c for q, c in _QUANTITIES.items() if all(c in l and l[c].notna().all() for l in self.losses.values())}
+    def scored(c): return all(c in o and o[c].notna().all() for o in self.losses.values())
+    known = {q: c for q, c in _QUANTITIES.items() if scored(c)}
     if len(known) < 2: return pd.DataFrame(columns=['against', 'skill', 'low', 'high', 'finding'])
     overlap, level, draws, seed = self._how
     out = {}
@@ -335,9 +337,12 @@ def by_quantity(self: Evaluation) -> str:
     return f"Against the best naive forecast of each quantity: {'; '.join(parts)}."
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #9b7aadb9
-_QUANTITY_TEXT = ('Each quantity against the naive forecast that was best at it on these bars; the intervals are corrected for '
-                  'the number of quantities. Range is the log of high over low, volatility the realised one of the whole '
-                  'horizon, and direction the probability of a rise (Brier score).')
+_QUANTITY_KEY = {
+    'quantity': 'what is judged: range is the log of high over low, volatility the realised one of the whole horizon, '
+                'direction the probability of a rise (Brier score), the others by their CRPS',
+    'skill': 'by how much the error is lower than that of the naive forecast that was best at this quantity, with an '
+             'interval that is corrected for the number of quantities',
+    'finding': 'better or worse where the whole interval lies above or below zero'}
 
 @patch
 def _quantity_table(self: Evaluation):
@@ -533,7 +538,7 @@ def details(self: Evaluation) -> str:
     "Return comparisons, metrics and method as Markdown, each table with its key"
     known = {k: v for k, v in _METRIC_KEY.items() if k in self.table() or k == 'ic, rank_ic' and len(self.ics)}
     parts = ['### Compared with', md_table(self._compared()), md_key(_KEY)]
-    if len(self.quantities): parts += ['### By quantity', md_table(self._quantity_table()), _QUANTITY_TEXT]
+    if len(self.quantities): parts += ['### By quantity', md_table(self._quantity_table()), md_key(_QUANTITY_KEY)]
     parts += ['### Metrics, with intervals', md_table(self.table().reset_index())]
     if len(self.ics): parts.append(md_table(self.ics.round(4).reset_index()))
     parts += [md_key(known), '### Method', self._method(), self._omissions()]

@@ -285,7 +285,7 @@ def _volatility_scores(paths, windows, last):
     out = np.full(windows.y.shape, np.nan)
     close = paths[..., 3]
     fits = (close > 0).all((1, 2)) & (windows.y > 0).all(1) & (last > 0)
-    def realised(c, l): return np.sqrt((np.diff(np.log(c), axis=-1, prepend=np.log(l))**2).sum(-1))
+    def realised(c, first): return np.sqrt((np.diff(np.log(c), axis=-1, prepend=np.log(first))**2).sum(-1))
     for i in np.flatnonzero(fits):
         x, y = realised(close[i], np.full((len(close[i]), 1), last[i])), realised(windows.y[i], last[i:i + 1])
         scale = windows.origins['scale'].iloc[i]/last[i]*np.sqrt(windows.y.shape[1])
@@ -300,7 +300,8 @@ def _other_scores(paths, windows, last) -> dict: # Column -> (N, H)
                 crps_volatility=_volatility_scores(paths, windows, last))
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-040
-_SINGLE = ('crps', 'pit', 'p_up', 'var', 'rvar', 'crps_range', 'crps_volume', 'crps_volatility')   # columns that float32 holds well enough
+# Columns that float32 holds well enough
+_SINGLE = ('crps', 'pit', 'p_up', 'var', 'rvar', 'crps_range', 'crps_volume', 'crps_volatility')
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-041
 def forecast_rows(
