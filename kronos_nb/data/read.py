@@ -854,7 +854,7 @@ def read_report(
     bars: pd.DataFrame, # From `read_klines`
 ) -> pd.DataFrame: # file, rows, symbol, columns, ignored, notes; one row per file
     "Return what `read_klines` recognised"
-    def renamed(columns): return ', '.join(a if a == b else f'{a} -> {b}' for a, b in columns.items())
+    def renamed(columns): return ', '.join(a if a == b else f'{a} as {b}' for a, b in columns.items())
     def counted(notes): return '; '.join(f'{n} {text}' if n else text for text, n in notes.items())
     rows = [entry | dict(columns=renamed(entry['columns']), ignored=', '.join(entry['ignored']),
                          notes=counted(entry['notes'])) for entry in read_log(bars) or []]
