@@ -2,6 +2,7 @@
 import pandas as pd
 import pytest
 
+from kronos_nb.core import DataError
 from kronos_nb.data.read import read_klines
 
 
@@ -18,3 +19,14 @@ def test_a_range_counts_the_starts_of_bars(tmp_path, names):
     dates = 'date,open,high,low,close,volume\n2024-01-02,1,2,0.5,1.5,10\n2024-01-03,1,2,0.5,1.5,10\n'
     (tmp_path/'d.csv').write_text(dates)
     assert len(read_klines(tmp_path/'d.csv', bar_end=True, start='2024-01-02', end='2024-01-03')) == 1 # not moved
+
+
+def test_amounts_of_other_vendors(tmp_path):
+    for name in ('total_turnover', 'TurnoverValue'):
+        (tmp_path/'X.csv').write_text(f'date,open,high,low,close,volume,{name}\n2024-01-02,1,2,0.5,1.5,10,15\n')
+        assert read_klines(tmp_path/'X.csv').amount.tolist() == [15]
+
+
+def test_a_workbook_says_what_to_do(tmp_path):
+    (tmp_path/'X.xlsx').write_bytes(b'PK\3\4\0\0\0\0')
+    with pytest.raises(DataError, match='csv'): read_klines(tmp_path/'X.xlsx')

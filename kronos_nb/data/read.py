@@ -35,7 +35,9 @@ def _decode(head, name):
     "Return the text of the first bytes of a file, and its encoding"
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return codecs.getincrementaldecoder('utf-16')().decode(head), 'utf-16'
-    if b'\0' in head: raise DataError(f"{name} is not a text table (it holds zero bytes)")
+    if b'\0' in head:
+        excel = '. Save the sheet as csv' if re.search(r'\.xl\w+$', name, re.I) else ''
+        raise DataError(f"{name} is not a text table (it holds zero bytes){excel}")
     for encoding in ('utf-8-sig', 'gb18030'):
         try: return codecs.getincrementaldecoder(encoding)().decode(head), encoding # the last character may be cut
         except UnicodeDecodeError: continue
