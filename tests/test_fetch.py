@@ -235,6 +235,9 @@ def test_yfinance(monkeypatch):
     assert fetch_notes(bars) == ['prices adjusted for splits and dividends']
     fetch_klines('AAPL', '1w', '2024-01-01', '2024-01-03 12:00', source='yfinance', auto_adjust=False)
     assert asked == dict(interval='1wk', start='2023-12-31', end='2024-01-05', auto_adjust=False)
+    yahoo.index = pd.date_range('2024-01-02 09:30', periods=len(yahoo), freq='h', tz='America/New_York')
+    bars = fetch_klines('AAPL', '1h', '2024-01-01', '2024-02-01', source='yfinance')
+    assert bars.timestamps[0] == pd.Timestamp('2024-01-02 14:30') and 'America/New_York' in fetch_notes(bars)[1]
     with pytest.raises(ConfigError, match='interval'): fetch_klines('AAPL', '8h', '2024-01-01', source='yfinance')
 
 
@@ -251,6 +254,7 @@ def test_akshare(monkeypatch):
     bars = fetch_klines('000001', '5m', '2024-01-02 01:35', '2024-01-03', source='akshare', adjust='qfq')
     assert bars.timestamps.tolist() == list(pd.to_datetime(['2024-01-02 01:35', '2024-01-02 01:40']))
     assert bars.symbol[0] == '000001' and bars.volume[0] == 1000 and bars.amount[0] == 1250
+    assert fetch_notes(bars)[0] == 'prices adjusted for splits and dividends' and 'Asia/Shanghai' in fetch_notes(bars)[1]
     assert asked['period'] == '5' and asked['start_date'] < '2024-01-02 01:35' and asked['adjust'] == 'qfq'
 
 

@@ -380,6 +380,12 @@ def _adjusted(name, how):
     on = how.get('auto_adjust', True) if name == 'yfinance' else how.get('adjust')
     return [] if name == 'ccxt' else [f"prices {'' if on else 'not '}adjusted for splits and dividends"]
 
+def _market(name, found, t):
+    "Return a note on the zone of the exchange, for bars with a time of day"
+    zone = _READING.get(name, {}).get('tz') or getattr(getattr(found, 'index', None), 'tz', None)
+    if zone is None or session_dates(t): return []
+    return [f'stamps are in UTC; with data.market_tz={zone} the models read the clock of the exchange']
+
 # %% ../../nbs/api/1_data/19_fetch.ipynb #5b133034
 _SESSION = dict(akshare=pd.Timedelta('16h')) # at that time of day a session is over
 
@@ -411,7 +417,8 @@ def _from_client(symbol, interval, start, end, source, progress, **how):
     if not len(found): return None, []
     range_ = dict(start=pd.Timestamp(start), end=pd.Timestamp(end))
     bars = read_klines(found, symbol, **_READING.get(name, {}), **range_)
-    over, notes = _over(bars.timestamps, interval, name), _adjusted(name, how)
+    notes = [*_adjusted(name, how), *_market(name, found, bars.timestamps)]
+    over = _over(bars.timestamps, interval, name)
     if not over.all(): notes = [*notes, 'the bar at hand was left out: it is not over']
     return bars if over.all() else bars[over].reset_index(drop=True), notes
 
