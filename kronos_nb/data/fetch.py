@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, DataError, RunError, check_choice, write_atomic
+from ..core import cache_root, ConfigError, DataError, RunError, check_choice, write_atomic
 from ..display import progress_bar
 from .parse import bar_interval
 from .read import read_klines, read_log
@@ -254,8 +254,7 @@ def _from_client(symbol, interval, start, end, source, **how):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #08f2506f
 def cache_folder() -> Path:
     "Return the folder of downloaded files: KRONOS_NB_CACHE, or kronos_nb in the user's cache"
-    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'kronos_nb'
-    return Path(os.environ.get('KRONOS_NB_CACHE') or default)/'klines'
+    return cache_root()/'klines'
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #83c3db10
 def fetch_klines(

@@ -13,28 +13,13 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
+from ..core import torch_rng
+from ..speed import measured, measuring, shortest
 from ..kernels.autograd import machine_code, swiglu, unit_rms
+from ..kernels.choice import ROWS, Linear, rows_won
 from ..kernels.parallel import share_units
 from ..model.tokenizer import KronosTokenizer, bits_to_ids, ids_to_bits, quantise
 from ..model.predictor import Kronos
-
-# %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-007
-def _has_onednn():
-    ops = torch.ops.mkldnn
-    there = hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
-    return there and torch.backends.mkldnn.is_available()
-
-# %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-008
-def linear(
-    w,      # (out, in)
-    b=None, # (out,)
-    dtype=torch.float32,
-) -> Callable: # (..., in) -> (..., out)
-    "Return a linear layer whose weights are arranged once"
-    w, b = w.to(dtype).contiguous(), None if b is None else b.to(dtype).contiguous()
-    if w.device.type != 'cpu' or not _has_onednn(): return lambda x: F.linear(x, w, b)
-    w = torch.ops.mkldnn._reorder_linear_weight(w, 64)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-013
 class KVCache:
@@ -125,6 +110,13 @@ def _attend(self: KVCache, q): # (N, H, t, head_dim), and so the result
     w = _softmax(torch.cat((w, own), -1))
     return (unfold(_matmul(fold(w[..., :P]), values)) + torch.bmm(w[..., P:], v)).view(N, H, t, d)
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #34724d3f
+@patch
+def _buffers(self: KVCache, N, d):
+    "Return room for keys and values of the paths' own bars, (N, H, room, d) each"
+    if self.own is None: self.own = torch.empty(2, N, self.heads, self.room, d).numpy()
+    return self.own
+
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-028
 @patch
 def _take_compiled(self: KVCache, z, cis):
@@ -132,8 +124,7 @@ def _take_compiled(self: KVCache, z, cis):
     z, cis = z.float().contiguous().view(N, t, parts, self.heads, -1).numpy(), cis.contiguous().numpy()
     if prefill: K, V = self._remember(z, cis)
     else:
-        if self.own is None: self.own = torch.empty(2, N, self.heads, self.room, z.shape[-1]).numpy()
-        K, V = self.own
+        K, V = self._buffers(N, z.shape[-1])
         if parts > 1:
             self.code.append_kv(z, cis, K, V, self.held)
             self.held += t
@@ -220,14 +211,14 @@ class _Backend:
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-048
 class _Layer(NamedTuple):
     "The matrix products of a block"
-    qkv: Callable
-    out: Callable
-    w13: Callable
-    w2: Callable
+    qkv: Linear
+    out: Linear
+    w13: Linear
+    w2: Linear
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-049
 def _layer(block, dtype):
-    att, ffn, arrange = block.self_attn, block.ffn, partial(linear, dtype=dtype)
+    att, ffn, arrange = block.self_attn, block.ffn, partial(Linear, dtype=dtype)
     return _Layer(
         qkv=arrange(*_join(att, 'qkv', block.norm1.weight)),
         out=arrange(att.out_proj.weight, att.out_proj.bias),
@@ -243,6 +234,7 @@ class Stack:
         dtype=torch.float32, # Of the products
     ):
         self.dtype, self.backend, self.layers = dtype, backend, [_layer(b, dtype) for b in blocks]
+        self._most = None
         for att in (b.self_attn for b in blocks):
             self.heads, self.rope = att.n_heads, _RopeTable(att.rotary, (True, True, False))
 
@@ -257,13 +249,64 @@ def forward(self: Stack,
 ):  # (rows, t, D) float32, or None
     "Return the output of the last block"
     if not self.layers: return x
-    cis, norm, gate = self.rope(caches[0].n, x.shape[1], x.device), self.backend.norm, self.backend.gate
+    cis = self.rope(caches[0].n, x.shape[1], x.device)
+    one = finish and x.shape[1] == 1 and caches[0].code is not None and caches[0].history is not None
+    return self._read_bar(x, caches, cis) if one and len(x) <= self.most else self._read(x, caches, cis, finish)
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #ad5d9c0a
+@patch
+def _read(self: Stack, x, caches, cis, finish=True):
+    "Read some bars, operation by operation"
+    norm, gate = self.backend.norm, self.backend.gate
     for layer, cache in zip(self.layers, caches):
         z = layer.qkv(norm(x).to(self.dtype))
         if not finish and cache is caches[-1]: return cache.take(z[..., z.shape[-1]//3:], cis[:, 1:])
         x = x + layer.out(cache.take(z, cis).to(self.dtype))
         x = x + layer.w2(gate(layer.w13(norm(x).to(self.dtype))).to(self.dtype))
     return x
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #347f1ae0
+@patch
+def _read_bar(self: Stack, x, caches, cis):
+    "Read one bar of each path, a kernel for each block"
+    x, kernel = x.flatten(1).clone(), machine_code('kernels.rows').read_bar
+    rows, cis, hidden = x.numpy(), cis.numpy(), self.layers[0].w13.width//2
+    for layer, cache in zip(self.layers, caches):
+        weights, biases, blocks = zip(*((o.few.w, o.few.b, o.few.block) for o in layer))
+        K, V = cache._buffers(len(x), x.shape[1]//self.heads)
+        kernel(rows, weights, biases, blocks, cis, *cache.history, K, V, cache.held, hidden)
+        cache.held += 1
+    return x[:, None]
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #3cf18fe9
+@patch
+def _time_bar(self: Stack) -> dict: # Rows -> (a kernel for each block, operation by operation), microseconds
+    "Time both ways to read one bar"
+    rng, times, D = torch_rng('bar'), {}, self.layers[0].out.width
+    with torch.inference_mode():
+        cis = self.rope(0, 65, torch.device('cpu'))
+        for n in (*ROWS, 2*ROWS[-1]):
+            caches, x = self.caches(1), torch.randn(n, 1, D, generator=rng)
+            self._read(torch.randn(1, 64, D, generator=rng), caches, cis[:64])
+            def again(way):
+                for cache in caches: cache.held = 0
+                way(x, caches, cis[64:])
+            took = shortest({way: partial(again, way) for way in (self._read_bar, self._read)}, .004)
+            times[n] = [round(us, 1) for us in took.values()]
+    return times
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #ca6eba58
+@patch(as_prop=True)
+def most(self: Stack) -> int:
+    "Return up to how many paths one new bar is read by a kernel for each block"
+    if self._most is None:
+        products = [o.product for o in self.layers[0]]
+        self._most = 0
+        if measuring() and all(o.block for o in products):
+            size = f'{len(self.layers)} blocks {self.layers[0].out.width} x {self.layers[0].w13.width}, {self.heads} heads'
+            self._most = max(rows_won({int(n): t for n, t in measured(size, self._time_bar).items()}),
+                             *(o.least for o in products))
+    return self._most
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-054
 class Session:
@@ -285,7 +328,7 @@ class Decoder:
         compiler=False,      # Fuse tensor operations with `torch.compile`; a name chooses its backend
     ):
         self.dtype, self.time_emb, self.final_norm = dtype, model.time_emb, model.norm.weight.detach()
-        self.backend, arrange = _Backend(model.device, compiler), partial(linear, dtype=dtype)
+        self.backend, arrange = _Backend(model.device, compiler), partial(Linear, dtype=dtype)
         with torch.no_grad():
             self.stack = Stack(model.transformer, self.backend, dtype)
             self._tabulate(model.embedding)
