@@ -404,8 +404,9 @@ class Detokenizer:
     "A tokenizer arranged to turn histories into tokens, and the tokens of many paths behind them into bars"
     def __init__(self, tokenizer: KronosTokenizer):
         t, backend = tokenizer, _Backend(tokenizer.device)
-        self.s1_bits, self.s2_bits, self.embed, self.quant_embed = t.s1_bits, t.s2_bits, t.embed, t.quant_embed
-        self.post_quant_embed, self.head = t.post_quant_embed, t.head
+        self.s1_bits, self.s2_bits = t.s1_bits, t.s2_bits
+        layers = (t.embed, t.quant_embed, t.post_quant_embed, t.head)
+        self.embed, self.quant_embed, self.post_quant_embed, self.head = (Linear(o.weight, o.bias) for o in layers)
         self.encoder, self.decoder = Stack(t.encoder, backend), Stack(t.decoder, backend)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-070
