@@ -31,7 +31,7 @@ from .model.pretrained import BUNDLED, PUBLISHED
 from .model.tokenizer import KronosTokenizer
 from .model.predictor import CROSS_ROPE, Kronos
 from .training.run import BEST, Run, RunStage, is_model
-from .decode.engine import Decoder, Detokenizer
+from .decode.engine import Decoder, Detokenizer, arranged
 from .decode.sample import Prefill, decode_tail, generate, uniforms
 from .decode.paths import Forecast, Forecasts, check_times, coherent, impossible
 from .decode.calibration import Calibration, saved_calibration
@@ -365,8 +365,9 @@ def _draw(self: Forecaster, hists, scales, stamps, keys, horizon, samplings, mem
     batches = list(self._batches([len(h.x) for h in hists], horizon, paths, memory))
     total = horizon*len(samplings)*sum(min(len(self.predictors), len(ks)) for _, ks in batches)
     with evaluating(self.tokenizer, *self.predictors), progress_bar(total, 'forecast', 'bar', progress) as bar:
-        decoders = [Decoder(m, self.cross_rope, self.dtype, compiler=self.compile) for m in self.predictors]
-        detokenizer = Detokenizer(self.tokenizer)
+        how = dict(cross_rope=self.cross_rope, dtype=self.dtype, compiler=self.compile)
+        decoders = [arranged(Decoder, m, **how) for m in self.predictors]
+        detokenizer = arranged(Detokenizer, self.tokenizer)
         for rows, ks in batches:
             if not ks.start:
                 batch = self._read(detokenizer, *[[o[i] for i in rows] for o in (keys, hists, scales, stamps)])
