@@ -114,7 +114,10 @@ def _day_of(origin) -> str: return f'{pd.Timestamp(origin):%Y-%m-%d}'
 
 def _utc_now() -> pd.Timestamp: return pd.Timestamp.now('UTC').tz_localize(None)
 
-def _name_of(model) -> str:
+# %% ../nbs/api/8_share/84_ledger.ipynb #417ee7fc
+def name_of(
+    model, # A forecaster, or a name for it
+) -> str:
     "Return the hash of a model"
     name = model if isinstance(model, str) else fingerprint(model)
     if name: return name
@@ -131,7 +134,7 @@ def append(self: Ledger,
     "Store forecasts"
     several = forecasts.values() if isinstance(forecasts, dict) else forecasts
     several = [forecasts] if isinstance(forecasts, Forecast) else list(several)
-    name, made = _name_of(model), _utc_now() if made is None else pd.Timestamp(made)
+    name, made = name_of(model), _utc_now() if made is None else pd.Timestamp(made)
     days, new = {}, 0
     for f in several:
         rows = _rows(f, name, made)
@@ -330,13 +333,25 @@ def grade(self: Ledger,
     closes, repeated = _outcomes(as_frame(bars), _utc_now() if now is None else pd.Timestamp(now))
     ends, found = closes.reset_index().groupby('symbol')['timestamps'].max(), Graded(repeated=repeated)
     if not self._days('forecasts'):
-        raise RunError(f"there is no forecast in {str(self.folder)!r}; store one with kronos-nb forecast --ledger "
-                       f"{self.folder}")
+        raise RunError(f"there is no forecast in {str(self.folder)!r}; store one with "
+                       f"kronos-nb run BARS --model RUN --ledger {self.folder}")
     with only_writer(self.folder, 60):
         for day in self._days('forecasts'): self._grade_day(day, closes, ends, baselines, found)
     return found
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #310c73fc
+@patch(as_prop=True)
+def pending(self: Ledger) -> pd.DataFrame: # key, symbol, origin, last
+    "Return the forecasts that are not graded"
+    columns = ['key', 'symbol', 'origin', 'timestamps']
+    parts = [pd.DataFrame(columns=columns)]
+    for day in self._days('forecasts'):
+        rows, old = self._read('forecasts', day, columns), self._read('grades', day, ['key'])
+        parts.append(rows[~rows['key'].isin(set(old['key']))])
+    rows = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
+    return rows.groupby(['key', 'symbol', 'origin'])['timestamps'].max().rename('last').reset_index()
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #3a9126eb
 @patch(as_prop=True)
 def grades(self: Ledger) -> pd.DataFrame: # Rows as of an `Evaluation`, of the model and of naive forecasts
     "Return what is graded; `y_first` is what the bar said at first, `revised` how often it changed"
@@ -344,7 +359,7 @@ def grades(self: Ledger) -> pd.DataFrame: # Rows as of an `Evaluation`, of the m
     return pd.concat(days, ignore_index=True) if days else pd.DataFrame(columns=['series', 'model'])
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #a308e1a6
-ONE_IN = 1000   # dates between false alarms, on average at least
+ONE_IN = 10_000   # dates between false alarms, on average at least
 _SHARES = (.1, .25, .5, .8)   # of the largest stake that cannot ruin the gambler
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #16d9a7ea
@@ -492,7 +507,7 @@ def report(self: Ledger,
 def _bands_sentence(self: LedgerReport):
     "Return what the bands hold"
     right, held, since = _nominal(self.facts.paths), self.watched['coverage'].mean(), self._since('bands')
-    text = f"its bands hold {percent(held)} of the closes, averaged over the three of them, and {percent(right)} is right"
+    text = f"its bands hold {percent(held)} of the closes, averaged over three bands, and {percent(right)} is right"
     if since is None: return f"{text[0].upper()}{text[1:]}: no alarm."
     side = 'narrow' if held < right else 'wide'
     return (f"Recalibrate: {text}. They are too {side} by more than chance since {date_text(since)}; learn new factors "
@@ -515,12 +530,13 @@ def sentences(self: LedgerReport) -> list:
     "Return what the ledger says, in words"
     f, n = self.facts, len(self.watched)
     out = [self._skill_sentence(), self._bands_sentence(),
-           f"{_many(self.evaluation.n, 'origin')} graded, {n:,} of which share no bars; on such dates an alarm by chance "
-           f"comes once in {ONE_IN:,} or less often."]
+           f"{_many(self.evaluation.n, 'origin')} graded, {n:,} of which share no bars; on such dates an alarm by "
+           f"chance comes once in {ONE_IN:,} or less often."]
     if f.replayed:
         out.append(f"{f.replayed:,} of {_many(f.forecasts, 'forecast')} were stored after their first bar was over: "
                    "these are replays, and prove nothing about the future.")
-    if self.revised: out.append(f"{_many(self.revised, 'grade')} of a bar changed because it came late or was corrected.")
+    if self.revised:
+        out.append(f"{_many(self.revised, 'grade')} of a bar changed because it came late or was corrected.")
     return out
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #56ac03ae
@@ -582,13 +598,18 @@ def _ipython_display_(self: LedgerReport):
 def __repr__(self: LedgerReport): return f"LedgerReport({' '.join(self.sentences)})"
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #e9611325
+@patch(as_prop=True)
+def graded_series(self: Ledger) -> list: # Newest first
+    "Return the series of which something is graded"
+    graded = set(self.grades['series'])
+    return [s for s in self.series['series'] if s in graded]
+
 @patch
 def to_markdown(self: Ledger) -> str:
     "Return every series, and the reports of those that are graded"
     s = self.series
     if not len(s): return f'{str(self.folder)!r} holds no forecasts.\n'
-    graded = set(self.grades['series'])
     table = s[['series', 'model', 'first', 'last', 'forecasts', 'horizon']]
     table = table.assign(symbols=[name_list(o, 4) for o in s['symbols']], interval=s['interval'].map(interval_text))
-    reports = [self.report(o).to_markdown() for o in s['series'] if o in graded]
+    reports = [self.report(o).to_markdown() for o in self.graded_series]
     return '\n\n'.join(['# Ledger', md_table(table), *(reports or ['Nothing is graded yet.'])]) + '\n'
