@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'run_experiments', 'stopped', 'run_forecast',
            'run_evaluate', 'run_monitor', 'run_compare', 'run_tune', 'run_average', 'run_report', 'run_push',
-           'run_bundle', 'run_check', 'run_fetch', 'run_studio', 'run_ledger', 'run_turn', 'main']
+           'run_bundle', 'run_check', 'run_fetch', 'run_studio', 'run_ledger', 'run_turn', 'run_serve', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
 import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
@@ -484,7 +484,27 @@ def _run_parser(sub):
     p.add_argument('--source', default='binance', metavar='NAME', help='with --fetch: as for kronos-nb fetch')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #0fd5afb1
-_COMMANDS += (_ledger_parser, _run_parser)
+_SERVICE_LIMITS = dict(rows='bars of a request', paths='sampled futures', horizon='bars ahead',
+    body='bytes of a request', waiting='requests at once', timeout='seconds until a request is given up')
+
+def _serve_parser(sub):
+    "Add the command `serve`"
+    text = 'answer forecasts as JSON over HTTP'
+    p = _command(sub, 'serve', run_serve, text, '--model [NAME=]MODEL',
+        description='Answer POST /forecast, GET /models, /health, /metrics and /openapi.json. Each request but /health '
+            'needs the token: that of KRONOS_NB_TOKEN, or a new one, which is printed.')
+    p.add_argument('--model', action='append', default=[], metavar='[NAME=]MODEL', help="a run's folder, a hub id or "
+        'bundled; repeat for more, the first is the default. None: the newest run, else bundled')
+    p.add_argument('--sources', nargs='+', default=[], metavar='NAME', help='sources of bars that requests may '
+        'name, as for kronos-nb fetch; none: bars come with the request')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8000, help='port to listen on')
+    p.add_argument('--calibrated', action='store_true', help='widen the bands by what each run learnt')
+    for name, meaning in _SERVICE_LIMITS.items():
+        p.add_argument(f'--max-{name}', type=float if name == 'timeout' else int, metavar='N', help=f'limit: {meaning}')
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #0395f0d3
+_COMMANDS += (_ledger_parser, _run_parser, _serve_parser)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
@@ -1211,6 +1231,23 @@ def run_turn(a):
     done = run_once(f, bars, a.ledger, horizon, lookback, sampling=_sampling_of(a), calendar=a.calendar)
     print(done)
     print(f"Ledger: {a.ledger}; kronos-nb ledger show --ledger {a.ledger}")
+    return 0
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #a704f103
+def run_serve(a):
+    "Run `kronos-nb serve`"
+    from kronos_nb.serve import Limits, named_models, need_libraries, serve
+    limits = Limits(**{k: v for k in _SERVICE_LIMITS if (v := getattr(a, f'max_{k}')) is not None})
+    need_libraries()
+    if not a.model:
+        a.data = []
+        _choose_model(a)
+        a.model = [a.model]
+    named = named_models(a.model)
+    a.tokenizer, models = None, {}
+    for name, a.model in named.items():
+        models[name] = _forecaster_of(a)
+    serve(models, a.ip, a.port, a.sources, limits)
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #65488a20

@@ -40,6 +40,18 @@ def _late_sources(bars, now) -> list:
     return notes
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #df8c9242
+def fetch_recent(
+    symbol, interval, lookback_window, source='binance',
+    since=None, # Earlier bars that are wanted, too
+    now=None,   # UTC; None is now
+    **how,
+) -> pd.DataFrame: # Canonical bars
+    "Download the bars that a forecast reads"
+    now = pd.Timestamp.now('UTC').tz_localize(None) if now is None else pd.Timestamp(now)
+    start = now - 5*lookback_window*_length(interval)
+    return fetch_klines(symbol, interval, start if since is None else min(start, since), now, source, **how)
+
+# %% ../nbs/api/8_share/86_schedule.ipynb #1b7b883d
 def fetch_new(
     symbols: list,  # As the source names them
     interval: str,  # 1m, 5m, 1h, 1d ...
@@ -50,10 +62,9 @@ def fetch_new(
     **how,          # For `fetch_klines`
 ) -> pd.DataFrame: # Canonical bars
     "Download the bars that a turn needs"
-    now = pd.Timestamp.now('UTC').tz_localize(None) if now is None else pd.Timestamp(now)
-    start, open_ = now - 5*lookback_window*_length(interval), ledger.pending['origin']
-    start = min(start, open_.min()) if len(open_) else start
-    parts = [fetch_klines(s, interval, start, now, source, **how) for s in symbols]
+    open_ = ledger.pending['origin']
+    since = open_.min() if len(open_) else None
+    parts = [fetch_recent(s, interval, lookback_window, source, since, now, **how) for s in symbols]
     return pd.concat(parts, ignore_index=True).sort_values(['symbol', 'timestamps'], ignore_index=True)
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #4506e77f
