@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
 from .settings import (
     Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
-from .config_compat import is_foreign, translate
+from .config_compat import as_then, is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
 @dataclass(frozen=True, kw_only=True)
@@ -580,6 +580,7 @@ def load(cls: Config,
     source,       # Path of a YAML file, or a dict
     report=print, # Called with one line per key that was renamed or has no counterpart
     data=None,    # Bars, where the file says `preset: own`
+    then=False,   # Whether a run wrote it: a setting that is not there means what runs did then, not now
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
@@ -591,6 +592,7 @@ def load(cls: Config,
         d, changed = translate(d, cls().flat())
         for old, new, why in changed: report(f"{old} -> {new or 'left out'}{': ' + why if why else ''}")
     if name == OWN: return _fitted(data, d)
+    if then: d = as_then(d)
     return (cls.preset(name) if name else cls()).replace(**d)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-077

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import FEATURES, ConfigError, DataError, check_choice, np_rng
-from ..display import figure
+from ..display import figure, series_color
 from .parse import to_float
 from .check import EPSILON, HARMLESS, KlineReport, ReportSection
 
@@ -409,9 +409,9 @@ def plot_scales(
     for i, (name, t) in enumerate(tables.items()):
         x = np.arange(len(t)) + (i - (len(tables) - 1) / 2) * .2
         reach = [t.mad_over_std - t.low, t.high - t.mad_over_std]
-        ratio.errorbar(x, t.mad_over_std, reach, fmt='o', ms=4, label=name)
-        rate.plot(x, 100 * t.clipped_zscore, 'o', ms=4, color=f'C{i}', mfc='none', label=f'{name}, zscore')
-        rate.plot(x, 100 * t.clipped_median_mad, 's', ms=4, color=f'C{i}', label=f'{name}, median_mad')
+        ratio.errorbar(x, t.mad_over_std, reach, fmt='o', ms=4, color=series_color(i), label=name)
+        rate.plot(x, 100 * t.clipped_zscore, 'o', ms=4, color=series_color(i), mfc='none', label=f'{name}, zscore')
+        rate.plot(x, 100 * t.clipped_median_mad, 's', ms=4, color=series_color(i), label=f'{name}, median_mad')
     ratio.axhline(1, color='0.7', lw=1)
     for ax, title in ((ratio, 'MAD over standard deviation'), (rate, 'Clipped bars, % of the lookback')):
         ax.set(title=title, xticks=np.arange(len(names)), xticklabels=names)
