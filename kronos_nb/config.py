@@ -50,8 +50,8 @@ class _WindowConfig(_SourceConfig):
         512, "most bars in one pass of generation; released models: 512, Kronos-mini 2048", lo=2, hi=8192, unit='bars')
     stride: int = setting(1, "bars from one training window to the next", lo=1, unit='bars')
     normalizer: str = setting(
-        'zscore', "zscore for released weights; median_mad for a tokenizer trained with it", choices=('zscore',
-        'median_mad'))
+        'zscore', "zscore for released weights; median_mad or last_close for a tokenizer trained with it",
+        choices=('zscore', 'median_mad', 'last_close'))
     clip: float = setting(5.0, "normalised values are limited to -clip..clip", lo=0.1, hi=100., unit='sigmas')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
@@ -259,12 +259,15 @@ class EvaluateConfig(Settings):
         None, "symbols to forecast at each of these dates, the next ones at the next date; none: all", lo=1,
         unit='symbols')
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
-    temperature: float = setting(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
+    temperature: float | None = setting(
+        None, "of sampling; none: chosen on validation, else 1", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
-    top_p: float = setting(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
+    top_p: float | None = setting(
+        None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1.,
+        tune=(.7, 1.))
     calibrate: str = setting(
-        'auto', "learn on the validation split how much wider the bands must be, and keep that beside the model; "
-                             "auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
+        'auto', "choose on validation how paths are drawn, spread and pooled with a naive forecast, and keep it beside "
+        "the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:
         "Return how forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"
