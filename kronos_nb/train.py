@@ -203,8 +203,8 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
         raise DataError("a calibration is learnt on the validation part, and there is none: raise data.val, "
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
-    bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
     few = sorted(val)[::-(-len(val)//(cfg.evaluate.per_date or len(val)))]   # as many symbols as a date has
+    bars = data.bars[(data.bars.timestamps <= ends).to_numpy() & data.bars.symbol.isin(few).to_numpy()]
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
         start={s: val[s][0] for s in few}, max_gap=d.max_gap)
     room_to_calibrate(**given)
