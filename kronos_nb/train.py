@@ -368,13 +368,17 @@ def _costs(cfg: Config, data: Prepared, stages) -> dict: # Stage -> weights time
 
 # %% ../nbs/api/7_fit/77_train.ipynb #a8090dd7
 def _judging_cost(cfg: Config, data: Prepared) -> float:
-    "Return what the verdict and the calibration will cost, in the unit of `_costs`"
+    "Return what the verdict and the choices for the paths will cost, in the unit of `_costs`"
     d, e, k = cfg.data, cfg.evaluate, cfg.predictor
     if not d.test or cfg.runtime.only == 'tokenizer': return 0.
-    dates = (data.split.test.symbol.value_counts()//d.predict_window).clip(upper=e.origins or 64).sum()
+    def bars(part, most, ways):
+        if part is None: return 0
+        dates = (part.symbol.value_counts()//d.predict_window).clip(upper=most)
+        return min(dates.sum(), most*8)*(d.lookback_window + ways*e.paths*d.predict_window)
     weights = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.parameters.iloc[-1]
-    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None) + (e.calibrate != 'off')
-    return float(dates*models*weights*(d.lookback_window + e.paths*d.predict_window)/3)
+    chosen = bars(data.split.val, 64, len(_grid(cfg))) if e.calibrate != 'off' else 0
+    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None)
+    return float(models*weights*(bars(data.split.test, e.origins or 64, 1) + chosen)/3)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #b0348201
 @contextlib.contextmanager
