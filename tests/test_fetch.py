@@ -254,7 +254,8 @@ def test_akshare(monkeypatch):
     bars = fetch_klines('000001', '5m', '2024-01-02 01:35', '2024-01-03', source='akshare', adjust='qfq')
     assert bars.timestamps.tolist() == list(pd.to_datetime(['2024-01-02 01:35', '2024-01-02 01:40']))
     assert bars.symbol[0] == '000001' and bars.volume[0] == 1000 and bars.amount[0] == 1250
-    assert fetch_notes(bars)[0] == 'prices adjusted for splits and dividends' and 'Asia/Shanghai' in fetch_notes(bars)[1]
+    adjusted, zone = fetch_notes(bars)
+    assert adjusted == 'prices adjusted for splits and dividends' and 'Asia/Shanghai' in zone
     assert asked['period'] == '5' and asked['start_date'] < '2024-01-02 01:35' and asked['adjust'] == 'qfq'
 
 
