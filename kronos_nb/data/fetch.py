@@ -461,8 +461,10 @@ def _begins_late(bars, start, interval, source):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #f1f79884
 _CHECK = 'Check symbol and dates; libraries keep minutes for days or weeks only'
 
-def _ordered(start, end):
-    "Return the two moments of a range"
+def _asked(interval, start, end, source):
+    "Return the two moments of the range; raise where something else is no interval or source"
+    _length(interval)
+    check_choice('source', re.sub('^ccxt:.*', 'ccxt', str(source)), (*MARKETS, *_CLIENTS))
     start, end = _moment(start, 'start'), _moment(_now() if end is None else end, 'end')
     if start >= end: raise ConfigError(f"start must come before end, got {start} and {end}")
     return start, end
@@ -483,9 +485,7 @@ def fetch_klines(
 
     >>> kn.fetch_klines('BTCUSDT', '1h', '2024-01-01', '2024-07-01')
     """
-    _length(interval) # raises where it is none
-    check_choice('source', re.sub('^ccxt:.*', 'ccxt', str(source)), (*MARKETS, *_CLIENTS))
-    start, end = _ordered(start, end)
+    start, end = _asked(interval, start, end, source)
     files = dict(folder=Path(folder or cache_folder()), archive=archive) if source in MARKETS else {}
     fetch = _from_archive if source in MARKETS else _from_client
     bars, notes = fetch(symbol, interval, start, end, source, progress=progress, **files, **how)
