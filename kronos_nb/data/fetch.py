@@ -28,8 +28,8 @@ import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock
 
-from ..core import ConfigError, DataError, KronosError, RunError, check_choice, one_line, safe_name, writing
-from ..core import write_atomic
+from ..core import ConfigError, DataError, KronosError, RunError, cache_root, check_choice, one_line, safe_name
+from ..core import write_atomic, writing
 from ..display import progress_bar
 from .parse import session_dates
 from .read import read_klines, read_log
@@ -447,8 +447,7 @@ def _from_client(symbol, interval, start, end, source, progress, **how):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #08f2506f
 def cache_folder() -> Path:
     "Return the folder of downloaded files: KRONOS_NB_CACHE, or kronos_nb in the user's cache"
-    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'kronos_nb'
-    return Path(os.environ.get('KRONOS_NB_CACHE') or default)/'klines'
+    return cache_root()/'klines'
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #88ffa8e0
 def _begins_late(bars, start, interval, source):
