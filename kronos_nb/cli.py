@@ -433,7 +433,7 @@ def _fetch_parser(sub):
     p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
     p.add_argument('--source', default='binance', metavar='NAME',
         help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
-    p.add_argument('--options', default='', metavar='MAPPING',
+    p.add_argument('--options', metavar='MAPPING',
         help="for the reader or the library: 'extra_features: trades', 'adjust: qfq' (akshare)")
     p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
     p.add_argument('--overwrite', action='store_true', help='replace FILE where it is there')
@@ -1172,7 +1172,7 @@ def _write_bars(bars, out):
 def _mapping(option, text):
     "Return the mapping that an option holds as YAML"
     import yaml
-    try: given = yaml.safe_load(text) or {}
+    try: given = yaml.safe_load(text or '') or {}
     except yaml.YAMLError: given = text
     if isinstance(given, dict): return given
     raise ConfigError(f"{option} must be a mapping such as 'adjust: qfq', got {text!r}")
