@@ -290,8 +290,8 @@ def _forecast_parser(sub):
         "XNYS; none: as the bars so far")
     p.add_argument('--future', metavar='FILE', help='a file with the stamps to forecast, with a column symbol where '
         'they differ between symbols')
-    p.add_argument('--calibrated', action='store_true',
-        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true',
+        help='leave out what fit chose for the paths: no anchor at the last close, no spread, no pool')
     p.add_argument('--out', metavar='FOLDER', help='folder for forecast.csv (quantiles per bar), paths.parquet and '
         'a picture per symbol; without it forecast/<file>')
 
@@ -304,8 +304,7 @@ def _evaluate_parser(sub):
     p.add_argument('--base', metavar='MODEL', help="what to compare with: a run, a folder with tokenizer/ and "
         "predictor/, or 'none'; without it what the run began with")
     p.add_argument('--origins', type=int, metavar='N', help='dates to forecast from')
-    p.add_argument('--calibrated', action='store_true',
-        help="judge the forecasts widened by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true', help='judge the paths as the model draws them')
     p.add_argument('--out', metavar='FOLDER', help='folder for the results')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-032
@@ -434,7 +433,10 @@ def _fetch_parser(sub):
     p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
     p.add_argument('--source', default='binance', metavar='NAME',
         help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
+    p.add_argument('--options', default='', metavar='MAPPING',
+        help="for the reader or the library: 'extra_features: trades', 'adjust: qfq' (akshare)")
     p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
+    p.add_argument('--overwrite', action='store_true', help='replace FILE where it is there')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #c658f03d
 def _studio_parser(sub):
@@ -747,7 +749,7 @@ def _print_result(result, data):
     "Print the verdict of a finished run, where its report is, and the command that uses it"
     e, lines = result.evaluation, ['Not judged: no test part was held back.']
     if e is not None:
-        lines = [e.light, *e.sentences]
+        lines = [e.light, *e.sentences, *([e.by_quantity] if len(e.quantities) else [])]
     print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")
@@ -893,19 +895,19 @@ def _bars_of(a, cfg: Config, f):
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
     "Return forecaster, bars and the configuration of the run, if the model has one"
-    from kronos_nb.judging.calibrate import Calibrated
+
     from kronos_nb.forecast import Forecaster
     _choose_model(a)
     run = _run_of(a.model)
     cfg = run.config if run else Config()
-    kind = Calibrated if a.calibrated else Forecaster
-    f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    f = Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
 def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
     "Return the windows that the options name, else those of training, else some that suit the bars"
-    from kronos_nb.data.room import step_of, wanted_windows
+    from kronos_nb.data.window import step_of, wanted_windows
     trained = f.predictor.extra
     horizon = a.predict_window or trained.get('predict_window')
     if horizon is None:
@@ -1027,7 +1029,7 @@ def _unseen_from(f, bars):
 def run_evaluate(a):
     "Run `kronos-nb evaluate`"
     from kronos_nb.evaluate import evaluate
-    from kronos_nb.data.room import step_of, wanted_windows
+    from kronos_nb.data.window import step_of, wanted_windows
     f, bars, _ = _model_and_bars(a)
     if 'lookback_window' not in f.predictor.extra:
         a.lookback_window = a.lookback_window or wanted_windows(step_of(bars))[0]
@@ -1146,20 +1148,44 @@ def run_check(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #47aeb207
 _WRITERS = {'.parquet': 'to_parquet', '.feather': 'to_feather', '.csv': 'to_csv'}
 
-def run_fetch(a):
-    "Run `kronos-nb fetch`"
-    from kronos_nb.core import writing
-    from kronos_nb.data.fetch import fetch_klines
-    from kronos_nb.data.read import read_report
+def _fetched_file(a):
+    "Return the file for the bars; raise where its ending is unknown or it is there"
     out = Path(a.out or f"{''.join(filter(str.isalnum, a.symbol))}-{a.interval}.parquet")
-    writer = _WRITERS[check_choice('the ending of --out', out.suffix, _WRITERS)]
-    bars = fetch_klines(a.symbol, a.interval, a.start, a.end, a.source)
+    check_choice('the ending of --out', out.suffix, _WRITERS)
+    if out.exists() and not a.overwrite:
+        raise ConfigError(f"{str(out)!r} is there already. Replace it with --overwrite, or name another with --out")
+    return out
+
+def _write_bars(bars, out):
+    "Write bars beside their place, then put them there"
+    from kronos_nb.core import writing
+    part = out.with_name(f'.{out.name}{out.suffix}')
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        getattr(bars, writer)(out, **({'index': False} if writer != 'to_feather' else {}))
-    notes = [note for notes in read_report(bars).notes for note in notes.split('; ') if note.startswith('missing')]
+        how = {} if out.suffix == '.feather' else dict(index=False)
+        try:
+            getattr(bars, _WRITERS[out.suffix])(part, **how)
+            part.replace(out)
+        finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #e8b40145
+def _mapping(option, text):
+    "Return the mapping that an option holds as YAML"
+    import yaml
+    try: given = yaml.safe_load(text) or {}
+    except yaml.YAMLError: given = text
+    if isinstance(given, dict): return given
+    raise ConfigError(f"{option} must be a mapping such as 'adjust: qfq', got {text!r}")
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #b455cd7d
+def run_fetch(a):
+    "Run `kronos-nb fetch`"
+    from kronos_nb.data.fetch import fetch_klines, fetch_notes
+    out = _fetched_file(a)
+    bars = fetch_klines(a.symbol, a.interval, a.start, a.end, a.source, **_mapping('--options', a.options))
+    _write_bars(bars, out)
     print(f'{len(bars):,} bars from {bars.timestamps.iloc[0]} to {bars.timestamps.iloc[-1]}, written to {out}')
-    print(*dict.fromkeys(notes), f'Next: kronos-nb check {out}', sep='\n')
+    print(*fetch_notes(bars), f'Next: kronos-nb check {out}', sep='\n')
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e0a0f687

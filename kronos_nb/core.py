@@ -229,6 +229,12 @@ def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
     return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
 
+# %% ../nbs/api/0_ground/00_core.ipynb #e11d5320
+def cache_root() -> Path:
+    "Return the folder of what can be made again: KRONOS_NB_CACHE, or kronos_nb in the user's cache"
+    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'kronos_nb'
+    return Path(os.environ.get('KRONOS_NB_CACHE') or default)
+
 # %% ../nbs/api/0_ground/00_core.ipynb #d6fdba4e
 _DEVICES = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)   # reserved by Windows, with any extension
 _LONGEST = 128                                  # characters of a safe name; file systems take about 250

@@ -252,6 +252,15 @@ COLORS = dict(
     reference='#7f7f7f', # baselines, guide lines, notes
 )
 
+# %% ../nbs/api/0_ground/04_display.ipynb #aafc2e8c
+SERIES = [COLORS[o] for o in ('model', 'base', 'best', 'unsure', 'history', 'reference')]
+
+def series_color(
+    i: int, # Place in a series of runs, files or models of equal rank
+) -> str:
+    "Return the colour of one of several curves of equal rank; red stays with the truth"
+    return SERIES[i % len(SERIES)]
+
 # %% ../nbs/api/0_ground/04_display.ipynb #d539eda7
 def plain_text(
     name,          # Symbol, run, or another name that somebody chose

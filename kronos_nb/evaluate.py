@@ -22,7 +22,7 @@ from .judging.origins import check_untouched, forecast_rows, pick_origins, slice
 from .judging.evaluation import Evaluation, write_parquet
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-006
-_ROWS_VERSION = 2 # raise it when the same settings give other rows, so that old parts are not read
+_ROWS_VERSION = 3 # raise it when the same settings give other rows, so that old parts are not read
 
 def _address(*parts): return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
@@ -42,7 +42,8 @@ def fingerprint(
     if not all(hasattr(m, 'weights_hash') for m in models): return None
     plain = {k: v for k, v in vars(forecaster).items() if v is None or isinstance(v, (int, float, str))}
     options = sorted((k, v) for k, v in plain.items() if k not in ('source', 'revision'))   # not where weights lie
-    return _address(options, repr(forecaster.normalizer), *(m.weights_hash() for m in models))
+    how = repr(forecaster.normalizer), repr(getattr(forecaster, 'calibration', None))
+    return _address(options, *how, *(m.weights_hash() for m in models))
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-010
 _BATCH = 64 # forecasts in one part
@@ -155,7 +156,8 @@ def _evaluate(forecasters, bars, picked, sizes, sampling, out_dir, progress):
         data = int(pd.util.hash_pandas_object(bars, index=False).sum())
         parts = _Parts(Path(out_dir), _address(_ROWS_VERSION, L, H, sampling, origins.to_csv(), data))
     rows, seconds = _forecast_all(forecasters, sliced, sampling, parts, progress)
-    settings = _settings(L, H, sampling, origins, seconds)
+    saved = getattr(getattr(forecasters['model'], 'calibration', None), 'sampling', None)
+    settings = _settings(L, H, sampling.filled(saved), origins, seconds)
     out = Evaluation(rows, settings, _shown_history(sliced, min(L, 3 * H)), left_out)
     if out_dir is not None:
         out.save(out_dir)

@@ -18,8 +18,8 @@ from .core import FEATURES, DataError, RunError, pick_device
 from .config import OWN, Config, grouped
 from .place import find_model
 from .display import date_text, in_words, interval_text, name_list
-from .data.window import segments, split_by_time
-from .data.room import ORIGINS, find_room, fitting_windows, step_of, wanted_windows
+from .data.window import ORIGINS, find_room, fitting_windows, segments, split_by_time, step_of
+from .data.window import wanted_windows
 from .model.pretrained import BUNDLED
 from .training.run import STAGES, Run
 from .training.task import CLASSES

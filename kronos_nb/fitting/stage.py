@@ -61,7 +61,7 @@ def model_facts(self: Stage) -> dict:
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
         lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
         interval=self.data.report.summary['interval'].mode()[0].total_seconds(), market_tz=d.clock or 'UTC',
-        split=d.split)
+        split=d.split, anchor=True)
     if d.allow_negative_prices: facts['negative_prices'] = True
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
