@@ -204,8 +204,9 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
+    few = sorted(val)[::-(-len(val)//(cfg.evaluate.per_date or len(val)))]   # as many symbols as a date has
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
-        start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
+        start={s: val[s][0] for s in few}, max_gap=d.max_gap)
     room_to_calibrate(**given)
     return given
 
@@ -242,7 +243,7 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
     cfg, run, base = result.config, result.run, _base_forecaster(data, result.config, inits)
     if base is not None and result.calibration is not None: base.calibration = _chosen(base, data, cfg)
     result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
-        base=base, origins=cfg.evaluate.origins, start=_test_starts(data, cfg),
+        base=base, origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
     save_figure(result.evaluation.plot(), run.evaluation_plot)

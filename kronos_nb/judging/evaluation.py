@@ -366,12 +366,15 @@ def light(self: Evaluation) -> str:
     return LIGHTS[self.verdict]
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
+_SEEN = 'Released weights may have seen the bars before {}, which judge here: new bars may show less.'
+
 @patch(as_prop=True)
 def sentences(self: Evaluation) -> list:
     "Return the verdict with its reason, the differences with their intervals, and what the origins can show"
     s = self.settings
     found = _Finding(self.verdict, self.tests, self.best_naive, self.n, s['periods'], s['level'], s['worthwhile'])
-    return [found._reason(), found._difference(), found._certainty()]
+    said = [found._reason(), found._difference(), found._certainty()]
+    return said + [_SEEN.format(s.get('seen_until'))]*('seen_until' in s)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-049
 @patch(as_prop=True)
