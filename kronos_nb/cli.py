@@ -713,11 +713,15 @@ def _print_machine(cfg: Config, size: int, out: Path):
     import psutil
     from kronos_nb.core import pick_device
     from kronos_nb.machine import machine_for
+    from kronos_nb.speed import rates_in_words
     from kronos_nb.train import precision_of
     need = size*(3*cfg.runtime.keep_last + 2)/2**30
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free/2**30
     print(machine_for(cfg.runtime).text.capitalize())
-    print(f"Device: {pick_device(cfg.runtime.device)}, precision {precision_of(cfg)}")
+    device = pick_device(cfg.runtime.device)
+    print(f"Device: {device}, precision {precision_of(cfg)}")
+    if device.type == 'cpu' and cfg.runtime.optimizations and (rates := rates_in_words()):
+        print(rates.capitalize())
     print(f"Disk: about {need:.2f} GiB for checkpoints, {free:.1f} GiB free")
     memory = psutil.virtual_memory().available/2**30
     print(f"Memory: about {4*size/2**30:.2f} GiB for weights, gradients and optimizer, {memory:.1f} GiB free")

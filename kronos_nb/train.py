@@ -19,6 +19,7 @@ from .core import DataError, ModelError, RunError, pick_device, threads, write_a
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
+from .speed import not_measuring
 from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
@@ -473,6 +474,7 @@ def fit(
     cfg, run, data = settle(data, config, overrides, out_dir)
     limit, machine = parse_duration(cfg.runtime.max_time, 'runtime.max_time'), machine_for(cfg.runtime)
     deadline = None if limit is None else time.monotonic() + limit
-    with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
+    quiet = not_measuring(not cfg.runtime.optimizations)
+    with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap), quiet:
         session = _Session(deadline, list(callbacks), resume, judge, own and cfg.runtime.progress)
         return _fit_run(data, cfg, run, session)
