@@ -26,7 +26,7 @@ from .training.run import STAGES, Run
 from .training.task import CLASSES
 from .forecast import Forecaster
 from .judging.baselines import default_baselines, random_walks
-from .judging.calibrate import room_to_calibrate
+from .judging.calibrate import GRID, room_to_calibrate
 from .judging.origins import forecast_rows, pick_origins, slice_windows
 from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare, repaired
 from .fitting.claim import holds
@@ -408,7 +408,7 @@ def judging_seconds(
     each = _draw_seconds(tuple(tuple(a.items()) for a in archs), d.lookback_window, d.predict_window, paths)
     models = 2 if cfg.predictor.init != SCRATCH else 1   # the start is judged, too
     naive = _naive_seconds(d.lookback_window, d.predict_window, paths)
-    return forecasts*(models*each + naive) + calibrating*each
+    return forecasts*(models*each + naive) + calibrating*models*len(GRID)*each
 
 # %% ../nbs/api/7_fit/76_own.ipynb #61aae28c
 def _calibrating(cfg, data) -> int:
@@ -433,7 +433,7 @@ def _judging_line(cfg, data):
     time_ = in_words(judging_seconds(cfg, len(found), more))
     few = '; so few dates can hardly decide anything' if dates < 20 else ''
     against = 'naive forecasts' if cfg.predictor.init == SCRATCH else 'the start and naive forecasts'
-    also = f', {more:,} more to calibrate its bands' if more else ''
+    also = f', {more:,} more on validation to choose how paths are drawn' if more else ''
     text = (f'{dates} dates, {len(found):,} forecasts with {e.paths} paths against {against}{also}; '
             f'about {time_}{few}')
     return 'judging', text, 'evaluate.origins evaluate.per_date evaluate.paths'

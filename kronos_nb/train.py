@@ -205,9 +205,9 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
-    few = sorted(val)[::-(-len(val)//(cfg.evaluate.per_date or len(val)))]   # as many symbols as a date has
+
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
-        start={s: val[s][0] for s in few}, max_gap=d.max_gap)
+        start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
     room_to_calibrate(**given)
     return given
 
@@ -260,7 +260,7 @@ def _chosen(forecaster, data: Prepared, cfg: Config) -> Calibration:
     "Return how the paths of a forecaster are best drawn, spread and pooled on the validation part"
     given = _calibration_bars(data, cfg)
     return calibrate(forecaster, **given, used=data.span('train'), grid=_grid(cfg), top_k=cfg.evaluate.top_k,
-        paths=cfg.evaluate.paths, seed=cfg.runtime.seed)
+        paths=cfg.evaluate.paths, seed=cfg.runtime.seed, per_date=cfg.evaluate.per_date)
 
 def _learn_calibration(result: FitResult, data: Prepared):
     "Set the calibration, or why there is none"
@@ -376,7 +376,8 @@ def _judging_cost(cfg: Config, data: Prepared) -> float:
     def bars(part, most, ways):
         if part is None: return 0
         dates = (part.symbol.value_counts()//d.predict_window).clip(upper=most)
-        return min(dates.sum(), most*8)*(d.lookback_window + ways*e.paths*d.predict_window)
+        forecasts = min(dates.sum(), dates.max()*(e.per_date or len(dates)))
+        return forecasts*(d.lookback_window + ways*e.paths*d.predict_window)
     weights = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.parameters.iloc[-1]
     chosen = bars(data.split.val, 64, len(_grid(cfg))) if e.calibrate != 'off' else 0
     models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None)

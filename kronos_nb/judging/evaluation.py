@@ -200,7 +200,7 @@ def _reason(self: _Finding):
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #36715ffa
 def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
-def _compared(who, t):
+def _difference_text(who, t):
     "Return a difference and its interval in words"
     if t['low'] == t['high'] == 0: return f'the same as that of {who}'
     return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
@@ -209,7 +209,7 @@ def _compared(who, t):
 @patch
 def _difference(self: _Finding):
     "Return the second sentence: the quantity, the differences and their intervals"
-    compared = ' and '.join(_compared(*o) for o in self.shown.items())
+    compared = ' and '.join(_difference_text(*o) for o in self.shown.items())
     return (f"Over {self.n} origins in {self.periods} periods its CRPS, the error of the whole predicted distribution, "
             f"is {compared}; intervals are {100 * self.level:g} %.")
 
