@@ -433,7 +433,7 @@ def _fetch_parser(sub):
     p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
     p.add_argument('--source', default='binance', metavar='NAME',
         help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
-    p.add_argument('--options', default='', metavar='MAPPING',
+    p.add_argument('--options', metavar='MAPPING',
         help="for the reader or the library: 'extra_features: trades', 'adjust: qfq' (akshare)")
     p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
     p.add_argument('--overwrite', action='store_true', help='replace FILE where it is there')
@@ -713,11 +713,15 @@ def _print_machine(cfg: Config, size: int, out: Path):
     import psutil
     from kronos_nb.core import pick_device
     from kronos_nb.machine import machine_for
+    from kronos_nb.speed import rates_in_words
     from kronos_nb.train import precision_of
     need = size*(3*cfg.runtime.keep_last + 2)/2**30
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free/2**30
     print(machine_for(cfg.runtime).text.capitalize())
-    print(f"Device: {pick_device(cfg.runtime.device)}, precision {precision_of(cfg)}")
+    device = pick_device(cfg.runtime.device)
+    print(f"Device: {device}, precision {precision_of(cfg)}")
+    if device.type == 'cpu' and cfg.runtime.optimizations and (rates := rates_in_words()):
+        print(rates.capitalize())
     print(f"Disk: about {need:.2f} GiB for checkpoints, {free:.1f} GiB free")
     memory = psutil.virtual_memory().available/2**30
     print(f"Memory: about {4*size/2**30:.2f} GiB for weights, gradients and optimizer, {memory:.1f} GiB free")
@@ -1184,7 +1188,7 @@ def _write_bars(bars, out):
 def _mapping(option, text):
     "Return the mapping that an option holds as YAML"
     import yaml
-    try: given = yaml.safe_load(text) or {}
+    try: given = yaml.safe_load(text or '') or {}
     except yaml.YAMLError: given = text
     if isinstance(given, dict): return given
     raise ConfigError(f"{option} must be a mapping such as 'adjust: qfq', got {text!r}")
