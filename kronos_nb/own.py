@@ -435,7 +435,7 @@ def _judging_line(cfg, data):
     time_ = in_words(judging_seconds(cfg, len(found), more))
     few = '; so few dates can hardly decide anything' if dates < 20 else ''
     against = 'naive forecasts' if cfg.predictor.init == SCRATCH else 'the start and naive forecasts'
-    also = f', {more:,} more to choose how paths are drawn' if more else ''
+    also = f', {more:,} more on validation to choose how paths are drawn' if more else ''
     text = (f'{dates} dates, {len(found):,} forecasts with {e.paths} paths against {against}{also}; '
             f'about {time_}{few}')
     return 'judging', text, 'evaluate.origins evaluate.per_date evaluate.paths'
