@@ -185,20 +185,20 @@ def _checked_facts(forecaster, origins, used):
 @with_sampling
 def evaluate(
     forecaster,       # Anything with `predict_many`
-    bars: pd.DataFrame, # With the history of the first origins
+    bars: pd.DataFrame, # With history
     lookback_window: int | None = None, # `L`; None: as trained
     predict_window: int | None = None, # `H`; None: as trained
     *,
-    base=None,        # Model before fine-tuning
+    base=None,        # The start
     baselines=None,   # `default_baselines`
     origins: int | None = None, # None: up to 64 dates
     per_date: int | None = None, # Symbols of each, in turns
     start=None,       # First stamp to forecast, or {symbol: first}
     used=None,        # Bars, or {symbol: (first, last)}; None: as recorded
-    max_gap='auto',   # As in `segments`
-    sampling: Sampling | None = None, # How to draw paths
+    max_gap='auto',
+    sampling: Sampling | None = None,
     out_dir=None,     # To save
-    progress: bool = True, # Show a bar
+    progress: bool = True,
     **kwargs,         # Settings of `Sampling`
 ) -> Evaluation:
     """Judge a model on untouched bars against its base and baselines

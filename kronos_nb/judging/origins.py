@@ -115,6 +115,14 @@ def _in_turns(chosen, per_date):
     turn = (dates.cumcount() - chosen['date']*per_date) % dates.transform('size')
     return chosen[turn < per_date]
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #a6802072
+def _at_dates(can, origins, periods, predict_window):
+    "Number the dates that are chosen, and drop the candidates of others"
+    times = {p: np.sort(g['origin'].unique()) for p, g in can.groupby('period')}
+    want = _how_many(times, origins, periods, predict_window)
+    dates = np.sort(np.concatenate([_spread(times[p], want[p]) for p in times]))
+    return can[can['origin'].isin(dates)].assign(date=lambda d: np.searchsorted(dates, d['origin'].to_numpy()))
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-019
 def pick_origins(
     bars: pd.DataFrame,   # Canonical bars of one or more symbols
@@ -130,11 +138,7 @@ def pick_origins(
     _check_windows(lookback_window, predict_window, origins, periods)
     can, out = candidates(bars, lookback_window, predict_window, start, max_gap)
     if not len(can): raise DataError(_why_none(bars, out, lookback_window, predict_window))
-    can = _within_periods(can, periods)
-    times = {p: np.sort(g['origin'].unique()) for p, g in can.groupby('period')}
-    want = _how_many(times, origins, periods, predict_window)
-    dates = np.sort(np.concatenate([_spread(times[p], want[p]) for p in times]))
-    can = can[can['origin'].isin(dates)].assign(date=lambda d: np.searchsorted(dates, d['origin'].to_numpy()))
+    can = _at_dates(_within_periods(can, periods), origins, periods, predict_window)
     out = pd.concat([out, _never_chosen(bars, can, out)], ignore_index=True)
     if per_date: can = _in_turns(can, per_date)
     return can.sort_values(['date', 'symbol'], ignore_index=True), out
