@@ -240,11 +240,23 @@ class _Metrics:
     def text(self) -> bytes: return _need('prometheus_client').generate_latest(self.registry)
 
 # %% ../nbs/api/8_share/88_serve.ipynb #ef4eec43
+def _sampling_model(limits: Limits):
+    "Return the class that checks how paths are drawn"
+    from pydantic import BaseModel, ConfigDict, Field
+    class SamplingRequest(BaseModel):
+        model_config = ConfigDict(extra='forbid')
+        paths: int = Field(100, ge=1, le=limits.paths)
+        seed: int = Field(0, ge=0, lt=2**63)
+        temperature: float = Field(1., ge=0, le=100)
+        top_k: int = Field(0, ge=0)
+        top_p: float = Field(.9, gt=0, le=1)
+    return SamplingRequest
+
+# %% ../nbs/api/8_share/88_serve.ipynb #7a55d026
 def _request_model(limits: Limits):
     "Return the class that checks a request"
-    from pydantic import BaseModel, ConfigDict, Field
-    class ForecastRequest(BaseModel):
-        model_config = ConfigDict(extra='forbid')
+    from pydantic import Field
+    class ForecastRequest(_sampling_model(limits)):
         bars: dict[str, list] | list[dict] | None = Field(None, description="Columns or rows of bars of one symbol")
         symbol: str = Field('', max_length=64, description="Name of the bars; with `source`, what to download")
         source: str | None = Field(None, description="In place of bars: a source that the service knows")
@@ -252,11 +264,6 @@ def _request_model(limits: Limits):
         model: str | None = Field(None, description="From /models; none: the first")
         predict_window: int | None = Field(None, ge=1, le=limits.horizon, description="Bars ahead; none: as trained")
         lookback_window: int | None = Field(None, ge=2, le=limits.rows, description="Bars read; none: as trained")
-        paths: int = Field(100, ge=1, le=limits.paths)
-        seed: int = Field(0, ge=0, lt=2**63)
-        temperature: float = Field(1., ge=0, le=100)
-        top_k: int = Field(0, ge=0)
-        top_p: float = Field(.9, gt=0, le=1)
         calendar: str | None = Field(None, max_length=16, description="24/7, or an exchange's code such as XNYS")
         quantiles: list[float] = Field([.05, .25, .5, .75, .95], max_length=101, description="Of the close, in 0..1")
         return_paths: bool = Field(False, description="Return the close of every path")
