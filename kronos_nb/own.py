@@ -379,7 +379,7 @@ def _draw_seconds(archs, lookback, horizon, paths):
     def seconds(n, histories):
         return _timed(lambda: forecaster.predict_many([bars]*histories, n, paths=paths))/histories
     seconds(few, 1)
-    histories = 16 if seconds(few, 1) < .05 else 1   # small models share the work of a batch
+    histories = 32 if seconds(few, 1) < .05 else 1   # small models share the work of a batch
     first = seconds(few, histories)
     return first + (horizon - few)*max(seconds(more, histories) - first, 0)/max(more - few, 1)
 
@@ -387,13 +387,13 @@ def _draw_seconds(archs, lookback, horizon, paths):
 @functools.lru_cache(8)
 def _naive_seconds(lookback, horizon, paths):
     "Return the seconds of one forecast of every naive kind, scores included"
-    bars, sampling = random_walks(lookback + 4*horizon + 4), Sampling(paths=paths)
-    origins, _ = pick_origins(bars, lookback, horizon, 4)
+    bars, sampling = random_walks(lookback + 8*horizon + 8), Sampling(paths=paths)
+    origins, _ = pick_origins(bars, lookback, horizon, 8)
     windows, kinds = slice_windows(bars, origins, lookback, horizon), default_baselines(bars, lookback)
     def forecast(n):
         for kind in kinds: forecast_rows(kind, windows[slice(0, n)], sampling)
     forecast(1)   # imports and compiles
-    return _timed(lambda: forecast(4))/4
+    return _timed(lambda: forecast(8))/8
 
 # %% ../nbs/api/7_fit/76_own.ipynb #ca3f8c7b
 def judging_seconds(
@@ -408,13 +408,15 @@ def judging_seconds(
     each = _draw_seconds(tuple(tuple(a.items()) for a in archs), d.lookback_window, d.predict_window, paths)
     models = 2 if cfg.predictor.init != SCRATCH else 1   # the start is judged, too
     naive = _naive_seconds(d.lookback_window, d.predict_window, paths)
-    return forecasts*(models*each + naive) + calibrating*models*len(GRID)*each
+    e = cfg.evaluate
+    drawings = len({(e.temperature or t, e.top_p or p) for t, p in GRID})   # tried by the calibration of each model
+    return forecasts*(models*each + naive) + calibrating*models*(drawings*each + naive)
 
 # %% ../nbs/api/7_fit/76_own.ipynb #61aae28c
 def _calibrating(cfg, data) -> int:
     "Return the number of forecasts that the calibration learns from"
     d, e, val = cfg.data, cfg.evaluate, data.span('val')
-    if e.calibrate == 'off' or not val: return 0
+    if e.calibrate == 'off' or e.temperature == 0 or not val: return 0
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     starts = {s: first for s, (first, _) in val.items()}
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]

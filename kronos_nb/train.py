@@ -205,7 +205,6 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
-
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
         start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
     room_to_calibrate(**given)

@@ -1,6 +1,6 @@
 """The one reading order: sidebar and README table, made from the numbers and titles of the notebooks
 
-    python tools/contents.py           write nbs/sidebar.yml, the table in nbs/index.ipynb, badges and install cells
+    python tools/contents.py           write nbs/sidebar.yml, the table in nbs/index.ipynb, and install cells
     python tools/contents.py --check   exit 1 if one of them differs from what notebooks and settings.ini say
 """
 import configparser
@@ -81,13 +81,7 @@ def index_with(table: str) -> str:
     return json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
 
 
-# badges and install cells
-PLACES = {
-    'Open in Colab': ('https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path}',
-                      'https://colab.research.google.com/assets/colab-badge.svg'),
-    'Open in Kaggle': ('https://kaggle.com/kernels/welcome?src=https://github.com/{user}/{repo}/blob/{branch}/{path}',
-                       'https://kaggle.com/static/images/open-in-kaggle.svg')}
-BADGE = re.compile(r'<a href="[^"]*?(nbs/[^"]+\.ipynb)"><img src="[^"]*" alt="(Open in \w+)"></a>')
+# install cells
 HOW = ("The next two cells do nothing where `{lib_name}` is installed. On Colab and Kaggle they install it, from an "
        "attached [bundle](../api/8_share/82_bundle.ipynb) if there is one (no internet needed), and keep the installed "
        "torch, numpy and pandas. If the address in the last line but one cannot be reached, attach a bundle, or clone "
@@ -101,31 +95,19 @@ INSTALL = """if importlib.util.find_spec('{lib_name}') is None:
     subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '-c', 'kept.txt', *source], check=True)"""
 
 
-def badge(path: str, text: str) -> str:
-    "Return the badge that opens a notebook of the repository"
-    link, image = PLACES[text]
-    return f'<a href="{link.format(path=path, **INI)}"><img src="{image}" alt="{text}"></a>'
-
-
-def with_badges(source: str) -> str:
-    "Return a cell of Markdown whose badges point to the repository of settings.ini"
-    source = BADGE.sub(lambda m: badge(m[1], m[2]), source)
-    return re.sub(r'^The next two cells do nothing where .+$', HOW.format(**INI), source, flags=re.M)
-
-
 def installing(source: str) -> str:
     "Return an install cell, with the extra that it asks for"
     extra = re.search(r"kronos_nb(\[\w+\])", source)
     return INSTALL.format(name=INI['lib_name'] + (extra[1] if extra else ''), **INI)
 
 
-def with_heads(text: str) -> str:
-    "Return a notebook with its badges and its install cell"
+def with_install(text: str) -> str:
+    "Return a notebook with its install cell and what is said of it"
     nb = json.loads(text)
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            source = with_badges(source)
+            source = re.sub(r'^The next two cells do nothing where .+$', HOW.format(**INI), source, flags=re.M)
         elif source.startswith('if importlib.util.find_spec('):
             source = installing(source)
         cell['source'] = source.splitlines(keepends=True)
@@ -135,8 +117,8 @@ def with_heads(text: str) -> str:
 def made() -> list[tuple]:
     "Return every file and what it must be"
     tutorials = sorted((nbs/'tutorials').glob('[0-9]*.ipynb'))
-    return [(nbs/'sidebar.yml', sidebar()), (nbs/'index.ipynb', with_heads(index_with(table()))),
-            *((p, with_heads(p.read_text(encoding='utf-8'))) for p in tutorials)]
+    return [(nbs/'sidebar.yml', sidebar()), (nbs/'index.ipynb', index_with(table())),
+            *((p, with_install(p.read_text(encoding='utf-8'))) for p in tutorials)]
 
 
 def main(check: bool) -> list[str]:
