@@ -515,11 +515,17 @@ def report(self: Ledger,
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #b8f3f64c
 @patch
+def _quiet(self: LedgerReport, name):
+    "Return how far an alarm is"
+    return f"no alarm, evidence {self.watched[name].iloc[-1]:,.0f} of {ONE_IN:,}"
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #48217bf3
+@patch
 def _bands_sentence(self: LedgerReport):
     "Return what the bands hold"
     right, held, since = _nominal(self.facts.paths), self.watched['coverage'].mean(), self._since('bands')
     text = f"its bands hold {percent(held)} of the closes, averaged over three bands, and {percent(right)} is right"
-    if since is None: return f"{text[0].upper()}{text[1:]}: no alarm."
+    if since is None: return f"{text[0].upper()}{text[1:]}: {self._quiet('bands')}."
     side = 'narrow' if held < right else 'wide'
     return (f"Recalibrate: {text}. They are too {side} by more than chance since {date_text(since)}; learn new factors "
             "from recent bars with calibrate(), or fine-tune on them.")
@@ -531,7 +537,7 @@ def _skill_sentence(self: LedgerReport):
     share, since = 1 - self.watched['crps'].mean()/self.watched['naive'].mean(), self._since('skill')
     side = f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
     text = f"its CRPS is {side} than that of the naive forecast that was best so far"
-    if since is None: return f"{text[0].upper()}{text[1:]}: no alarm."
+    if since is None: return f"{text[0].upper()}{text[1:]}: {self._quiet('skill')}."
     return (f"Stop trusting it: {text}, and worse by more than chance since {date_text(since)}. Use the naive forecast "
             "until a new model beats it.")
 
@@ -592,7 +598,9 @@ def plot(self: LedgerReport): # The figure
     axs[2].semilogy(w.index, w['skill'], color=COLORS['history'], lw=1.2, label='stop trusting')
     axs[2].axhline(ONE_IN, color=COLORS['truth'], lw=1, ls='--', label='alarm')
     axs[2].set_title('evidence of a fault', fontsize=9)
-    for ax in axs: _dates_axis(ax)
+    axs[2].set_ylim(top=3*max(ONE_IN, w[['bands', 'skill']].max(axis=None)))
+    if len(w) > 1:
+        for ax in axs: _dates_axis(ax)
     legend_beside(fig)
     return fig
 
