@@ -433,7 +433,7 @@ def _fetch_parser(sub):
     p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
     p.add_argument('--source', default='binance', metavar='NAME',
         help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
-    p.add_argument('--options', default='', metavar='MAPPING',
+    p.add_argument('--options', metavar='MAPPING',
         help="for the reader or the library: 'extra_features: trades', 'adjust: qfq' (akshare)")
     p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
     p.add_argument('--overwrite', action='store_true', help='replace FILE where it is there')
@@ -712,11 +712,15 @@ def _print_machine(cfg: Config, size: int, out: Path):
     import psutil
     from kronos_nb.core import pick_device
     from kronos_nb.machine import machine_for
+    from kronos_nb.speed import rates_in_words
     from kronos_nb.train import precision_of
     need = size*(3*cfg.runtime.keep_last + 2)/2**30
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free/2**30
     print(machine_for(cfg.runtime).text.capitalize())
-    print(f"Device: {pick_device(cfg.runtime.device)}, precision {precision_of(cfg)}")
+    device = pick_device(cfg.runtime.device)
+    print(f"Device: {device}, precision {precision_of(cfg)}")
+    if device.type == 'cpu' and cfg.runtime.optimizations and (rates := rates_in_words()):
+        print(rates.capitalize())
     print(f"Disk: about {need:.2f} GiB for checkpoints, {free:.1f} GiB free")
     memory = psutil.virtual_memory().available/2**30
     print(f"Memory: about {4*size/2**30:.2f} GiB for weights, gradients and optimizer, {memory:.1f} GiB free")
@@ -982,7 +986,19 @@ def _write_forecasts(found: dict, out: Path):
 def _shown(table) -> str:
     "Return the table of a few symbols, or where each forecast of many ends"
     few = table.symbol.nunique() <= 3
-    return (table if few else table.groupby('symbol', sort=False).tail(1)).to_string(index=False)
+    t = table if few else table.groupby('symbol', sort=False).tail(1)
+    return t[['symbol', *t.columns.drop('symbol')]].to_string(index=False, float_format='{:,.6g}'.format)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #ae267759
+def _notes_of(found: dict) -> list:
+    "Return the notes of forecasts, each once; one that ends with the name of its symbol ends with all of them"
+    from kronos_nb.display import name_list
+    said = {}
+    for symbol, forecast in found.items():
+        for note in forecast.notes:
+            head = note.removesuffix(str(symbol))
+            said.setdefault(head, {})['' if head == note else symbol] = None
+    return [head + name_list(names, 5) for head, names in said.items()]
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
 def run_forecast(a):
@@ -1000,8 +1016,7 @@ def run_forecast(a):
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))
-    notes = [o for forecast in found.values() for o in forecast.notes]
-    for note in dict.fromkeys([*notes, *_seen_note(f, bars)]):
+    for note in [*_notes_of(found), *_seen_note(f, bars)]:
         _say(f'Note: {note}')
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
     return 0
@@ -1018,10 +1033,11 @@ def _seen_note(f, bars) -> list: # Of one text, or empty
 def _unseen_from(f, bars):
     "Return for each symbol the first moment after the bars that the model was trained on; None: `evaluate` knows"
     import pandas as pd
-    if getattr(f, 'seen_until', None) is not None:
+    until, seen = getattr(f, 'seen_until', None), f.predictor.extra.get('trained_on', {})
+    if until is not None and not seen:
         return None
-    seen = f.predictor.extra.get('trained_on', {})
-    return {s: pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns') if s in seen else pd.Timestamp.min
+    least = pd.Timestamp.min if until is None or bars.timestamps.max() < until else until
+    return {s: max(pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns'), least) if s in seen else least
             for s in bars.symbol.unique()}
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-096
@@ -1171,7 +1187,7 @@ def _write_bars(bars, out):
 def _mapping(option, text):
     "Return the mapping that an option holds as YAML"
     import yaml
-    try: given = yaml.safe_load(text) or {}
+    try: given = yaml.safe_load(text or '') or {}
     except yaml.YAMLError: given = text
     if isinstance(given, dict): return given
     raise ConfigError(f"{option} must be a mapping such as 'adjust: qfq', got {text!r}")
@@ -1311,7 +1327,7 @@ def _on_a_run(a) -> str:
 # %% ../nbs/api/9_faces/98_cli.ipynb #f0bf554b
 def main(
     argv=None, # Default: the command line's
-) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
+) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted, 141 nobody reads
     "Run the command line of `kronos-nb`"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
@@ -1319,9 +1335,14 @@ def main(
     a = parser().parse_args(argv)
     a.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return a.run(a)
+        code = a.run(a)
+        sys.stdout.flush()
+        return code
     except KronosError as e:
         _say(f'{type(e).__name__}: {e}\nTry: {_next_command(a, e)}')
+    except BrokenPipeError:   # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # nor does Python complain when it ends
+        return 141
     except OSError as e:   # a folder that cannot be written, a full disk
         _say(f'RunError: {e.strerror or e} ({e.filename})\nTry: {_next_command(a, e)}')
     except KeyboardInterrupt:

@@ -255,6 +255,9 @@ class EvaluateConfig(Settings):
     "The comparison on the untouched end of each symbol"
     origins: int | None = setting(
         None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 64", lo=2, hi=100_000)
+    per_date: int | None = setting(
+        None, "symbols to forecast at each of these dates, the next ones at the next date; none: all", lo=1,
+        unit='symbols')
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
     temperature: float | None = setting(
         None, "of sampling; none: chosen on validation, else 1", lo=0., hi=10., tune=(.6, 1.2))

@@ -90,7 +90,7 @@ def _cell(v) -> str:
     "Return one value of a table as text"
     if isinstance(v, (list, tuple)): return ', '.join(map(_cell, v))
     if isinstance(v, pd.Timestamp): return date_text(v)
-    if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
+    if isinstance(v, pd.Timedelta): return interval_text(v.total_seconds())
     whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
     return f'{v:,}' if whole else md_text(v)
 

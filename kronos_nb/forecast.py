@@ -233,12 +233,20 @@ def dtype(self: Forecaster): return getattr(torch, self.precision)
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #d753e58e
 RELEASED_UNTIL = '2024-07-01'   # released weights may have seen the bars before it
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #6ce0d160
+def released_until(
+    predictor,
+) -> str | None: # A date; None: it has nothing of released weights, as far as is known
+    "Return the moment before which released weights, or those that training began with, may have seen every market"
+    if 'trained_on' in predictor.extra: return predictor.extra.get('seen_until')
+    return RELEASED_UNTIL if _known_context(predictor) else None
+
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #1a901613
 @patch(as_prop=True)
 def seen_until(self: Forecaster) -> pd.Timestamp | None: # None: the bars of training are recorded, or nothing is known
     "Return the moment before which the weights may have seen every market"
-    released = any('trained_on' not in m.extra and _known_context(m) for m in self.predictors)
-    return pd.Timestamp(RELEASED_UNTIL) if released else None
+    found = [until for m in self.predictors if (until := released_until(m))]
+    return pd.Timestamp(max(found)) if found else None
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-045
 @patch

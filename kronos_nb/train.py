@@ -19,6 +19,7 @@ from .core import DataError, ModelError, RunError, pick_device, threads, write_a
 from .settings import parse_duration
 from .config import Config
 from .machine import machine_for
+from .speed import not_measuring
 from .display import current_run, md_table, progress_of_run, save_figure, show_card
 from .data.normalize import NORMALIZERS
 from .kernels.parallel import heap_kept
@@ -204,6 +205,7 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
+
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
         start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
     room_to_calibrate(**given)
@@ -242,7 +244,7 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
     cfg, run, base = result.config, result.run, _base_forecaster(data, result.config, inits)
     if base is not None and result.calibration is not None: base.calibration = _chosen(base, data, cfg)
     result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
-        base=base, origins=cfg.evaluate.origins, start=_test_starts(data, cfg),
+        base=base, origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
     save_figure(result.evaluation.plot(), run.evaluation_plot)
@@ -258,7 +260,7 @@ def _chosen(forecaster, data: Prepared, cfg: Config) -> Calibration:
     "Return how the paths of a forecaster are best drawn, spread and pooled on the validation part"
     given = _calibration_bars(data, cfg)
     return calibrate(forecaster, **given, used=data.span('train'), grid=_grid(cfg), top_k=cfg.evaluate.top_k,
-        paths=cfg.evaluate.paths, seed=cfg.runtime.seed)
+        paths=cfg.evaluate.paths, seed=cfg.runtime.seed, per_date=cfg.evaluate.per_date)
 
 def _learn_calibration(result: FitResult, data: Prepared):
     "Set the calibration, or why there is none"
@@ -368,13 +370,18 @@ def _costs(cfg: Config, data: Prepared, stages) -> dict: # Stage -> weights time
 
 # %% ../nbs/api/7_fit/77_train.ipynb #a8090dd7
 def _judging_cost(cfg: Config, data: Prepared) -> float:
-    "Return what the verdict and the calibration will cost, in the unit of `_costs`"
+    "Return what the verdict and the choices for the paths will cost, in the unit of `_costs`"
     d, e, k = cfg.data, cfg.evaluate, cfg.predictor
     if not d.test or cfg.runtime.only == 'tokenizer': return 0.
-    dates = (data.split.test.symbol.value_counts()//d.predict_window).clip(upper=e.origins or 64).sum()
+    def bars(part, most, ways):
+        if part is None: return 0
+        dates = (part.symbol.value_counts()//d.predict_window).clip(upper=most)
+        forecasts = min(dates.sum(), dates.max()*(e.per_date or len(dates)))
+        return forecasts*(d.lookback_window + ways*e.paths*d.predict_window)
     weights = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.parameters.iloc[-1]
-    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None) + (e.calibrate != 'off')
-    return float(dates*models*weights*(d.lookback_window + e.paths*d.predict_window)/3)
+    chosen = bars(data.split.val, 64, len(_grid(cfg))) if e.calibrate != 'off' else 0
+    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None)
+    return float(models*weights*(bars(data.split.test, e.origins or 64, 1) + chosen)/3)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #b0348201
 @contextlib.contextmanager
@@ -468,6 +475,7 @@ def fit(
     cfg, run, data = settle(data, config, overrides, out_dir)
     limit, machine = parse_duration(cfg.runtime.max_time, 'runtime.max_time'), machine_for(cfg.runtime)
     deadline = None if limit is None else time.monotonic() + limit
-    with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap):
+    quiet = not_measuring(not cfg.runtime.optimizations)
+    with threads(machine.threads), matmul_precision(machine.matmul), heap_kept(machine.heap), quiet:
         session = _Session(deadline, list(callbacks), resume, judge, own and cfg.runtime.progress)
         return _fit_run(data, cfg, run, session)

@@ -225,20 +225,41 @@ def test_what_a_library_says_comes_through(monkeypatch, error):
     with pytest.raises(DataError, match='X'): fetch_klines('X', '1h', '2024-01-01', '2024-01-03', source='ccxt:kraken')
 
 
-def test_yfinance(monkeypatch):
-    asked, days = {}, pd.bdate_range('2024-01-02', '2024-01-31', tz='America/New_York')
-    yahoo = pd.DataFrame(dict(Open=1., High=2., Low=.5, Close=1.5, Volume=10.), index=days.rename('Date'))
-    ticker = types.SimpleNamespace(history=lambda **how: asked.update(how) or yahoo)
-    monkeypatch.setitem(sys.modules, 'yfinance', types.SimpleNamespace(Ticker=lambda symbol: ticker))
+class Yahoo:
+    "A stand-in for yfinance and its ticker, which answers for at most eight days of minutes"
+    def __init__(self, index):
+        columns = dict(Open=1., High=2., Low=.5, Close=1.5, Volume=10.)
+        self.frame, self.asked = pd.DataFrame(columns, index.rename('Date')), []
+
+    def Ticker(self, symbol): return self
+
+    def history(self, interval, start, end, **how):
+        self.asked.append((interval, start, end, how))
+        if interval == '1m' and end - start > pd.Timedelta('8D'): return self.frame[:0]
+        return self.frame[(self.frame.index >= start) & (self.frame.index < end)]
+
+
+@pytest.mark.parametrize('zone', ['America/New_York', 'Asia/Tokyo'])
+def test_yfinance(monkeypatch, zone):
+    days = pd.bdate_range('2023-12-01', '2024-02-29', tz=zone)
+    monkeypatch.setitem(sys.modules, 'yfinance', yahoo := Yahoo(days))
     bars = fetch_klines('AAPL', '1d', '2024-01-01', '2024-02-01', source='yfinance')
-    assert bars.timestamps.tolist() == days.tz_localize(None).tolist() and set(bars.symbol) == {'AAPL'}
+    assert bars.timestamps.tolist() == pd.bdate_range('2024-01-01', '2024-01-31').tolist()
+    assert set(bars.symbol) == {'AAPL'}
     assert fetch_notes(bars) == ['prices adjusted for splits and dividends']
-    fetch_klines('AAPL', '1w', '2024-01-01', '2024-01-03 12:00', source='yfinance', auto_adjust=False)
-    assert asked == dict(interval='1wk', start='2023-12-31', end='2024-01-05', auto_adjust=False)
-    yahoo.index = pd.date_range('2024-01-02 09:30', periods=len(yahoo), freq='h', tz='America/New_York')
-    bars = fetch_klines('AAPL', '1h', '2024-01-01', '2024-02-01', source='yfinance')
-    assert bars.timestamps[0] == pd.Timestamp('2024-01-02 14:30') and 'America/New_York' in fetch_notes(bars)[1]
+    fetch_klines('AAPL', '1w', '2024-01-01', '2024-02-01', source='yfinance', auto_adjust=False)
+    assert yahoo.asked[-1][0] == '1wk' and yahoo.asked[-1][3] == dict(auto_adjust=False)
     with pytest.raises(ConfigError, match='interval'): fetch_klines('AAPL', '8h', '2024-01-01', source='yfinance')
+    with pytest.raises(DataError, match='AAPL'):
+        fetch_klines('AAPL', '1d', '2020-01-01', '2020-02-01', source='yfinance')
+
+
+def test_minutes_of_yfinance_come_by_the_week(monkeypatch):
+    minutes = pd.date_range('2024-01-02 09:30', '2024-01-20', freq='min', tz='America/New_York')
+    monkeypatch.setitem(sys.modules, 'yfinance', yahoo := Yahoo(minutes))
+    bars = fetch_klines('AAPL', '1m', '2024-01-02 15:00', '2024-01-19', source='yfinance')
+    assert bars.timestamps.tolist() == pd.date_range('2024-01-02 15:00', '2024-01-18 23:59', freq='min').tolist()
+    assert len(yahoo.asked) == 3 and 'America/New_York' in fetch_notes(bars)[1]
 
 
 COLUMNS = ['\u65f6\u95f4', '\u5f00\u76d8', '\u6700\u9ad8', '\u6700\u4f4e', '\u6536\u76d8', '\u6210\u4ea4\u91cf',
@@ -254,7 +275,8 @@ def test_akshare(monkeypatch):
     bars = fetch_klines('000001', '5m', '2024-01-02 01:35', '2024-01-03', source='akshare', adjust='qfq')
     assert bars.timestamps.tolist() == list(pd.to_datetime(['2024-01-02 01:35', '2024-01-02 01:40']))
     assert bars.symbol[0] == '000001' and bars.volume[0] == 1000 and bars.amount[0] == 1250
-    assert fetch_notes(bars)[0] == 'prices adjusted for splits and dividends' and 'Asia/Shanghai' in fetch_notes(bars)[1]
+    adjusted, zone = fetch_notes(bars)
+    assert adjusted == 'prices adjusted for splits and dividends' and 'Asia/Shanghai' in zone
     assert asked['period'] == '5' and asked['start_date'] < '2024-01-02 01:35' and asked['adjust'] == 'qfq'
 
 

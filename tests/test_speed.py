@@ -119,3 +119,14 @@ def test_a_step_of_an_optimizer_is_noticed(how):
     sum(p.square().sum() for p in model.parameters()).backward()
     opt.step()
     assert arranged(Decoder, model) is not first
+
+
+@pytest.mark.parametrize('bf16, advised', [(24, {}), (420, {'runtime.precision': ('fp32', 'bf16')})])
+def test_advice_for_a_cpu_follows_what_was_measured(monkeypatch, bf16, advised):
+    from kronos_nb.config import Config
+    from kronos_nb.training import diagnose
+    monkeypatch.setattr(diagnose, 'matrix_rates', lambda: dict(highest=73, medium=73, bf16=bf16))
+    cfg = Config.preset('quickstart')
+    changes = diagnose._faster_here(diagnose.suggest('too_slow', cfg, 'predictor'), cfg)
+    assert {k: v for k, v in changes.items() if k in ('runtime.precision', 'runtime.compile')} == advised
+    assert 'data.stride' in changes

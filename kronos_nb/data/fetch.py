@@ -11,6 +11,7 @@ import http.client
 import importlib
 import os
 import re
+import socket
 import ssl
 import time
 import urllib.error
@@ -106,7 +107,7 @@ class _Missing(Exception): "The archive has no such file"
 def _pause(attempt, error, say):
     "Wait as long as the server asks, or twice as long as the time before"
     asked = (getattr(error, 'headers', None) or {}).get('Retry-After')
-    seconds = min(float(asked) if str(asked or '').isdigit() else _WAIT * 2**attempt, _LONGEST_WAIT)
+    seconds = min(float(asked) if str(asked or '').isdigit() else _WAIT * 2**(attempt - 1), _LONGEST_WAIT)
     say(f'waits {seconds:.0f} s: {one_line(error)[:60]}')
     time.sleep(seconds)
     say('')
@@ -123,6 +124,10 @@ def _passes(error, what):
                        "as ccxt:kraken may be") from error
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #46dcd02e
+def _is_away(error):
+    "Return whether there was no server at all, so that waiting helps little"
+    return isinstance(getattr(error, 'reason', None), (socket.gaierror, ConnectionRefusedError))
+
 def _persist(work, what, size=lambda: 0, say=lambda text: None, lost=_LOST):
     "Return what `work` returns; try again while the server is busy or the connection is lost"
     attempt, most = 0, size()
@@ -130,9 +135,10 @@ def _persist(work, what, size=lambda: 0, say=lambda text: None, lost=_LOST):
         try: return work()
         except lost as e: error = e
         _passes(error, what)
-        attempt, most = 0 if size() > most else attempt + 1, max(most, size())
-        if attempt >= TRIES:
-            raise RunError(f"{what} cannot be read after {TRIES} tries: {error}. Call again to go on") from error
+        attempt, most = 1 if size() > most else attempt + 1, max(most, size())
+        if attempt >= (3 if _is_away(error) else TRIES):
+            raise RunError(f"{what} cannot be read after {attempt} tries: {one_line(error)}. Check the connection and "
+                           "HTTPS_PROXY, and call again: it goes on where it stopped") from error
         _pause(attempt, error, say)
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #49a81c96
@@ -270,6 +276,13 @@ def _reading(series, how):
     return dict(columns=columns, units=dict(amount=size)) | how, [f'volume in coins; amount is contracts x {size} USD']
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #7ebcb99f
+def _teller(bar):
+    "Return a function that shows what is waited for, in a bar or as a line"
+    def say(text):
+        bar.set_postfix_str(text)
+        bar.update(0)
+    return say
+
 def _now(zone='UTC'): return pd.Timestamp.now(zone).tz_localize(None)
 
 def _late(range_):
@@ -285,7 +298,7 @@ def _from_archive(symbol, interval, start, end, source, folder, progress, archiv
     series = _Series(_plain_symbol(symbol), interval, MARKETS[source], archive)
     folder, today = folder/safe_name(archive.partition('://')[2]), np.datetime64(_now(), 'D')
     with progress_bar(len(_months(start, end)), f'{series.symbol} {interval}', 'month', progress) as bar:
-        range_ = _Range(series, start, end, today, folder, bar.set_postfix_str)
+        range_ = _Range(series, start, end, today, folder, _teller(bar))
         files, missing = range_.all_files(bar)
     how, notes = _reading(series, how)
     if missing: notes = [*notes, f"missing in the archive: {', '.join(missing)}"]
@@ -341,7 +354,7 @@ def _from_ccxt(symbol, interval, start, end, exchange, progress, **how):
         def page_at(at, frame=frame):
             bar.update(max((at - since)//step - bar.n, 0))
             work = partial(client.fetch_ohlcv, symbol, frame, at, **how)
-            return sorted(_persist(work, exchange, say=bar.set_postfix_str, lost=(*_LOST, ccxt.NetworkError)))
+            return sorted(_persist(work, exchange, say=_teller(bar), lost=(*_LOST, ccxt.NetworkError)))
         days = step < _DAY_MS and '1d' in client.timeframes
         begin = _first_day(partial(page_at, frame='1d'), since, last) if days else since
         for page in _pages(page_at, begin, last, step): bars += page
@@ -351,11 +364,20 @@ def _from_ccxt(symbol, interval, start, end, exchange, progress, **how):
 _DAY = np.timedelta64(1, 'D')
 _YAHOO = {s: s for s in '1m 2m 5m 15m 30m 1h 1d'.split()} | {'1w': '1wk', '1mo': '1mo'}
 
+def _yahoo_spans(interval, start, end):
+    "Return ranges to ask for: a week of minutes at a time, and a day more on each side of days"
+    pad = _DAY * (_length(interval) >= _DAY)
+    edges = np.array([*np.arange(start, end, 7*_DAY), end] if interval == '1m' else [start - pad, end + pad])
+    at = pd.DatetimeIndex(edges).tz_localize('UTC')
+    return zip(at[:-1], at[1:])
+
 def _from_yfinance(symbol, interval, start, end, exchange, progress, **how):
     "Return bars of a share"
-    interval, library = _YAHOO[check_choice('interval', interval, _YAHOO)], _client('yfinance')
-    first, last = (str(t.astype('M8[D]')) for t in (start - _DAY, end + 2*_DAY)) # the last is not asked for
-    return library.Ticker(symbol).history(interval=interval, start=first, end=last, **how)
+    theirs = _YAHOO[check_choice('interval', interval, _YAHOO)]
+    ticker, spans = _client('yfinance').Ticker(symbol), _yahoo_spans(interval, start, end)
+    found = [ticker.history(interval=theirs, start=first, end=last, **how) for first, last in spans]
+    found = [frame for frame in found if len(frame)]
+    return pd.concat(found) if found else []
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #172b12b7
 _AK_PERIODS = {'1d': 'daily', '1w': 'weekly', '1mo': 'monthly', '1m': '1', '5m': '5', '15m': '15', '30m': '30',
@@ -438,8 +460,10 @@ def _begins_late(bars, start, interval, source):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #f1f79884
 _CHECK = 'Check symbol and dates; libraries keep minutes for days or weeks only'
 
-def _ordered(start, end):
-    "Return the two moments of a range"
+def _asked(interval, start, end, source):
+    "Return the two moments of the range; raise where something else is no interval or source"
+    _length(interval)
+    check_choice('source', re.sub('^ccxt:.*', 'ccxt', str(source)), (*MARKETS, *_CLIENTS))
     start, end = _moment(start, 'start'), _moment(_now() if end is None else end, 'end')
     if start >= end: raise ConfigError(f"start must come before end, got {start} and {end}")
     return start, end
@@ -460,9 +484,7 @@ def fetch_klines(
 
     >>> kn.fetch_klines('BTCUSDT', '1h', '2024-01-01', '2024-07-01')
     """
-    _length(interval) # raises where it is none
-    check_choice('source', re.sub('^ccxt:.*', 'ccxt', str(source)), (*MARKETS, *_CLIENTS))
-    start, end = _ordered(start, end)
+    start, end = _asked(interval, start, end, source)
     files = dict(folder=Path(folder or cache_folder()), archive=archive) if source in MARKETS else {}
     fetch = _from_archive if source in MARKETS else _from_client
     bars, notes = fetch(symbol, interval, start, end, source, progress=progress, **files, **how)

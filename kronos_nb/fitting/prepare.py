@@ -90,7 +90,7 @@ def least_text() -> str:
     "Return how many bars a run needs, and for what"
     n = LEAST//5
     return (f"Bring at least {LEAST} bars of one symbol without a gap: {LEAST - 2*n} to train on, {n} to choose "
-            f"weights and {n} to judge, so that windows fit into each part")
+            f"weights and {n} to judge, so that windows fit into each part. kronos-nb forecast FILE needs no training")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
 def offer(

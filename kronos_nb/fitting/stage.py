@@ -32,6 +32,7 @@ from kronos_nb.training.monitor import (
 )
 from ..training.guard import NormSchedule, NormStopping, ResourceGuard, Watchdog
 from ..training.checkpoint import Checkpoint, Interrupts
+from ..forecast import released_until
 from ..average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files, weights_of
 from .prepare import Prepared
 
@@ -71,6 +72,8 @@ def model_facts(self: Stage) -> dict:
 @patch
 def save(self: Stage, model, folder, **more):
     "Write `model` with what a user must know about it"
+    until = released_until(model) if self.name == 'predictor' and self.init != 'scratch' else None
+    if until: more['seen_until'] = until   # a released start may have seen every market before
     return save_model(model, folder, **self.model_facts, **more)
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-013

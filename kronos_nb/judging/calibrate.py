@@ -153,13 +153,13 @@ def _learn(closes, naive, windows, samplings) -> Calibration:
                        _coverage(pool, y), str(first), str(last))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35
-_MOST = 512 # Forecasts
+_PER_DATE = 25 # Most symbols forecast at one date
 
-def _windows(bars, lookback_window, predict_window, origins, start, used, max_gap):
+def _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date):
     "Return the windows to learn from"
-    symbols = bars['symbol'].nunique()
-    origins = origins or (None if 64*symbols <= _MOST else max(_MOST//symbols, _MIN_DATES))
-    picked, _ = pick_origins(bars, lookback_window, predict_window, origins, start=start, max_gap=max_gap)
+    per_date = min(per_date or _PER_DATE, bars['symbol'].nunique())
+    picked, _ = pick_origins(bars, lookback_window, predict_window, origins, start=start, max_gap=max_gap,
+                             per_date=per_date)
     check_untouched(picked, used)
     n = picked['date'].nunique()
     if n >= _MIN_DATES: return slice_windows(bars, picked, lookback_window, predict_window)
@@ -178,12 +178,13 @@ def calibrate(
     start=None,            # First stamp to forecast, or {symbol: first}
     used=None,             # Bars that trained the model, or {symbol: (first, last)}
     max_gap='auto',        # As in `segments`
+    per_date: int | None = None, # Most symbols of one date, in turns; None: 25
     top_k: int = 0,
     paths: int = 100,
     seed: int = 0,
 ) -> Calibration:
     "Return how the paths of a model are best drawn, spread and pooled on validation bars"
-    windows = _windows(bars, lookback_window, predict_window, origins, start, used, max_gap)
+    windows = _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date)
     samplings = [Sampling(max(paths, 2), seed, t, top_k, p) for t, p in grid]
     closes = _drawn(forecaster, windows, samplings)
     return _learn(closes, _naive_closes(windows, samplings[0]), windows, samplings)

@@ -200,16 +200,16 @@ def _reason(self: _Finding):
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #36715ffa
 def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
-def _compared(who, t):
+def _difference_text(who, t):
     "Return a difference and its interval in words"
-    if t['low'] == t['high'] == 0: return f'that of {who}, the same'
+    if t['low'] == t['high'] == 0: return f'the same as that of {who}'
     return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
 @patch
 def _difference(self: _Finding):
     "Return the second sentence: the quantity, the differences and their intervals"
-    compared = ' and '.join(_compared(*o) for o in self.shown.items())
+    compared = ' and '.join(_difference_text(*o) for o in self.shown.items())
     return (f"Over {self.n} origins in {self.periods} periods its CRPS, the error of the whole predicted distribution, "
             f"is {compared}; intervals are {100 * self.level:g} %.")
 
@@ -321,11 +321,13 @@ def quantities(self: Evaluation) -> pd.DataFrame: # Index: quantity; against, sk
     return pd.DataFrame(out).T[['against', 'skill', 'low', 'high', 'finding']].rename_axis('quantity')
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #589fdd21
+def _listed(names): return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
+
 def _found(quantity, t):
     "Return one finding in words: 'volume by 12 % (8 to 16)'"
-    if t['finding'] == 'inconclusive': return f'the {quantity}'
+    if t['finding'] == 'inconclusive': return quantity
     ends = sorted(abs(100*t[k]) for k in ('low', 'high'))
-    return f"the {quantity} by {percent(abs(t['skill']), 0)} ({ends[0]:.0f} to {ends[1]:.0f})"
+    return f"{quantity} by {percent(abs(t['skill']), 0)} ({ends[0]:.0f} to {ends[1]:.0f})"
 
 @patch(as_prop=True)
 def by_quantity(self: Evaluation) -> str:
@@ -333,7 +335,7 @@ def by_quantity(self: Evaluation) -> str:
     parts = []
     for finding in ('better', 'inconclusive', 'worse'):
         t = self.quantities.query('finding == @finding')
-        if len(t): parts.append(f"{finding} for {' and '.join(_found(*o) for o in t.iterrows())}")
+        if len(t): parts.append(f'{finding} for the {_listed([_found(*o) for o in t.iterrows()])}')
     return f"Against the best naive forecast of each quantity: {'; '.join(parts)}."
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #9b7aadb9
@@ -364,12 +366,15 @@ def light(self: Evaluation) -> str:
     return LIGHTS[self.verdict]
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
+_SEEN = 'Released weights may have seen the bars before {}, which judge here: new bars may show less.'
+
 @patch(as_prop=True)
 def sentences(self: Evaluation) -> list:
     "Return the verdict with its reason, the differences with their intervals, and what the origins can show"
     s = self.settings
     found = _Finding(self.verdict, self.tests, self.best_naive, self.n, s['periods'], s['level'], s['worthwhile'])
-    return [found._reason(), found._difference(), found._certainty()]
+    said = [found._reason(), found._difference(), found._certainty()]
+    return said + [_SEEN.format(s.get('seen_until'))]*('seen_until' in s)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-049
 @patch(as_prop=True)

@@ -107,6 +107,14 @@ def _never_chosen(bars, chosen, left_out):
     none = sorted(set(bars['symbol'].unique()) - set(chosen['symbol']) - set(left_out['symbol']))
     return pd.DataFrame([(s, 0, 'no date in common with the chosen ones') for s in none], columns=left_out.columns)
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #86a1ed2b
+def _in_turns(chosen, per_date):
+    "Keep at most `per_date` symbols of each date, the next ones at the next date"
+    chosen = chosen.sort_values(['date', 'symbol'], ignore_index=True)
+    dates = chosen.groupby('date')['date']
+    turn = (dates.cumcount() - chosen['date']*per_date) % dates.transform('size')
+    return chosen[turn < per_date]
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-019
 def pick_origins(
     bars: pd.DataFrame,   # Canonical bars of one or more symbols
@@ -116,6 +124,7 @@ def pick_origins(
     periods: int = 4,     # Separate stretches of time, at least 4
     start=None,           # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
     max_gap='auto',       # Longest break inside a window, as in `segments`
+    per_date: int | None = None, # Most symbols of one date, in turns; None: all
 ) -> tuple: # Frame symbol, row, origin, first, last, scale, date, period; frame of what was left out
     "Spread `origins` dates evenly over `periods` stretches of `bars`"
     _check_windows(lookback_window, predict_window, origins, periods)
@@ -127,6 +136,7 @@ def pick_origins(
     dates = np.sort(np.concatenate([_spread(times[p], want[p]) for p in times]))
     can = can[can['origin'].isin(dates)].assign(date=lambda d: np.searchsorted(dates, d['origin'].to_numpy()))
     out = pd.concat([out, _never_chosen(bars, can, out)], ignore_index=True)
+    if per_date: can = _in_turns(can, per_date)
     return can.sort_values(['date', 'symbol'], ignore_index=True), out
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-027

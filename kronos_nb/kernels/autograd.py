@@ -215,7 +215,7 @@ def rms_norm(
 ):  # (..., D), in autocast's format where that is on
     "Return `x` scaled to root mean square 1, computed in float32, times `weight`"
     kind, dtype = x.device.type, torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
+    if kind != 'meta' and torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
     if training(x) and dtype in (torch.float32, torch.bfloat16) and _has_kernels(x, weight):
         return _RMSNorm.apply(x, weight, eps, dtype)
     unit = unit_rms(x.to(torch.promote_types(x.dtype, torch.float32)), eps)

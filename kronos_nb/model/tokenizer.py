@@ -6,6 +6,8 @@
 __all__ = ['KronosTokenizer']
 
 # %% ../../nbs/api/3_model/32_tokenizer.ipynb #cell-002
+import contextlib
+
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -163,7 +165,9 @@ def encode(self: KronosTokenizer,
     half=False, # Return the pair (s1, s2) rather than the full id
 ):  # (B, T) int64, or two of them
     "Return the tokens of bars"
-    with torch.autocast(x_BTF.device.type, enabled=False): q_BTK = self._quantised(x_BTF)[1]
+    kind = x_BTF.device.type
+    exact = torch.autocast(kind, enabled=False) if kind != 'meta' else contextlib.nullcontext()
+    with exact: q_BTK = self._quantised(x_BTF)[1]
     if not half: return bits_to_ids(q_BTK)
     return bits_to_ids(q_BTK[..., :self.s1_bits]), bits_to_ids(q_BTK[..., self.s1_bits:])
 

@@ -103,7 +103,7 @@ def _select(self: RunsPanel, change):
 def _build(self: RunsPanel):
     import ipywidgets as W
     self.error, self.result, self.chart = html_box(), html_box('knb-tables'), picture()
-    self.list = W.SelectMultiple(rows=4, layout=W.Layout(width='min(640px, 100%)'))
+    self.list = W.SelectMultiple(rows=4, layout=W.Layout(width='min(640px, calc(100% - 4px))'))
     self.list.observe(self._select, 'value')
     self.buttons = dict(
         compare=button('Compare the selected runs', self.error, self._show_comparison, 'columns'),

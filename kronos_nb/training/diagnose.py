@@ -15,6 +15,7 @@ from fastcore.basics import patch, store_attr
 
 from ..config import Config
 from ..display import clock
+from ..speed import matrix_rates, rates_in_words, worthwhile
 from .history import History, best_validation, numbers, train_loss_at
 from .learner import Callback
 
@@ -517,11 +518,21 @@ def _check_rules(self: Advise, learn, levels):
         self.said.append(rule.kind)
         self._say(learn, rule, found.text)
 
+# %% ../../nbs/api/4_training/45_diagnose.ipynb #7c702018
+def _faster_here(changes: dict, cfg: Config) -> dict: # Setting -> (value now, value to try)
+    "Return changes for speed, with those of precision and compiler as this CPU measured them"
+    now, of_a_gpu = cfg.flat(), ('runtime.precision', 'runtime.matmul_precision', 'runtime.compile')
+    found = {k: (now[k], v) for k, v in worthwhile(matrix_rates()).items() if now[k] not in (v, 'mixed')}
+    return found | {k: v for k, v in changes.items() if k not in of_a_gpu}
+
 # %% ../../nbs/api/4_training/45_diagnose.ipynb #cell-109
 @patch
 def _say(self: Advise, learn, rule: Rule, text: str):
     "Report one finding with the settings to try"
     changes = suggest(rule.kind, self.cfg, self.stage)
+    if rule.timed and learn.backend.device.type == 'cpu':
+        changes = _faster_here(changes, self.cfg)
+        text = '; '.join(filter(None, (text, rates_in_words())))
     message = f"{rule.title}: {text}.{f' Try: {_in_words(changes)}' if changes else ''}"
     if not rule.timed: learn.note('advice', message, finding=rule.kind)
     elif self.log: self.log(message)
