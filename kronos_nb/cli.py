@@ -477,8 +477,7 @@ def _run_parser(sub):
     p = _command(sub, 'run', run_turn, text, '[DATA ...]')
     _model_options(p)
     _ledger_option(p)
-    p.add_argument('--calibrated', action='store_true',
-        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the model draws them')
     p.add_argument('--calendar', metavar='NAME', help="when the next bars come: 24/7, or an exchange's code such as "
         "XNYS; none: as the bars so far")
     p.add_argument('--fetch', nargs='+', default=[], metavar='SYMBOL', help='in place of DATA: download these symbols')
@@ -501,7 +500,7 @@ def _serve_parser(sub):
         'name, as for kronos-nb fetch; none: bars come with the request')
     p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
-    p.add_argument('--calibrated', action='store_true', help='widen the bands by what each run learnt')
+    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the models draw them')
     for name, meaning in _SERVICE_LIMITS.items():
         p.add_argument(f'--max-{name}', type=float if name == 'timeout' else int, metavar='N', help=f'limit: {meaning}')
 
@@ -1243,11 +1242,9 @@ def _show_ledger(a, ledger) -> int:
 # %% ../nbs/api/9_faces/98_cli.ipynb #75c461b7
 def _forecaster_of(a):
     "Return the forecaster that the options name"
-    from kronos_nb.judging.calibrate import Calibrated
     from kronos_nb.forecast import Forecaster
-    _choose_model(a)
-    kind = Calibrated if a.calibrated else Forecaster
-    return kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    return Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #bad596ff
 def _turn_inputs(a):
@@ -1260,6 +1257,7 @@ def _turn_inputs(a):
         raise ConfigError("--fetch needs --interval, such as --interval 1h")
     from kronos_nb.ledger import Ledger
     from kronos_nb.schedule import fetch_new
+    _choose_model(a)
     f = _forecaster_of(a)
     lookback = a.lookback_window or f.lookback_window or f.max_context
     return f, fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)

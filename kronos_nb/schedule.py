@@ -109,7 +109,7 @@ def _forecast(model, bars, predict_window, lookback_window, sampling, **how) -> 
 # %% ../nbs/api/8_share/86_schedule.ipynb #0cca78e0
 @with_sampling
 def run_once(
-    model,          # A `Forecaster`, or a calibrated one
+    model,          # A `Forecaster`
     bars: pd.DataFrame, # With the lookback, and what happened since the last turn
     ledger,         # A `Ledger`, or its folder
     predict_window: int | None = None, # `H`; None: as trained

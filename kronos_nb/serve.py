@@ -79,9 +79,10 @@ class _Job:
     lookback: int | None
     sampling: Sampling
     calendar: str | None
+    raw: bool = False
     done: asyncio.Future = None
     @property
-    def kind(self): return self.model, self.horizon, self.lookback, self.sampling, self.calendar
+    def kind(self): return self.model, self.horizon, self.lookback, self.sampling, self.calendar, self.raw
     @property
     def key(self): return f"{self.bars.symbol.iloc[0]} {self.bars.timestamps.iloc[-1]}"
 
@@ -90,7 +91,7 @@ def _predict(model, jobs: list) -> list: # Forecasts
     "Forecast jobs of one kind together"
     job = jobs[0]
     return model.predict_many([o.bars for o in jobs], job.horizon, keys=[o.key for o in jobs], sampling=job.sampling,
-        lookback_window=job.lookback, calendar=job.calendar, progress=False)
+        lookback_window=job.lookback, calendar=job.calendar, raw=job.raw, progress=False)
 
 def _predict_each(model, jobs: list) -> list: # Forecasts, or exceptions where one failed
     "Forecast jobs of one kind; a bad one does not spoil the others"
@@ -247,9 +248,10 @@ def _sampling_model(limits: Limits):
         model_config = ConfigDict(extra='forbid')
         paths: int = Field(100, ge=1, le=limits.paths)
         seed: int = Field(0, ge=0, lt=2**63)
-        temperature: float = Field(1., ge=0, le=100)
+        temperature: float | None = Field(None, ge=0, le=100, description="None: as saved with the model")
         top_k: int = Field(0, ge=0)
-        top_p: float = Field(.9, gt=0, le=1)
+        top_p: float | None = Field(None, gt=0, le=1, description="None: as saved with the model")
+        raw: bool = Field(False, description="Neither anchor nor calibration: the paths as the model draws them")
     return SamplingRequest
 
 # %% ../nbs/api/8_share/88_serve.ipynb #7a55d026
@@ -312,7 +314,7 @@ def _settle(self: Service, asked) -> _Job:
     if horizon is None: raise ConfigError("this model records no horizon; send predict_window")
     if horizon > self.limits.horizon: raise ConfigError(f"predict_window may be {self.limits.horizon}, got {horizon}")
     return _Job(name, bars, horizon, asked.lookback_window, Sampling(**{k: getattr(asked, k) for k in sampled}),
-                asked.calendar)
+                asked.calendar, asked.raw)
 
 # %% ../nbs/api/8_share/88_serve.ipynb #453ba9f3
 def _as_json(f, name, digest, asked) -> dict:
