@@ -5,8 +5,10 @@ OMP_NUM_THREADS=1 python benchmarks/verdict_error_rate.py --walks 400
 
 import argparse, time
 import numpy as np, pandas as pd
-from kronos_nb.judging.baselines import Baseline, EWMA, GeometricBrownian, LastValue, log_returns
-from kronos_nb.evaluate import control
+from kronos_nb.judging.baselines import Baseline, EWMA, GeometricBrownian, LastValue, log_returns, random_walks
+from kronos_nb.data.window import split_by_time
+from kronos_nb.evaluate import control, evaluate
+from kronos_nb.judging.calibrate import calibrate
 
 
 class Linear(Baseline):
@@ -36,11 +38,39 @@ class Truth(Baseline):
         return np.stack([g.normal(0, 0.01, size) for g in rngs])
 
 
+class Delivered:
+    "A forecaster with a calibration"
+
+    def __init__(self, forecaster, bars):
+        self.forecaster = forecaster
+        self.calibration = calibrate(forecaster, bars, 200, 5, paths=50)
+
+    def predict_many(self, *args, keys=None, sampling=None, **kwargs):
+        made = self.forecaster.predict_many(*args, keys=keys, sampling=sampling, **kwargs)
+        return self.calibration.apply(made, keys, sampling.seed)
+
+
+def delivered(walks, signal) -> dict:
+    "Return the share of walks on which the delivered forecast is called better: the verdict, and each quantity"
+    found = []
+    for seed in range(walks):
+        parts = split_by_time(random_walks(4000, signal=signal, seed=5000 + seed), .5, .25, .25)
+        model, base = (Delivered(o, parts.val) for o in (Linear(parts.train), Linear()))
+        e = evaluate(model, parts.test, 200, 5, base=base, used=parts.val, paths=50, baselines=few, progress=False)
+        better = (e.quantities.finding == 'better').to_dict()
+        found.append(dict(verdict=e.verdict == 'helped', any_quantity=any(better.values())) | better)
+    return pd.DataFrame(found).mean().round(3).to_dict()
+
+
 p = argparse.ArgumentParser()
 p.add_argument('--walks', type=int, default=400)
+p.add_argument('--delivered', action='store_true', help='only the forecasts that are spread and pooled on validation')
 a = p.parse_args()
-learned, oracle = (lambda train: (Linear(train), Linear())), (lambda train: (Truth(), Linear()))
 few = [LastValue(), GeometricBrownian(), EWMA()]
+if a.delivered:
+    for signal in (0, .3): print(f'signal {signal}:', delivered(a.walks, signal), flush=True)
+    raise SystemExit
+learned, oracle = (lambda train: (Linear(train), Linear())), (lambda train: (Truth(), Linear()))
 rows = []
 for name, recipe, signal, kw in (
     ('learned, random walk', learned, 0, dict(origins=120, predict_window=2)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'run_experiments', 'stopped', 'run_forecast',
            'run_evaluate', 'run_monitor', 'run_compare', 'run_tune', 'run_average', 'run_report', 'run_push',
-           'run_bundle', 'run_check', 'run_fetch', 'run_studio', 'main']
+           'run_bundle', 'run_check', 'run_fetch', 'run_studio', 'run_ledger', 'run_turn', 'run_serve', 'main']
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-002
 import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
@@ -290,8 +290,8 @@ def _forecast_parser(sub):
         "XNYS; none: as the bars so far")
     p.add_argument('--future', metavar='FILE', help='a file with the stamps to forecast, with a column symbol where '
         'they differ between symbols')
-    p.add_argument('--calibrated', action='store_true',
-        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true',
+        help='leave out what fit chose for the paths: no anchor at the last close, no spread, no pool')
     p.add_argument('--out', metavar='FOLDER', help='folder for forecast.csv (quantiles per bar), paths.parquet and '
         'a picture per symbol; without it forecast/<file>')
 
@@ -304,8 +304,7 @@ def _evaluate_parser(sub):
     p.add_argument('--base', metavar='MODEL', help="what to compare with: a run, a folder with tokenizer/ and "
         "predictor/, or 'none'; without it what the run began with")
     p.add_argument('--origins', type=int, metavar='N', help='dates to forecast from')
-    p.add_argument('--calibrated', action='store_true',
-        help="judge the forecasts widened by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true', help='judge the paths as the model draws them')
     p.add_argument('--out', metavar='FOLDER', help='folder for the results')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-032
@@ -434,7 +433,10 @@ def _fetch_parser(sub):
     p.add_argument('--end', metavar='DATE', help='day after the last; none: until now')
     p.add_argument('--source', default='binance', metavar='NAME',
         help='binance, binance-um, binance-cm; or a library that is installed: ccxt:EXCHANGE, yfinance, akshare')
+    p.add_argument('--options', metavar='MAPPING',
+        help="for the reader or the library: 'extra_features: trades', 'adjust: qfq' (akshare)")
     p.add_argument('--out', metavar='FILE', help='.parquet, .feather or .csv; none: SYMBOL-INTERVAL.parquet')
+    p.add_argument('--overwrite', action='store_true', help='replace FILE where it is there')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #c658f03d
 def _studio_parser(sub):
@@ -452,6 +454,59 @@ def _studio_parser(sub):
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-044
 _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _monitor_parser, _compare_parser,
     _tune_parser, _average_parser, _fetch_parser, _check_parser, _push_parser, _bundle_parser, _studio_parser)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #3f4a3339
+def _ledger_option(p):
+    p.add_argument('--ledger', default='ledger', metavar='FOLDER', help='folder of the ledger')
+
+def _ledger_parser(sub):
+    "Add the command `ledger`"
+    text = 'grade the forecasts that were stored, and show how good they were'
+    p = _command(sub, 'ledger', run_ledger, text, 'grade|show [DATA ...]')
+    p.add_argument('action', choices=('grade', 'show'), help='grade: with bars that came since; show: what is graded')
+    p.add_argument('data', nargs='*', metavar='DATA', help='with grade: files, globs or folders of bars')
+    _ledger_option(p)
+    p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--series', metavar='HASH', help='show this series alone, with a picture in --out')
+    p.add_argument('--out', metavar='FOLDER', help='with show: also write ledger.md and a picture of each series')
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #d0470e02
+def _run_parser(sub):
+    "Add the command `run`"
+    text = 'fetch or read bars, grade, forecast, store: one turn, for cron or a systemd timer; twice does no harm'
+    p = _command(sub, 'run', run_turn, text, '[DATA ...]')
+    _model_options(p)
+    _ledger_option(p)
+    p.add_argument('--calibrated', action='store_true',
+        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--calendar', metavar='NAME', help="when the next bars come: 24/7, or an exchange's code such as "
+        "XNYS; none: as the bars so far")
+    p.add_argument('--fetch', nargs='+', default=[], metavar='SYMBOL', help='in place of DATA: download these symbols')
+    p.add_argument('--interval', metavar='INTERVAL', help='with --fetch: 1m, 5m, 1h, 1d ...')
+    p.add_argument('--source', default='binance', metavar='NAME', help='with --fetch: as for kronos-nb fetch')
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #0fd5afb1
+_SERVICE_LIMITS = dict(rows='bars of a request', paths='sampled futures', horizon='bars ahead',
+    body='bytes of a request', waiting='requests at once', timeout='seconds until a request is given up')
+
+def _serve_parser(sub):
+    "Add the command `serve`"
+    text = 'answer forecasts as JSON over HTTP'
+    p = _command(sub, 'serve', run_serve, text, '--model [NAME=]MODEL',
+        description='Answer POST /forecast, GET /models, /health, /metrics and /openapi.json. Each request but /health '
+            'needs the token: that of KRONOS_NB_TOKEN, or a new one, which is printed.')
+    p.add_argument('--model', action='append', default=[], metavar='[NAME=]MODEL', help="a run's folder, a hub id or "
+        'bundled; repeat for more, the first is the default. None: the newest run, else bundled')
+    p.add_argument('--sources', nargs='+', default=[], metavar='NAME', help='sources of bars that requests may '
+        'name, as for kronos-nb fetch; none: bars come with the request')
+    p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
+    p.add_argument('--port', type=int, default=8000, help='port to listen on')
+    p.add_argument('--calibrated', action='store_true', help='widen the bands by what each run learnt')
+    for name, meaning in _SERVICE_LIMITS.items():
+        p.add_argument(f'--max-{name}', type=float if name == 'timeout' else int, metavar='N', help=f'limit: {meaning}')
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #0395f0d3
+_COMMANDS += (_ledger_parser, _run_parser, _serve_parser)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-045
 def parser() -> argparse.ArgumentParser:
@@ -698,7 +753,7 @@ def _print_result(result, data):
     "Print the verdict of a finished run, where its report is, and the command that uses it"
     e, lines = result.evaluation, ['Not judged: no test part was held back.']
     if e is not None:
-        lines = [e.light, *e.sentences]
+        lines = [e.light, *e.sentences, *([e.by_quantity] if len(e.quantities) else [])]
     print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")
@@ -844,19 +899,19 @@ def _bars_of(a, cfg: Config, f):
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
     "Return forecaster, bars and the configuration of the run, if the model has one"
-    from kronos_nb.judging.calibrate import Calibrated
+
     from kronos_nb.forecast import Forecaster
     _choose_model(a)
     run = _run_of(a.model)
     cfg = run.config if run else Config()
-    kind = Calibrated if a.calibrated else Forecaster
-    f = kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    f = Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
 def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
     "Return the windows that the options name, else those of training, else some that suit the bars"
-    from kronos_nb.data.room import step_of, wanted_windows
+    from kronos_nb.data.window import step_of, wanted_windows
     trained = f.predictor.extra
     horizon = a.predict_window or trained.get('predict_window')
     if horizon is None:
@@ -932,7 +987,19 @@ def _write_forecasts(found: dict, out: Path):
 def _shown(table) -> str:
     "Return the table of a few symbols, or where each forecast of many ends"
     few = table.symbol.nunique() <= 3
-    return (table if few else table.groupby('symbol', sort=False).tail(1)).to_string(index=False)
+    t = table if few else table.groupby('symbol', sort=False).tail(1)
+    return t[['symbol', *t.columns.drop('symbol')]].to_string(index=False, float_format='{:,.6g}'.format)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #ae267759
+def _notes_of(found: dict) -> list:
+    "Return the notes of forecasts, each once; one that ends with the name of its symbol ends with all of them"
+    from kronos_nb.display import name_list
+    said = {}
+    for symbol, forecast in found.items():
+        for note in forecast.notes:
+            head = note.removesuffix(str(symbol))
+            said.setdefault(head, {})['' if head == note else symbol] = None
+    return [head + name_list(names, 5) for head, names in said.items()]
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-093
 def run_forecast(a):
@@ -950,8 +1017,7 @@ def run_forecast(a):
     if not isinstance(found, dict):
         found = {bars.symbol.iloc[0]: found}
     print(_shown(_write_forecasts(found, out)))
-    notes = [o for forecast in found.values() for o in forecast.notes]
-    for note in dict.fromkeys([*notes, *_seen_note(f, bars)]):
+    for note in [*_notes_of(found), *_seen_note(f, bars)]:
         _say(f'Note: {note}')
     print(f"\n{a.paths} paths for each symbol; pictures and paths are in {out}")
     return 0
@@ -968,17 +1034,18 @@ def _seen_note(f, bars) -> list: # Of one text, or empty
 def _unseen_from(f, bars):
     "Return for each symbol the first moment after the bars that the model was trained on; None: `evaluate` knows"
     import pandas as pd
-    if getattr(f, 'seen_until', None) is not None:
+    until, seen = getattr(f, 'seen_until', None), f.predictor.extra.get('trained_on', {})
+    if until is not None and not seen:
         return None
-    seen = f.predictor.extra.get('trained_on', {})
-    return {s: pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns') if s in seen else pd.Timestamp.min
+    least = pd.Timestamp.min if until is None or bars.timestamps.max() < until else until
+    return {s: max(pd.Timestamp(seen[s][1]) + pd.Timedelta(1, 'ns'), least) if s in seen else least
             for s in bars.symbol.unique()}
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-096
 def run_evaluate(a):
     "Run `kronos-nb evaluate`"
     from kronos_nb.evaluate import evaluate
-    from kronos_nb.data.room import step_of, wanted_windows
+    from kronos_nb.data.window import step_of, wanted_windows
     f, bars, _ = _model_and_bars(a)
     if 'lookback_window' not in f.predictor.extra:
         a.lookback_window = a.lookback_window or wanted_windows(step_of(bars))[0]
@@ -1097,20 +1164,44 @@ def run_check(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #47aeb207
 _WRITERS = {'.parquet': 'to_parquet', '.feather': 'to_feather', '.csv': 'to_csv'}
 
-def run_fetch(a):
-    "Run `kronos-nb fetch`"
-    from kronos_nb.core import writing
-    from kronos_nb.data.fetch import fetch_klines
-    from kronos_nb.data.read import read_report
+def _fetched_file(a):
+    "Return the file for the bars; raise where its ending is unknown or it is there"
     out = Path(a.out or f"{''.join(filter(str.isalnum, a.symbol))}-{a.interval}.parquet")
-    writer = _WRITERS[check_choice('the ending of --out', out.suffix, _WRITERS)]
-    bars = fetch_klines(a.symbol, a.interval, a.start, a.end, a.source)
+    check_choice('the ending of --out', out.suffix, _WRITERS)
+    if out.exists() and not a.overwrite:
+        raise ConfigError(f"{str(out)!r} is there already. Replace it with --overwrite, or name another with --out")
+    return out
+
+def _write_bars(bars, out):
+    "Write bars beside their place, then put them there"
+    from kronos_nb.core import writing
+    part = out.with_name(f'.{out.name}{out.suffix}')
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        getattr(bars, writer)(out, **({'index': False} if writer != 'to_feather' else {}))
-    notes = [note for notes in read_report(bars).notes for note in notes.split('; ') if note.startswith('missing')]
+        how = {} if out.suffix == '.feather' else dict(index=False)
+        try:
+            getattr(bars, _WRITERS[out.suffix])(part, **how)
+            part.replace(out)
+        finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #e8b40145
+def _mapping(option, text):
+    "Return the mapping that an option holds as YAML"
+    import yaml
+    try: given = yaml.safe_load(text or '') or {}
+    except yaml.YAMLError: given = text
+    if isinstance(given, dict): return given
+    raise ConfigError(f"{option} must be a mapping such as 'adjust: qfq', got {text!r}")
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #b455cd7d
+def run_fetch(a):
+    "Run `kronos-nb fetch`"
+    from kronos_nb.data.fetch import fetch_klines, fetch_notes
+    out = _fetched_file(a)
+    bars = fetch_klines(a.symbol, a.interval, a.start, a.end, a.source, **_mapping('--options', a.options))
+    _write_bars(bars, out)
     print(f'{len(bars):,} bars from {bars.timestamps.iloc[0]} to {bars.timestamps.iloc[-1]}, written to {out}')
-    print(*dict.fromkeys(notes), f'Next: kronos-nb check {out}', sep='\n')
+    print(*fetch_notes(bars), f'Next: kronos-nb check {out}', sep='\n')
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e0a0f687
@@ -1120,6 +1211,85 @@ def run_studio(a):
     if a.preset:
         check_choice('--preset', a.preset, PRESET_NAMES)
     serve_studio(a.data, a.preset, a.out, a.ip, a.port, not a.no_browser)
+    return 0
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #e24d0c33
+def run_ledger(a):
+    "Run `kronos-nb ledger`"
+    from kronos_nb.ledger import Ledger
+    ledger = Ledger(a.ledger)
+    if a.action == 'show':
+        return _show_ledger(a, ledger)
+    if not a.data:
+        raise ConfigError("ledger grade needs the bars that came since: kronos-nb ledger grade BARS "
+            f"--ledger {a.ledger}")
+    from kronos_nb.data.read import read_klines
+    print(ledger.grade(read_klines(a.data, tz=a.tz)))
+    print(f"Next: {_command_line(['ledger', 'show', '--ledger', a.ledger])}")
+    return 0
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #3dd185e3
+def _show_ledger(a, ledger) -> int:
+    "Print what a ledger says, and write it where a folder is named"
+    text = ledger.report(a.series).to_markdown() if a.series else ledger.to_markdown()
+    print(text)
+    if a.out:
+        from kronos_nb.display import save_figure
+        for series in ledger.graded_series if a.series is None else [a.series]:
+            save_figure(ledger.report(series).plot(), Path(a.out)/f'{safe_name(series)}.png')
+        print(f"written to {write_atomic(Path(a.out)/'ledger.md', text)}")
+    return 0
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #75c461b7
+def _forecaster_of(a):
+    "Return the forecaster that the options name"
+    from kronos_nb.judging.calibrate import Calibrated
+    from kronos_nb.forecast import Forecaster
+    _choose_model(a)
+    kind = Calibrated if a.calibrated else Forecaster
+    return kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #bad596ff
+def _turn_inputs(a):
+    "Return forecaster and bars of a turn"
+    if not a.fetch:
+        return _model_and_bars(a)[:2]
+    if a.data:
+        raise ConfigError(f"--fetch {a.fetch[0]} and {a.data[0]} both name bars; give one of them")
+    if not a.interval:
+        raise ConfigError("--fetch needs --interval, such as --interval 1h")
+    from kronos_nb.ledger import Ledger
+    from kronos_nb.schedule import fetch_new
+    f = _forecaster_of(a)
+    lookback = a.lookback_window or f.lookback_window or f.max_context
+    return f, fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #283cd312
+def run_turn(a):
+    "Run `kronos-nb run`"
+    from kronos_nb.schedule import run_once
+    f, bars = _turn_inputs(a)
+    lookback, horizon = _windows(a, f, bars)
+    done = run_once(f, bars, a.ledger, horizon, lookback, sampling=_sampling_of(a), calendar=a.calendar)
+    print(done)
+    print(f"Ledger: {a.ledger}; kronos-nb ledger show --ledger {a.ledger}")
+    return 0
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #a704f103
+def run_serve(a):
+    "Run `kronos-nb serve`"
+    from kronos_nb.serve import Limits, named_models, need_libraries, serve
+    limits = Limits(**{k: v for k in _SERVICE_LIMITS if (v := getattr(a, f'max_{k}')) is not None})
+    need_libraries()
+    if not a.model:
+        a.data = []
+        _choose_model(a)
+        a.model = [a.model]
+    named = named_models(a.model)
+    a.tokenizer, models = None, {}
+    for name, a.model in named.items():
+        models[name] = _forecaster_of(a)
+    serve(models, a.ip, a.port, a.sources, limits)
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #65488a20
@@ -1159,7 +1329,7 @@ def _on_a_run(a) -> str:
 # %% ../nbs/api/9_faces/98_cli.ipynb #f0bf554b
 def main(
     argv=None, # Default: the command line's
-) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted
+) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted, 141 nobody reads
     "Run the command line of `kronos-nb`"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
@@ -1167,9 +1337,14 @@ def main(
     a = parser().parse_args(argv)
     a.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return a.run(a)
+        code = a.run(a)
+        sys.stdout.flush()
+        return code
     except KronosError as e:
         _say(f'{type(e).__name__}: {e}\nTry: {_next_command(a, e)}')
+    except BrokenPipeError:   # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # nor does Python complain when it ends
+        return 141
     except OSError as e:   # a folder that cannot be written, a full disk
         _say(f'RunError: {e.strerror or e} ({e.filename})\nTry: {_next_command(a, e)}')
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
 from .settings import (
     Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
-from .config_compat import is_foreign, translate
+from .config_compat import as_then, is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class _WindowConfig(_SourceConfig):
         512, "most bars in one pass of generation; released models: 512, Kronos-mini 2048", lo=2, hi=8192, unit='bars')
     stride: int = setting(1, "bars from one training window to the next", lo=1, unit='bars')
     normalizer: str = setting(
-        'zscore', "zscore for released weights; median_mad for a tokenizer trained with it", choices=('zscore',
-        'median_mad'))
+        'zscore', "zscore for released weights; median_mad or last_close for a tokenizer trained with it",
+        choices=('zscore', 'median_mad', 'last_close'))
     clip: float = setting(5.0, "normalised values are limited to -clip..clip", lo=0.1, hi=100., unit='sigmas')
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-010
@@ -255,13 +255,19 @@ class EvaluateConfig(Settings):
     "The comparison on the untouched end of each symbol"
     origins: int | None = setting(
         None, "dates to forecast from in the test bars; none: as many as do not overlap, up to 64", lo=2, hi=100_000)
+    per_date: int | None = setting(
+        None, "symbols to forecast at each of these dates, the next ones at the next date; none: all", lo=1,
+        unit='symbols')
     paths: int = setting(50, "sampled futures per forecast", lo=2, hi=10_000)
-    temperature: float = setting(1., "of sampling", lo=0., hi=10., tune=(.6, 1.2))
+    temperature: float | None = setting(
+        None, "of sampling; none: chosen on validation, else 1", lo=0., hi=10., tune=(.6, 1.2))
     top_k: int = setting(0, "0 keeps all tokens", lo=0)
-    top_p: float = setting(.9, "share of the probability that is kept", lo=.01, hi=1., tune=(.7, 1.))
+    top_p: float | None = setting(
+        None, "share of the probability that is kept; none: chosen on validation, else .9", lo=.01, hi=1.,
+        tune=(.7, 1.))
     calibrate: str = setting(
-        'auto', "learn on the validation split how much wider the bands must be, and keep that beside the model; "
-                             "auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
+        'auto', "choose on validation how paths are drawn, spread and pooled with a naive forecast, and keep it beside "
+        "the model; auto: where validation has room for 20 origins", choices=('auto', 'on', 'off'))
     @property
     def sampling(self) -> Sampling:
         "Return how forecasts are drawn, with seed 0; `Config.sampling` has the seed of the run"
@@ -577,6 +583,7 @@ def load(cls: Config,
     source,       # Path of a YAML file, or a dict
     report=print, # Called with one line per key that was renamed or has no counterpart
     data=None,    # Bars, where the file says `preset: own`
+    then=False,   # Whether a run wrote it: a setting that is not there means what runs did then, not now
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
@@ -588,6 +595,7 @@ def load(cls: Config,
         d, changed = translate(d, cls().flat())
         for old, new, why in changed: report(f"{old} -> {new or 'left out'}{': ' + why if why else ''}")
     if name == OWN: return _fitted(data, d)
+    if then: d = as_then(d)
     return (cls.preset(name) if name else cls()).replace(**d)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-077

@@ -69,7 +69,7 @@ def _flatten(d: dict) -> dict:
     "Return dotted names to values"
     flat = {}
     for group, part in d.items():
-        if isinstance(part, dict): flat |= {f'{group}.{k}': v for k, v in part.items()}
+        if isinstance(part, dict) and '.' not in group: flat |= {f'{group}.{k}': v for k, v in part.items()}
         elif part is not None: flat[group] = part
     return flat
 
@@ -168,3 +168,18 @@ def is_foreign(d: dict) -> bool:
     "Return whether `d` uses names of the reference"
     data = d.get('data')
     return any(k in FOREIGN for k in d) or isinstance(data, dict) and any(f'data.{k}' in RENAMED for k in data)
+
+# %% ../nbs/api/0_ground/02_config_compat.ipynb #b5cb6a6f
+# setting -> what runs did before it was there, from their other settings; all others: what the default does
+EARLIER = {
+    'data.split': lambda stored: 'symbol',
+    'data.market_tz': lambda stored: 'UTC' if stored.get('data.tz') else None,
+    'evaluate.calibrate': lambda stored: 'off',
+}
+
+def as_then(
+    stored: dict, # The settings that a run wrote, by group or by dotted name
+) -> dict: # Dotted names to values
+    "Return the settings of a stored run, with those that were not there yet"
+    stored = _flatten(stored)
+    return {name: then(stored) for name, then in EARLIER.items() if name not in stored} | stored

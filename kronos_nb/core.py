@@ -289,7 +289,7 @@ def md_text(
     text, # From data
 ) -> str:
     "Return `text` as Markdown that shows it and does nothing else"
-    text = one_line(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    text = re.sub('^>', '&gt;', one_line(text).replace('&', '&amp;').replace('<', '&lt;'))   # a > inside is no markup
     return _MARKUP.sub(r'\\\g<0>', text)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #8b827b00

@@ -90,7 +90,7 @@ def _cell(v) -> str:
     "Return one value of a table as text"
     if isinstance(v, (list, tuple)): return ', '.join(map(_cell, v))
     if isinstance(v, pd.Timestamp): return date_text(v)
-    if isinstance(v, pd.Timedelta): return str(v).replace('0 days ', '').replace(' 00:00:00', '')
+    if isinstance(v, pd.Timedelta): return interval_text(v.total_seconds())
     whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
     return f'{v:,}' if whole else md_text(v)
 
@@ -251,6 +251,15 @@ COLORS = dict(
     unsure='#b8860b',    # a verdict that needs more bars
     reference='#7f7f7f', # baselines, guide lines, notes
 )
+
+# %% ../nbs/api/0_ground/04_display.ipynb #aafc2e8c
+SERIES = [COLORS[o] for o in ('model', 'base', 'best', 'unsure', 'history', 'reference')]
+
+def series_color(
+    i: int, # Place in a series of runs, files or models of equal rank
+) -> str:
+    "Return the colour of one of several curves of equal rank; red stays with the truth"
+    return SERIES[i % len(SERIES)]
 
 # %% ../nbs/api/0_ground/04_display.ipynb #d539eda7
 def plain_text(

@@ -22,7 +22,7 @@ from .judging.origins import check_untouched, forecast_rows, pick_origins, slice
 from .judging.evaluation import Evaluation, write_parquet
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-006
-_ROWS_VERSION = 2 # raise it when the same settings give other rows, so that old parts are not read
+_ROWS_VERSION = 3 # raise it when the same settings give other rows, so that old parts are not read
 
 def _address(*parts): return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
@@ -42,7 +42,8 @@ def fingerprint(
     if not all(hasattr(m, 'weights_hash') for m in models): return None
     plain = {k: v for k, v in vars(forecaster).items() if v is None or isinstance(v, (int, float, str))}
     options = sorted((k, v) for k, v in plain.items() if k not in ('source', 'revision'))   # not where weights lie
-    return _address(options, repr(forecaster.normalizer), *(m.weights_hash() for m in models))
+    how = repr(forecaster.normalizer), repr(getattr(forecaster, 'calibration', None))
+    return _address(options, *how, *(m.weights_hash() for m in models))
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-010
 _BATCH = 64 # forecasts in one part
@@ -100,6 +101,8 @@ def _first_unseen(forecaster, bars, start):
     "Return `start`, for released weights by default the end of what they may have seen; raise where it is earlier"
     until = getattr(forecaster, 'seen_until', None)
     if until is None: return start
+    if 'trained_on' in _extra(forecaster):   # fine-tuned from released weights: `_mark_seen` says it
+        return until if start is None and bars.timestamps.max() >= until else start
     asked = [until] if start is None else map(pd.Timestamp, start.values() if isinstance(start, dict) else [start])
     if (first := min(asked)) >= until and bars.timestamps.max() >= until: return until if start is None else start
     what = f'start is {first}' if first < until else f'the bars end at {bars.timestamps.max()}'
@@ -146,6 +149,13 @@ def _settings(L, H, sampling, origins, seconds):
                 seed=sampling.seed, level=.95, worthwhile=.01, draws=2000, overlap=overlap_of(origins),
                 sampling=drawn, seconds=seconds)
 
+# %% ../nbs/api/6_judging/65_evaluate.ipynb #829ba89a
+def _mark_seen(evaluation, forecaster):
+    "Write down where released weights, or those that training began with, may have seen the bars that judge"
+    until = getattr(forecaster, 'seen_until', None)
+    if until is not None and evaluation.rows['origin'].min() < until:
+        evaluation.settings['seen_until'] = str(until.date())
+
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-026
 def _evaluate(forecasters, bars, picked, sizes, sampling, out_dir, progress):
     "Forecast, judge and store"
@@ -155,8 +165,10 @@ def _evaluate(forecasters, bars, picked, sizes, sampling, out_dir, progress):
         data = int(pd.util.hash_pandas_object(bars, index=False).sum())
         parts = _Parts(Path(out_dir), _address(_ROWS_VERSION, L, H, sampling, origins.to_csv(), data))
     rows, seconds = _forecast_all(forecasters, sliced, sampling, parts, progress)
-    settings = _settings(L, H, sampling, origins, seconds)
+    saved = getattr(getattr(forecasters['model'], 'calibration', None), 'sampling', None)
+    settings = _settings(L, H, sampling.filled(saved), origins, seconds)
     out = Evaluation(rows, settings, _shown_history(sliced, min(L, 3 * H)), left_out)
+    _mark_seen(out, forecasters['model'])
     if out_dir is not None:
         out.save(out_dir)
         parts.drop()
@@ -180,6 +192,7 @@ def evaluate(
     base=None,        # Model before fine-tuning
     baselines=None,   # `default_baselines`
     origins: int | None = None, # None: up to 64 dates
+    per_date: int | None = None, # Symbols of each, in turns
     start=None,       # First stamp to forecast, or {symbol: first}
     used=None,        # Bars, or {symbol: (first, last)}; None: as recorded
     max_gap='auto',   # As in `segments`
@@ -195,7 +208,7 @@ def evaluate(
     sampling = Sampling.of(sampling, **kwargs)
     sizes = _sizes(forecaster, lookback_window, predict_window)
     if used is None: start = _first_unseen(forecaster, bars, start)
-    picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap)
+    picked = pick_origins(bars, *sizes, origins, start=start, max_gap=max_gap, per_date=per_date)
     known = _checked_facts(forecaster, picked[0], used)
     if baselines is None: baselines = default_baselines(bars, sizes[0], known.get('negative_prices', False))
     return _evaluate(_by_name(forecaster, base, baselines), bars, picked, sizes, sampling, out_dir, progress)

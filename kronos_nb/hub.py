@@ -18,7 +18,7 @@ from .display import md_table
 from .model.pretrained import copy_model
 from .training.run import CALIBRATION, STAGES, Run
 from .training.task import CLASSES
-from .judging.calibrate import Calibration
+from .decode.calibration import Calibration
 from .hub_card import model_card, pictures_of
 
 # %% ../nbs/api/8_share/80_hub.ipynb #cell-008

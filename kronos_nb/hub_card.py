@@ -76,7 +76,8 @@ def front_matter(self: _Card) -> str:
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-025
 _KINDS = dict(zscore='z-score (mean and standard deviation)',
-              median_mad='median and 1.4826 times the median absolute deviation')
+              median_mad='median and 1.4826 times the median absolute deviation',
+              last_close='last close for prices, mean for volume and amount; standard deviation')
 _REFERENCE = (" **Load the pair as shown above. The reference implementation's predictor class always applies a "
               'z-score, so it would feed this model values that it was not trained on and return wrong forecasts '
               'without an error.**')

@@ -14,17 +14,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import FEATURES, DataError, RunError, pick_device
+from .core import DataError, RunError, pick_device
+from .settings import Sampling
 from .config import OWN, Config, grouped
 from .place import find_model
 from .display import date_text, in_words, interval_text, name_list
-from .data.window import segments, split_by_time
-from .data.room import ORIGINS, find_room, fitting_windows, step_of, wanted_windows
+from .data.window import find_room, fitting_windows, segments, split_by_time, step_of
+from .data.window import wanted_windows
 from .model.pretrained import BUNDLED
 from .training.run import STAGES, Run
 from .training.task import CLASSES
 from .forecast import Forecaster
-from .judging.origins import pick_origins
+from .judging.baselines import default_baselines, random_walks
+from .judging.calibrate import GRID, room_to_calibrate
+from .judging.origins import forecast_rows, pick_origins, slice_windows
 from .fitting.prepare import LEAST, Prepared, least_text, load_bars, prepare, repaired
 from .fitting.claim import holds
 from .estimate import architecture, estimate
@@ -179,13 +182,11 @@ def _step_rule(case, cfg):
     return out | {'data.val_windows': 500, 'runtime.save_steps': 50}
 
 # %% ../nbs/api/7_fit/76_own.ipynb #e0644584
-_FORECASTS = 768   # of one evaluation, about
+_PER_DATE = 8   # symbols; as many dates as fit, up to 64
 
 def _judging_rule(case, cfg):
-    "Return the number of dates to judge on, and the paths of each forecast"
-    if case.symbols*64 <= _FORECASTS: return {}
-    out = {'evaluate.origins': max(ORIGINS, _FORECASTS//case.symbols)}
-    return out | ({'evaluate.paths': 20} if case.symbols*ORIGINS > 2*_FORECASTS else {})
+    "Return how many symbols are forecast at each date"
+    return {'evaluate.per_date': _PER_DATE} if case.symbols > _PER_DATE else {}
 
 # %% ../nbs/api/7_fit/76_own.ipynb #4fbd8ce3
 RULES = (_split_rule, _window_rule, _start_rule, _step_rule, _judging_rule)
@@ -361,46 +362,81 @@ def _training_line(cfg, data, seconds):
             f'predictor, about {in_words(seconds)}')
     return 'training', text, 'predictor.init predictor.epochs predictor.lr predictor.batch_size'
 
+# %% ../nbs/api/7_fit/76_own.ipynb #b52067eb
+def _timed(f) -> float: # Seconds
+    "Return how long a call takes"
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
 # %% ../nbs/api/7_fit/76_own.ipynb #d6b67be9
 @functools.lru_cache(8)
-def _draw_seconds(archs, lookback, paths, threads=None):
-    "Return the seconds that one bar of one forecast takes, with random weights"
+def _draw_seconds(archs, lookback, horizon, paths):
+    "Return the seconds of one forecast of a model with random weights"
     models = [CLASSES[stage](**dict(arch)).eval() for stage, arch in zip(STAGES, archs)]
-    close = 100 + pd.Series(range(lookback + 2)) % 7
-    stamps = pd.date_range('2024-01-01', periods=lookback + 2, freq='h')
-    bars = pd.DataFrame({c: close for c in FEATURES}).assign(symbol='X', timestamps=stamps)
-    forecaster = Forecaster(*models, max_context=512)
-    def seconds(n):
-        began = time.perf_counter()
-        forecaster.predict_many([bars], n, sampling=None, paths=paths)
-        return time.perf_counter() - began
-    seconds(2)
-    return max(seconds(6) - seconds(2), 1e-3)/4
+    forecaster, bars = Forecaster(*models, max_context=512), random_walks(lookback)
+    few, more = (min(n, horizon) for n in (2, 6))
+    def seconds(n, histories):
+        return _timed(lambda: forecaster.predict_many([bars]*histories, n, paths=paths))/histories
+    seconds(few, 1)
+    histories = 16 if seconds(few, 1) < .05 else 1   # small models share the work of a batch
+    first = seconds(few, histories)
+    return first + (horizon - few)*max(seconds(more, histories) - first, 0)/max(more - few, 1)
+
+# %% ../nbs/api/7_fit/76_own.ipynb #f27c822a
+@functools.lru_cache(8)
+def _naive_seconds(lookback, horizon, paths):
+    "Return the seconds of one forecast of every naive kind, scores included"
+    bars, sampling = random_walks(lookback + 4*horizon + 4), Sampling(paths=paths)
+    origins, _ = pick_origins(bars, lookback, horizon, 4)
+    windows, kinds = slice_windows(bars, origins, lookback, horizon), default_baselines(bars, lookback)
+    def forecast(n):
+        for kind in kinds: forecast_rows(kind, windows[slice(0, n)], sampling)
+    forecast(1)   # imports and compiles
+    return _timed(lambda: forecast(4))/4
 
 # %% ../nbs/api/7_fit/76_own.ipynb #ca3f8c7b
 def judging_seconds(
     cfg: Config,
-    forecasts: int, # Of the evaluation
+    forecasts: int, # Of the verdict
+    calibrating: int = 0, # Forecasts of the calibration
 ) -> float: # nan where the models are not on this machine
-    "Estimate how long the forecasts of the verdict take"
-    d = cfg.data
+    "Estimate how long verdict and calibration take"
+    d, paths = cfg.data, cfg.evaluate.paths
     archs = [architecture(stage, getattr(cfg, stage), d.features) for stage in STAGES]
     if None in archs or d.extra_features: return float('nan')
-    each = _draw_seconds(tuple(tuple(a.items()) for a in archs), d.lookback_window, cfg.evaluate.paths)
+    each = _draw_seconds(tuple(tuple(a.items()) for a in archs), d.lookback_window, d.predict_window, paths)
     models = 2 if cfg.predictor.init != SCRATCH else 1   # the start is judged, too
-    return forecasts*models*d.predict_window*each
+    naive = _naive_seconds(d.lookback_window, d.predict_window, paths)
+    return forecasts*(models*each + naive) + calibrating*models*len(GRID)*each
+
+# %% ../nbs/api/7_fit/76_own.ipynb #61aae28c
+def _calibrating(cfg, data) -> int:
+    "Return the number of forecasts that the calibration learns from"
+    d, e, val = cfg.data, cfg.evaluate, data.span('val')
+    if e.calibrate == 'off' or not val: return 0
+    ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
+    starts = {s: first for s, (first, _) in val.items()}
+    bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
+    try: dates = room_to_calibrate(bars, d.lookback_window, d.predict_window, starts, d.max_gap)
+    except DataError: return 0
+    return dates*min(len(val), e.per_date or len(val))
 
 # %% ../nbs/api/7_fit/76_own.ipynb #36ff5114
 def _judging_line(cfg, data):
     d, e = cfg.data, cfg.evaluate
     if not d.test: return 'judging', 'not judged: no bars are held back', 'data.test'
     starts = {s: first for s, (first, _) in data.span('test').items()}
-    found, _ = pick_origins(data.bars, d.lookback_window, d.predict_window, e.origins, start=starts, max_gap=d.max_gap)
-    dates, time_ = found.date.nunique(), in_words(judging_seconds(cfg, len(found)))
+    found, _ = pick_origins(data.bars, d.lookback_window, d.predict_window, e.origins, start=starts, max_gap=d.max_gap,
+                            per_date=e.per_date)
+    more, dates = _calibrating(cfg, data), found.date.nunique()
+    time_ = in_words(judging_seconds(cfg, len(found), more))
     few = '; so few dates can hardly decide anything' if dates < 20 else ''
-    text = (f'{dates} dates, {len(found):,} forecasts with {e.paths} paths, against the start and naive forecasts, '
+    against = 'naive forecasts' if cfg.predictor.init == SCRATCH else 'the start and naive forecasts'
+    also = f', {more:,} more on validation to choose how paths are drawn' if more else ''
+    text = (f'{dates} dates, {len(found):,} forecasts with {e.paths} paths against {against}{also}; '
             f'about {time_}{few}')
-    return 'judging', text, 'evaluate.origins evaluate.paths'
+    return 'judging', text, 'evaluate.origins evaluate.per_date evaluate.paths'
 
 # %% ../nbs/api/7_fit/76_own.ipynb #08284996
 def plan_table(

@@ -17,7 +17,7 @@ from .display import md_key, md_table, save_figure
 from .training.run import Run
 from .training.diagnose import diagnose
 from .judging.evaluation import Evaluation
-from .judging.calibrate import Calibration
+from .decode.calibration import saved_calibration
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-007
 def _picture(run, path, text):
@@ -78,7 +78,7 @@ def _verdict_section(run):
     if not run.judged: return 'Not judged: no test part was held back, or the run stopped before judging.\n'
     e, calibrated = Evaluation.load(run), ''
     picture = _picture(run, save_figure(e.plot_verdict(), run.evaluation_folder/'verdict.png'), 'verdict')
-    if run.calibration_file: calibrated = '\n' + Calibration.load(run).to_markdown(e.rows[e.rows['model'] == 'model'])
+    if kept := saved_calibration(run, None): calibrated = '\n' + kept.to_markdown()
     elif run.why_not_calibrated: calibrated = f'\nNo calibration: {md_text(run.why_not_calibrated)}.\n'
     return '\n\n'.join((e.summary, picture, e.details() + calibrated))
 

@@ -230,9 +230,12 @@ class Sampling(Settings):
     "Settings that draw futures, handed on as one object"
     paths: int = setting(100, "sampled futures of each history", lo=1, unit='paths')
     seed: int = setting(0, "of the random numbers")
-    temperature: float = setting(1., "divides the logits; 0 is greedy", lo=0., hi=1000.)
+    temperature: float | None = setting(
+        None, "divides the logits; 0 is greedy; none: as saved with the model, else 1", lo=0., hi=1000.)
     top_k: int | None = setting(0, "draw from this many likeliest tokens; 0 or none: all", lo=0, unit='tokens')
-    top_p: float | None = setting(.9, "draw from the likeliest that hold this share; 1 or none: all", lo=1e-6, hi=1.)
+    top_p: float | None = setting(
+        None, "draw from the likeliest that hold this share, 1: all; none: as saved with the model, else .9",
+        lo=1e-6, hi=1.)
     refresh: int = setting(1, "past max_context, read the window again every N bars; 1 is exact", lo=1, unit='bars')
 
     @classmethod
@@ -242,6 +245,11 @@ class Sampling(Settings):
     def of(cls, sampling: 'Sampling | None' = None, **changes) -> 'Sampling':
         "Return `sampling`, by default all defaults, with single settings changed"
         return dataclasses.replace(sampling or cls(), **changes)
+
+    def filled(self, saved: dict | None = None) -> 'Sampling':
+        "Return this sampling with what it leaves open as saved with a model, else with temperature 1 and top-p .9"
+        given = dict(temperature=1., top_p=.9) | (saved or {})
+        return dataclasses.replace(self, **{k: v for k, v in given.items() if getattr(self, k) is None})
 
 # %% ../nbs/api/0_ground/01_settings.ipynb #cell-036
 def with_sampling(f): # A function that takes `**kwargs`

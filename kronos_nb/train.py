@@ -32,7 +32,8 @@ from .training.monitor import check_tracker
 from .forecast import Forecaster
 from .judging.origins import pick_origins
 from .judging.evaluation import Evaluation
-from .judging.calibrate import Calibration, calibrate, room_to_calibrate
+from .decode.calibration import Calibration, saved_calibration
+from .judging.calibrate import GRID, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
 from .hub_card import write_cards
@@ -52,7 +53,7 @@ class FitResult:
     tokenizer: nn.Module | None = None # Best weights, in eval mode
     predictors: list = field(default_factory=list) # One, or one per seed of `runtime.seeds`
     evaluation: Evaluation | None = None   # On the test part; None: not judged
-    calibration: Calibration | None = None # How much wider the bands must be, learnt on the validation part
+    calibration: Calibration | None = None # How paths are drawn, spread and pooled, chosen on the validation part
     not_calibrated: str | None = None      # Why there is none
     interrupted: bool = False              # Call `fit` again with the same arguments to go on
     stop_reason: str | None = None
@@ -75,7 +76,7 @@ def report(self: FitResult) -> Path: # OUT/report.md
 @patch
 def forecaster(self: FitResult) -> Forecaster:
     "Return the fine-tuned model, ready to forecast; several predictors pool their paths"
-    if self.predictor is not None: return Forecaster(self.tokenizer, self.predictors)
+    if self.predictor is not None: return Forecaster(self.tokenizer, self.predictors, calibration=self.calibration)
     why = '. It was interrupted: call fit again to go on' if self.interrupted else ''
     raise RunError(f"the run in {str(self.out_dir)!r} has no finished predictor{why}")
 
@@ -85,8 +86,7 @@ def _verdict(self: FitResult) -> str:
     "Return evaluation and calibration as Markdown"
     e = self.evaluation
     if e is None: return '**Not judged**: no test part was held back.\n'
-    if self.calibration is not None:
-        return e.to_markdown() + '\n' + self.calibration.to_markdown(e.rows[e.rows['model'] == 'model'])
+    if self.calibration is not None: return e.to_markdown() + '\n' + self.calibration.to_markdown()
     why = self.not_calibrated
     return e.to_markdown() + (f'\nNo calibration was learnt: {why}.\n' if why else '')
 
@@ -168,7 +168,7 @@ def load(
     tokenizer = trained[0] if trained else _tokenizer_of(run) if predictors else None
     return FitResult(run.folder, run.config, _history_of(run), tokenizer, predictors,
         evaluation=Evaluation.load(run) if run.judged else None,
-        calibration=Calibration.load(run) if run.calibration_file else None,
+        calibration=saved_calibration(run, None) if run.calibration_file else None,
         not_calibrated=run.why_not_calibrated, interrupted=not run.finished, stop_reason=_why_unfinished(run))
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-023
@@ -197,7 +197,7 @@ def _test_starts(data: Prepared, cfg: Config) -> dict: # Symbol -> first timesta
 def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `calibrate`
     "Return the bars that a calibration learns from; raise where they are too few"
     d, val = cfg.data, data.span('val')
-    if not cfg.sampling.temperature:
+    if cfg.evaluate.temperature == 0:
         raise DataError("forecasts drawn with temperature 0 have no bands to widen: set evaluate.temperature, "
             "or evaluate.calibrate=off")
     if not val:
@@ -205,6 +205,7 @@ def _calibration_bars(data: Prepared, cfg: Config) -> dict: # Arguments of `cali
             "or set evaluate.calibrate=off")
     ends = data.bars.symbol.map({s: last for s, (_, last) in val.items()})
     bars = data.bars[(data.bars.timestamps <= ends).to_numpy()]
+
     given = dict(bars=bars, lookback_window=d.lookback_window, predict_window=d.predict_window,
         start={s: first for s, (first, _) in val.items()}, max_gap=d.max_gap)
     room_to_calibrate(**given)
@@ -239,15 +240,28 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
-    "Judge the model on the test part"
-    cfg, run = result.config, result.run
+    "Judge what the model delivers on the test part, beside what its base delivers"
+    cfg, run, base = result.config, result.run, _base_forecaster(data, result.config, inits)
+    if base is not None and result.calibration is not None: base.calibration = _chosen(base, data, cfg)
     result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
-        base=_base_forecaster(data, cfg, inits), origins=cfg.evaluate.origins, start=_test_starts(data, cfg),
+        base=base, origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
     save_figure(result.evaluation.plot(), run.evaluation_plot)
+    write_atomic(run.evaluation_card, result._verdict())
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-041
+def _grid(cfg: Config) -> list: # Of (temperature, top-p)
+    "Return the ways to draw that are left open"
+    t, p = cfg.evaluate.temperature, cfg.evaluate.top_p
+    return list(dict.fromkeys((a if t is None else t, b if p is None else p) for a, b in GRID))
+
+def _chosen(forecaster, data: Prepared, cfg: Config) -> Calibration:
+    "Return how the paths of a forecaster are best drawn, spread and pooled on the validation part"
+    given = _calibration_bars(data, cfg)
+    return calibrate(forecaster, **given, used=data.span('train'), grid=_grid(cfg), top_k=cfg.evaluate.top_k,
+        paths=cfg.evaluate.paths, seed=cfg.runtime.seed, per_date=cfg.evaluate.per_date)
+
 def _learn_calibration(result: FitResult, data: Prepared):
     "Set the calibration, or why there is none"
     cfg = result.config
@@ -255,8 +269,7 @@ def _learn_calibration(result: FitResult, data: Prepared):
         result.not_calibrated = 'evaluate.calibrate=off'
         return
     try:
-        bars = _calibration_bars(data, cfg)
-        result.calibration = calibrate(result.forecaster(), **bars, used=data.span('train'), sampling=cfg.sampling)
+        result.calibration = _chosen(result.forecaster(), data, cfg)
     except DataError as e:   # too few bars, or bands without width
         if cfg.evaluate.calibrate == 'on': raise
         result.not_calibrated = str(e)
@@ -272,7 +285,6 @@ def _keep_calibration(result: FitResult):
         return
     run.no_calibration_file.unlink(missing_ok=True)
     result.calibration.save(best)
-    if result.evaluation is not None: write_atomic(run.evaluation_card, result._verdict())
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-044
 def _draw_last_forecasts(result: FitResult, data: Prepared, most=3):
@@ -286,11 +298,11 @@ def _draw_last_forecasts(result: FitResult, data: Prepared, most=3):
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-045
 def _judge(result: FitResult, data: Prepared, inits: dict):
-    "Evaluate, calibrate and draw the predictor, if there is one"
+    "Calibrate, evaluate and draw the predictor, if there is one"
     if result.predictor is not None:
-        if result.config.data.test: _evaluate(result, data, inits)
         _learn_calibration(result, data)
         _keep_calibration(result)
+        if result.config.data.test: _evaluate(result, data, inits)
         _draw_last_forecasts(result, data)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-048
@@ -358,13 +370,18 @@ def _costs(cfg: Config, data: Prepared, stages) -> dict: # Stage -> weights time
 
 # %% ../nbs/api/7_fit/77_train.ipynb #a8090dd7
 def _judging_cost(cfg: Config, data: Prepared) -> float:
-    "Return what the verdict and the calibration will cost, in the unit of `_costs`"
+    "Return what the verdict and the choices for the paths will cost, in the unit of `_costs`"
     d, e, k = cfg.data, cfg.evaluate, cfg.predictor
     if not d.test or cfg.runtime.only == 'tokenizer': return 0.
-    dates = (data.split.test.symbol.value_counts()//d.predict_window).clip(upper=e.origins or 64).sum()
+    def bars(part, most, ways):
+        if part is None: return 0
+        dates = (part.symbol.value_counts()//d.predict_window).clip(upper=most)
+        forecasts = min(dates.sum(), dates.max()*(e.per_date or len(dates)))
+        return forecasts*(d.lookback_window + ways*e.paths*d.predict_window)
     weights = estimate(cfg.replace(**{'base.symbols': None}), data, measured=False).table.parameters.iloc[-1]
-    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None) + (e.calibrate != 'off')
-    return float(dates*models*weights*(d.lookback_window + e.paths*d.predict_window)/3)
+    chosen = bars(data.split.val, 64, len(_grid(cfg))) if e.calibrate != 'off' else 0
+    models = 1 + (k.init != 'scratch' or cfg.base.symbols is not None)
+    return float(models*weights*(bars(data.split.test, e.origins or 64, 1) + chosen)/3)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #b0348201
 @contextlib.contextmanager

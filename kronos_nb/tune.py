@@ -345,8 +345,8 @@ def validation_crps(
     bars = prepared.bars[prepared.bars.timestamps <= last].reset_index(drop=True)   # nothing of the test part
     found = evaluate(
         result.forecaster(), bars, cfg.data.lookback_window, cfg.data.predict_window, baselines=[LastValue()],
-        origins=cfg.evaluate.origins, start=dict(val['first']), used=prepared.split.train, sampling=cfg.sampling,
-        max_gap=cfg.data.max_gap, progress=False)
+        origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=dict(val['first']),
+        used=prepared.split.train, sampling=cfg.sampling, max_gap=cfg.data.max_gap, progress=False)
     return float(found.losses['model']['crps'].mean())
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-055

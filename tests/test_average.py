@@ -212,7 +212,6 @@ def test_an_average_goes_on_in_a_second_fit_and_starts_anew_in_another_learner()
 
 def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
     from kronos_nb.judging.baselines import random_walks
-    from kronos_nb.judging.calibrate import Calibrated
     from kronos_nb.judging.compare import compare
     from kronos_nb.config import Config
     from kronos_nb.core import ConfigError
@@ -254,16 +253,16 @@ def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
         and not torch.equal(*(m.head.proj_s1.weight for m in r.predictors))
     )
     past = bars.tail(16)
-    one, two = (Forecaster(r.tokenizer, m).predict(past, 2, paths=6).paths for m in r.predictors)
-    pooled = Forecaster.from_pretrained(tmp_path).predict(past, 2, paths=6).paths
+    one, two = (Forecaster(r.tokenizer, m).predict(past, 2, paths=6, raw=True).paths for m in r.predictors)
+    pooled = Forecaster.from_pretrained(tmp_path).predict(past, 2, paths=6, raw=True).paths
     assert (
         (pooled[::2] == one[::2]).all()
         and (pooled[1::2] == two[1::2]).all()
-        and (r.forecaster().predict(past, 2, paths=6).paths == pooled).all()
+        and (r.forecaster().predict(past, 2, paths=6, raw=True).paths == pooled).all()
     )
     assert (
-        len(Calibrated.from_pretrained(tmp_path).predictors) == 2
-        and Calibrated.from_pretrained(tmp_path).calibration == r.calibration
+        len(Forecaster.from_pretrained(tmp_path).predictors) == 2
+        and Forecaster.from_pretrained(tmp_path).calibration == r.calibration
     )
     page, card = ((tmp_path / o).read_text() for o in ('report.md', 'predictor/best_model/README.md'))
     assert (
@@ -281,7 +280,7 @@ def test_seeds_train_an_ensemble_on_one_tokenizer(tmp_path):
         r.calibration,
         False,
     )
-    assert (back.forecaster().predict(past, 2, paths=6).paths == pooled).all()
+    assert (back.forecaster().predict(past, 2, paths=6, raw=True).paths == pooled).all()
     again = fit(
         bars, 'quickstart', tmp_path, **settings, **{'runtime.seeds': [1, 2]}
     )  # finished: nothing is trained again

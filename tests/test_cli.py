@@ -49,8 +49,8 @@ def test_fit_says_the_verdict_and_leaves_a_report(place, capsys):
     assert 'report.md' in said
     judged = load(place/'run').evaluation
     report = (place/'run'/'report.md').read_text()
-    assert judged.sentence in said
-    assert all(text in report for text in ('## Verdict', f'**{judged.light}**', *judged.sentences))
+    assert all(o in said for o in (*judged.sentences, judged.by_quantity))
+    assert all(text in report for text in ('## Verdict', f'**{judged.light}**', *judged.sentences, judged.by_quantity))
     assert 'plots/evaluation.png' in report
     assert (place/'run'/'plots'/'evaluation.png').is_file()
 

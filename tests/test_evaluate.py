@@ -9,7 +9,7 @@ from kronos_nb.evaluate import evaluate, fingerprint, overlap_of
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.backtest import backtest, decisions
 from kronos_nb.judging.baselines import EWMA, Baseline, Garch, LastValue, random_walks
-from kronos_nb.judging.calibrate import Calibrated, Calibration
+from kronos_nb.decode.calibration import Calibration
 from kronos_nb.judging.compare import paired
 from kronos_nb.judging.evaluation import Evaluation
 from kronos_nb.judging.metrics import crps
@@ -19,6 +19,7 @@ from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.train import fit, load
 
+WIDE = Calibration(dict(temperature=1., top_k=0, top_p=.9), (2., 2.), 5, 1., 'EWMA', (1., 1.), 30)
 quick = dict(lookback_window=60, predict_window=5, origins=16, paths=20, progress=False, baselines=[LastValue()])
 simple = quick | dict(baselines=[Garch()])
 panel = tuple('ABCDEF')
@@ -139,8 +140,8 @@ def test_rows_do_not_depend_on_the_batch(monkeypatch):
 def test_fingerprints_tell_weights_apart():
     a, b = tiny(), tiny(1)
     assert fingerprint(a) == fingerprint(tiny()) != fingerprint(b)
-    assert fingerprint(Calibrated(a, Calibration((2., 2., 2.), 30, (.3, .5, .7)))) != fingerprint(a)
-    assert fingerprint(Calibrated(object(), None)) is None
+    for how in (dict(calibration=WIDE), dict(anchor=False)):
+        assert fingerprint(Forecaster(a.tokenizer, a.predictors, **how)) != fingerprint(a)
 
 
 # panels
@@ -221,31 +222,17 @@ def test_windows_and_training_bars_are_read_off_the_model():
     f, span = tiny(), ['2024-01-01', '2024-01-12']
     f.predictor.extra.update(lookback_window=60, predict_window=5, trained_on={'A': span, 'B': span})
     how = dict(origins=4, paths=4, progress=False, baselines=[LastValue()])
-    for judged in (f, Calibrated(f, Calibration((2., 2., 2.), 30, (.3, .5, .7)))):
-        with pytest.raises(DataError, match='trained or selected'):
-            evaluate(judged, walks(), **how)
+    with pytest.raises(DataError, match='trained or selected'):
+        evaluate(f, walks(), **how)
     e = evaluate(f, walks(), start='2024-01-12 01:00', **how)
     assert (e.settings['lookback_window'], e.settings['predict_window']) == (60, 5)
-
-
-def test_calibrated_forecaster_from_a_folder(tmp_path):
-    f, past = tiny(), walks().head(100)
-    f.save_pretrained(tmp_path)
-    Calibration((2., 2., 2.), 30, (.3, .5, .7)).save(tmp_path)
-    c = Calibrated.from_pretrained(tmp_path)
-    wide, plain = (o.predict(past, 4, paths=30, seed=1) for o in (c, f))
-
-    def spread(o): return np.log(o.paths[..., 3]).std(0)
-
-    np.testing.assert_allclose(spread(wide), 2 * spread(plain), rtol=.1)
-    assert c.max_context == f.max_context and 'calibrated' in wide.notes[-1]
 
 
 # calibration of a run
 def test_a_run_learns_a_calibration(quickstart):
     r = load(quickstart)
     assert r.calibration.dates >= 20 and '## Calibration' in r.run.report_file.read_text()
-    assert Calibrated.from_pretrained(quickstart).calibration == r.calibration
+    assert Forecaster.from_pretrained(quickstart).calibration == r.calibration == r.forecaster().calibration
 
 
 MODEL = dict(d_model=16, n_heads=2, ff_dim=16, s1_bits=4, s2_bits=4)

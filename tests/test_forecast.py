@@ -27,7 +27,8 @@ torch.set_num_threads(1)
 
 
 def load(size, **kw):
-    return Forecaster.from_pretrained(golden / size / 'tokenizer', golden / size / 'predictor', **kw)
+    pair = golden / size / 'tokenizer', golden / size / 'predictor'
+    return Forecaster.from_pretrained(*pair, **dict(anchor=False) | kw)
 
 
 def bars_of(size='tiny', a=0, b=80):

@@ -10,7 +10,6 @@ from kronos_nb.cli import main
 from kronos_nb.config import Config
 from kronos_nb.core import PRICES, ConfigError, DataError
 from kronos_nb.data.check import check_klines
-from kronos_nb.data.layouts import LAYOUTS
 from kronos_nb.data.parse import from_market_clock, market_clock, time_stamps, to_utc
 from kronos_nb.data.read import as_frame, read_klines, read_report
 from kronos_nb.data.repair import repair_klines
@@ -41,11 +40,6 @@ def ohlc(*rows, header='timestamps,open,high,low,close,volume'):
 
 def asks(parameter, read, error=DataError):
     with pytest.raises(error, match=parameter): read()
-
-
-@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda o: o.source)
-def test_every_layout(layout):
-    layout.check()
 
 
 # Numbers

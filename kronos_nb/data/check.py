@@ -473,7 +473,8 @@ def _headline(report):
     errors, warnings = (int(n.get(level, 0)) for level in ('error', 'warning'))
 
     bars, symbols = int(report.summary.bars.sum()), len(report.summary)
-    return f'{bars:,} bars of {symbols} symbols: {errors:,} errors, {warnings:,} warnings.'
+    counts = ((bars, 'bar'), (symbols, 'symbol'), (errors, 'error'), (warnings, 'warning'))
+    return '{} of {}: {}, {}.'.format(*(f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts))
 
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-058
 @patch

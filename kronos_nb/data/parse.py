@@ -36,6 +36,7 @@ _NAMES = dict(
            '\u6210\u4ea4\u91cf(\u624b) \u6210\u4ea4\u91cf(\u80a1)',
     tick_volume='tick_volume tickvol',
     amount='amount amt quote_volume quote_asset_volume volccyquote vol_ccy_quote dollar_volume money value '
+           'total_turnover turnovervalue turnover_value '
            '\u6210\u4ea4\u989d \u6210\u4ea4\u91d1\u989d \u6210\u4ea4\u989d(\u5143) turnover',
     adj_close='adj_close adjclose adjusted_close adj._close')
 

@@ -35,7 +35,9 @@ def _decode(head, name):
     "Return the text of the first bytes of a file, and its encoding"
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return codecs.getincrementaldecoder('utf-16')().decode(head), 'utf-16'
-    if b'\0' in head: raise DataError(f"{name} is not a text table (it holds zero bytes)")
+    if b'\0' in head:
+        excel = '. Save the sheet as csv' if re.search(r'\.xl\w+$', name, re.I) else ''
+        raise DataError(f"{name} is not a text table (it holds zero bytes){excel}")
     for encoding in ('utf-8-sig', 'gb18030'):
         try: return codecs.getincrementaldecoder(encoding)().decode(head), encoding # the last character may be cut
         except UnicodeDecodeError: continue
@@ -571,6 +573,8 @@ def _utc(when):
     return (t.tz_convert('UTC').tz_localize(None) if t.tzinfo else t).to_datetime64().astype('M8[ns]')
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-049
+_LONGEST_BAR = np.timedelta64(31, 'D')
+
 class _Filter:
     "The rows that a caller asks for"
     def __init__(self, symbols, start, end, max_rows):
@@ -581,16 +585,24 @@ class _Filter:
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-050
 @patch
-def mask(self: _Filter, table, symbol):
-    "Return which rows of a table to keep, and count them"
+def mask(self: _Filter, table, symbol, bar_end=False):
+    "Return which rows of a table to keep, and count them; of stamps that will move, all that may stay"
     keep, t, wanted = np.ones(len(table.stamps), bool), table.stamps, self.symbols
     if wanted is not None and table.symbols is None: keep &= symbol in wanted
     elif wanted is not None: keep &= table.symbols.isin(wanted).to_numpy()
     if self.start is not None: keep &= t >= self.start
-    if self.end is not None: keep &= t < self.end
+    if self.end is not None: keep &= t < self.end + bar_end * _LONGEST_BAR
     if keep.sum() > self.left: keep &= np.cumsum(keep) <= self.left
     self.left -= int(keep.sum())
     return keep
+
+@patch
+def inside(self: _Filter, bars):
+    "Return the bars of the range, once ends of bars are moved to their start"
+    keep, t = np.ones(len(bars), bool), bars.timestamps.to_numpy()
+    if self.start is not None: keep &= t >= self.start
+    if self.end is not None: keep &= t < self.end
+    return bars if keep.all() else bars[keep].reset_index(drop=True)
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-053
 class _Rows:
@@ -781,13 +793,13 @@ def _read(sources, features, limits, wanted):
                 entry['notes'].setdefault(_NEWEST_FIRST, 0)
             options, last = table.parser.options, table
             symbol = options.symbol or table.symbol if piece.symbols is None else None
-            keep, entry = wanted.mask(piece, symbol), _log_entry(log, table, symbol)
+            keep, entry = wanted.mask(piece, symbol, options.bar_end), _log_entry(log, table, symbol)
             rows.add(piece, symbol, keep, options)
             _log_piece(entry, table, piece, keep, symbol)
             bar.update(done - bar.n)
             if wanted.left <= 0: break
     if rows.turn_around(): entry['notes'].setdefault(_NEWEST_FIRST, 0)
-    bars = rows.frame()
+    bars = wanted.inside(rows.frame()) if rows.bar_end else rows.frame()
     set_read_log(bars, ReadLog([*log.values()]))
     return bars
 
@@ -844,7 +856,7 @@ def read_report(
     bars: pd.DataFrame, # From `read_klines`
 ) -> pd.DataFrame: # file, rows, symbol, columns, ignored, notes; one row per file
     "Return what `read_klines` recognised"
-    def renamed(columns): return ', '.join(a if a == b else f'{a} -> {b}' for a, b in columns.items())
+    def renamed(columns): return ', '.join(a if a == b else f'{a} as {b}' for a, b in columns.items())
     def counted(notes): return '; '.join(f'{n} {text}' if n else text for text, n in notes.items())
     rows = [entry | dict(columns=renamed(entry['columns']), ignored=', '.join(entry['ignored']),
                          notes=counted(entry['notes'])) for entry in read_log(bars) or []]

@@ -128,14 +128,16 @@ def decode_tail(
     hist, # (s1, s2), (B, L) each
     made, # (s1, s2), (B*S, H) each
     max_context: int, # Most bars that one pass reads
+    last=False, # Return the last bar of the histories too, (B, F)
 ):  # (B*S, H, F) normalised bars
     "Return the bars of generated tokens, decoded behind those of the history"
-    L, H, out = hist[0].shape[1], made[0].shape[1], []
+    L, H, out, before = hist[0].shape[1], made[0].shape[1], [], None
     piece = H if H < max_context else max(1, max_context//2)
     for a in range(0, H, piece):
         b = min(a + piece, H)
         start, tail = max(0, L + b - max_context), [o[:, max(0, b-max_context):b] for o in made]
-        caches = detokenizer.decoder.caches(tail[0].shape[1])
-        if start < L: detokenizer.decode([o[:, start:] for o in hist], caches, finish=False)
+        caches, first = detokenizer.decoder.caches(tail[0].shape[1]), last and not a
+        if start < L: past = detokenizer.decode([o[:, start:] for o in hist], caches, finish=first)
+        if first: before = past[:, -1]
         out.append(detokenizer.decode(tail, caches)[:, a-b:])
-    return torch.cat(out, 1)
+    return (torch.cat(out, 1), before) if last else torch.cat(out, 1)

@@ -52,9 +52,10 @@ _MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
                *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
-def _differences(cfg: Config, other: Config):
+def _differences(cfg: Config, other: Config, data: Prepared):
     "Return the settings that differ and change the result"
-    return cfg.diff(other, names=('this run', 'folder')).drop(index=_MAY_DIFFER, errors='ignore')
+    free = _MAY_DIFFER + ['data.split']*(data.bars.symbol.nunique() == 1)   # one symbol is split the same in both ways
+    return cfg.diff(other, names=('this run', 'folder')).drop(index=free, errors='ignore')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #c2c70e8f
 def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
@@ -63,7 +64,7 @@ def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() 
 def _kept_settings(run: Run) -> Config:
     "Return the settings that a run was started with"
     if 'settings' in run.facts:
-        try: return Config().replace(**run.facts['settings'])
+        try: return Config.load(run.facts['settings'], then=True)
         except (ConfigError, TypeError) as e:
             raise RunError(f"{str(run.facts_file)!r} is damaged ({e}). Bring it back from a copy of the run") from e
     return Run(run.folder).config   # of its own: `run` reads the settings after they are written
@@ -82,14 +83,14 @@ def holds(
 ) -> bool:
     "Return whether a folder holds the run with these settings, on these bars"
     if not _has_begun(run) or not run.exists: return False
-    try: return not len(_differences(cfg, Run(run.folder).config)) and run.facts['data'] == data.hash
+    try: return not len(_differences(cfg, Run(run.folder).config, data)) and run.facts['data'] == data.hash
     except KronosError: return False   # damaged: `claim_folder` decides, and writes the settings anew
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-017
 def _check_same(run: Run, cfg: Config, data: Prepared):
     "Raise unless the folder holds this run: the same settings, the same bars"
     there, was = str(run.folder), run.facts
-    diff = _differences(cfg, _kept_settings(run))
+    diff = _differences(cfg, _kept_settings(run), data)
     if len(diff):
         raise RunError(f"{there!r} holds another run. It differs in:\n{diff.to_string()}\n"
             f"Choose another folder (out_dir, --out), or start from its weights with runtime.init_from={there!r}",

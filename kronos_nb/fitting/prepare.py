@@ -19,8 +19,7 @@ from ..data.read import is_canonical, read_klines, read_log, sample_klines
 from ..data.check import RULES, KlineReport, ReportSection, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import NORMALIZERS, with_scales
-from ..data.window import Split, WindowDataset, split_by_time
-from ..data.room import find_room, fitting_windows
+from ..data.window import Split, WindowDataset, find_room, fitting_windows, split_by_time
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #a3cc1669
 def _is_read(data, d) -> bool:
@@ -91,7 +90,7 @@ def least_text() -> str:
     "Return how many bars a run needs, and for what"
     n = LEAST//5
     return (f"Bring at least {LEAST} bars of one symbol without a gap: {LEAST - 2*n} to train on, {n} to choose "
-            f"weights and {n} to judge, so that windows fit into each part")
+            f"weights and {n} to judge, so that windows fit into each part. kronos-nb forecast FILE needs no training")
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #0c83d62b
 def offer(

@@ -32,6 +32,7 @@ from kronos_nb.training.monitor import (
 )
 from ..training.guard import NormSchedule, NormStopping, ResourceGuard, Watchdog
 from ..training.checkpoint import Checkpoint, Interrupts
+from ..forecast import released_until
 from ..average import EMA, LAWA, Weights, average_checkpoints, choose_weights, step_files, weights_of
 from .prepare import Prepared
 
@@ -61,7 +62,7 @@ def model_facts(self: Stage) -> dict:
     facts = dict(normalizer=self.data.train.normalizer.to_dict(), max_context=d.max_context,
         lookback_window=d.lookback_window, predict_window=d.predict_window, trained_on=seen,
         interval=self.data.report.summary['interval'].mode()[0].total_seconds(), market_tz=d.clock or 'UTC',
-        split=d.split)
+        split=d.split, anchor=True)
     if d.allow_negative_prices: facts['negative_prices'] = True
     if d.extra_features: facts['features'] = list(d.features)
     if self.tokenizer is not None: facts['tokenizer_hash'] = self.tokenizer.weights_hash()
@@ -71,6 +72,8 @@ def model_facts(self: Stage) -> dict:
 @patch
 def save(self: Stage, model, folder, **more):
     "Write `model` with what a user must know about it"
+    until = released_until(model) if self.name == 'predictor' and self.init != 'scratch' else None
+    if until: more['seen_until'] = until   # a released start may have seen every market before
     return save_model(model, folder, **self.model_facts, **more)
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-013

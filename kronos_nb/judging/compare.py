@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core import KronosError, RunError, md_text
 from ..config import Config
-from ..display import COLORS, figure, md_table, p_value, percent, plain_text
+from ..display import COLORS, figure, md_table, p_value, percent, plain_text, series_color
 from ..training.run import STAGES, Run
 from .evaluation import COLUMNS, Evaluation, skill
 
@@ -244,19 +244,27 @@ SHOWN = ('crps', 'mase', 'rmse_pct', 'cover_80', 'direction', 'qlike')
 def _metric_table(m, names):
     m = m[(m['scope'] == 'pooled') & (m['model'] == 'model') & m['metric'].isin(SHOWN)]
     m = m.assign(cell=[f'{a:.3f} ({b:.3f}, {c:.3f})' for a, b, c in m[['value', 'low', 'high']].to_numpy()])
-    return m.pivot(index='run', columns='metric', values='cell').reindex(names).dropna(how='all').reset_index()
+    t = m.pivot(index='run', columns='metric', values='cell').reindex(names).dropna(how='all')
+    return t.reset_index().rename_axis(columns=None)
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-037
+@patch(as_prop=True)
+def tables(self: Comparison) -> dict: # Title -> table; without those that have nothing to say
+    "Return the verdicts, the runs against each other, the losses, the settings that differ and the metrics"
+    losses = self.losses.map(_cell).rename(columns=lambda c: c.replace('val_', 'validation_').replace('_', ' '))
+    parts = {'Verdicts': _verdict_table(self.verdicts)}
+    if len(self.pairs):
+        parts['Run against run, on the forecasts they share'] = _pair_table(self.pairs)
+    parts |= {'Losses': losses, 'Settings that differ': self.configs.reset_index()}
+    if self.judged:
+        parts['Metrics of the models'] = _metric_table(self.metrics, [r.name for r in self.judged])
+    return parts
+
+# %% ../../nbs/api/6_judging/69_compare.ipynb #ee5e88a2
 @patch
 def to_markdown(self: Comparison) -> str:
-    "Return the settings that differ, the losses, the verdicts, and the runs against each other"
-    settings = md_table(self.configs.reset_index()) if len(self.configs) else 'None.'
-    parts = {'Settings that differ': settings, 'Losses': md_table(self.losses.map(_cell)),
-             'Verdicts': md_table(_verdict_table(self.verdicts))}
-    if len(self.pairs):
-        parts['Run against run, on the forecasts they share'] = md_table(_pair_table(self.pairs))
-    if self.judged:
-        parts['Metrics of the models'] = md_table(_metric_table(self.metrics, [r.name for r in self.judged]))
+    "Return the verdicts, the runs against each other, the losses, the settings that differ and the metrics"
+    parts = {title: md_table(table) for title, table in self.tables.items()}
     left_out = [f'- {md_text(r.name)}: {md_text(text)}' for r in self.runs for text in r.left_out]
     if left_out:
         parts['Left out'] = '\n'.join(left_out)
@@ -276,7 +284,7 @@ def _plot_losses(ax, runs, stage):
     for i, r in enumerate(runs):
         m = r.curves[r.curves['stage'] == stage] if len(r.curves) else r.curves
         if 'val_loss' in m and len(m):
-            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=f'C{i}', label=plain_text(r.name))
+            ax.plot(m['epoch'], m['val_loss'], 'o-', ms=3, lw=1, color=series_color(i), label=plain_text(r.name))
     ax.set(title=f'{stage}, validation loss', xlabel='epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.lines:
@@ -293,20 +301,19 @@ def _plot_skills(ax, v):
         ax.errorbar(at, y, [y - low, high - y], fmt=mark, ms=4, lw=1, label=f'against {name}', color=color)
         for x, top, p in zip(at, high, v[f'{who}_p'].astype(float)):
             ax.annotate(p_value(p), (x, top), (0, 2), textcoords='offset points', ha='center', fontsize=6, color=color)
+    ax.margins(y=.3)
+    ax.axhline(0, color=COLORS['reference'], lw=.6, ls='--')
+    ax.set_xticks(range(len(v)), map(plain_text, v.index), fontsize=8)
+    ax.set(title='CRPS skill, %, and Diebold-Mariano p', xlim=(-.6, len(v) - .4))
+    ax.legend(fontsize=7, frameon=False)
 
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-042
 @patch
 def plot(self: Comparison):
-    "Plot the validation loss of each stage, and the skills with their intervals and tests"
-    fig, (*stages, last) = figure(12, 3, 1, 3)
-    for ax, stage in zip(stages, STAGES):
+    "Plot the validation loss of each stage and, where a run was judged, the skills with intervals and tests"
+    fig, axes = figure(12, 3, 1, len(STAGES) + bool(self.judged))
+    for ax, stage in zip(axes, STAGES):
         _plot_losses(ax, self.runs, stage)
-    v = self.verdicts
-    _plot_skills(last, v)
-    last.margins(y=.3)
-    last.axhline(0, color=COLORS['reference'], lw=.6, ls='--')
-    last.set_xticks(range(len(v)), map(plain_text, v.index), fontsize=8)
-    last.set(title='CRPS skill, %, and Diebold-Mariano p', xlim=(-.6, len(v) - .4))
     if self.judged:
-        last.legend(fontsize=7, frameon=False)
+        _plot_skills(axes[-1], self.verdicts)
     return fig

@@ -27,6 +27,9 @@ from .metrics import LEVELS, directional_accuracy, ic, qlike
 from .stats import block_indices, block_length, diebold_mariano, interval, power
 from .origins import BANDS, QUANTILES
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #3c3ab573
+_OTHERS = ('crps_range', 'crps_volume', 'crps_volatility') # columns of `forecast_rows` beside the close
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-007
 def _bar_losses(rows):
     "Return every metric of every bar"
@@ -41,6 +44,8 @@ def _bar_losses(rows):
         out[f'width_{level}'] = (rows[hi] - rows[lo]) / scale
     out['direction'] = directional_accuracy(rows['p_up'], rise)
     out['brier'] = (rows['p_up'] - rise)**2
+    for name in _OTHERS:
+        if name in rows: out[name] = rows[name]
     return pd.DataFrame(out).astype(np.float64)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #a24b6d54
@@ -195,13 +200,16 @@ def _reason(self: _Finding):
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #36715ffa
 def _side(share): return f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
+def _difference_text(who, t):
+    "Return a difference and its interval in words"
+    if t['low'] == t['high'] == 0: return f'the same as that of {who}'
+    return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-032
 @patch
 def _difference(self: _Finding):
     "Return the second sentence: the quantity, the differences and their intervals"
-    def one(who, t):
-        return f"{_side(t['skill'])} than that of {who} (between {_side(t['low'])} and {_side(t['high'])})"
-    compared = ' and '.join(one(who, t) for who, t in self.shown.items())
+    compared = ' and '.join(_difference_text(*o) for o in self.shown.items())
     return (f"Over {self.n} origins in {self.periods} periods its CRPS, the error of the whole predicted distribution, "
             f"is {compared}; intervals are {100 * self.level:g} %.")
 
@@ -254,7 +262,7 @@ class Evaluation:
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-042
 @patch(as_prop=True)
-def models(self: Evaluation) -> list: return list(dict.fromkeys(self.rows['model']))
+def models(self: Evaluation) -> list: return list(self.rows['model'].unique())
 
 @patch(as_prop=True)
 def baselines(self: Evaluation) -> list: return [m for m in self.models if m not in ('model', 'base')]
@@ -292,6 +300,59 @@ def skills(self: Evaluation) -> pd.DataFrame: # metric, against, skill, low, hig
     found = {metric: self._skills(metric, others) for metric in losses}
     return pd.concat(found, names=['metric']).reset_index()
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #32a1c301
+_QUANTITIES = dict(close='crps', range='crps_range', volatility='crps_volatility', volume='crps_volume',
+                   direction='brier')
+
+@patch(as_prop=True)
+def quantities(self: Evaluation) -> pd.DataFrame: # Index: quantity; against, skill, low, high, finding
+    "Return the skill in each quantity against its own best naive forecast, with intervals corrected for several looks"
+    def scored(c): return all(c in o and o[c].notna().all() for o in self.losses.values())
+    known = {q: c for q, c in _QUANTITIES.items() if scored(c)}
+    if len(known) < 2: return pd.DataFrame(columns=['against', 'skill', 'low', 'high', 'finding'])
+    overlap, level, draws, seed = self._how
+    out = {}
+    for q, c in known.items():
+        best = min(self.baselines, key=lambda m: self.losses[m][c].mean())
+        corrected = 1 - (1 - level)/len(known)
+        t = skill(self.losses['model'][c], self.losses[best][c], overlap, corrected, draws, seed)
+        finding = 'better' if t['low'] > 0 else 'worse' if t['high'] < 0 else 'inconclusive'
+        out[q] = dict(against=best, finding=finding) | {k: t[k] for k in ('skill', 'low', 'high')}
+    return pd.DataFrame(out).T[['against', 'skill', 'low', 'high', 'finding']].rename_axis('quantity')
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #589fdd21
+def _listed(names): return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
+
+def _found(quantity, t):
+    "Return one finding in words: 'volume by 12 % (8 to 16)'"
+    if t['finding'] == 'inconclusive': return quantity
+    ends = sorted(abs(100*t[k]) for k in ('low', 'high'))
+    return f"{quantity} by {percent(abs(t['skill']), 0)} ({ends[0]:.0f} to {ends[1]:.0f})"
+
+@patch(as_prop=True)
+def by_quantity(self: Evaluation) -> str:
+    "Return for which quantities the model is better than their best naive forecasts, in one sentence"
+    parts = []
+    for finding in ('better', 'inconclusive', 'worse'):
+        t = self.quantities.query('finding == @finding')
+        if len(t): parts.append(f'{finding} for the {_listed([_found(*o) for o in t.iterrows()])}')
+    return f"Against the best naive forecast of each quantity: {'; '.join(parts)}."
+
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #9b7aadb9
+_QUANTITY_KEY = {
+    'quantity': 'what is judged: range is the log of high over low, volatility the realised one of the whole horizon, '
+                'direction the probability of a rise (Brier score), the others by their CRPS',
+    'skill': 'by how much the error is lower than that of the naive forecast that was best at this quantity, with an '
+             'interval that is corrected for the number of quantities',
+    'finding': 'better or worse where the whole interval lies above or below zero'}
+
+@patch
+def _quantity_table(self: Evaluation):
+    "Return `quantities` as text"
+    t = self.quantities
+    skill = [f"{percent(s)} ({percent(a)} to {percent(b)})" for s, a, b in t[['skill', 'low', 'high']].to_numpy()]
+    return t[['against']].assign(skill=skill, finding=t.finding).reset_index()
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-048
 @patch(as_prop=True)
 def verdict(self: Evaluation) -> str:
@@ -305,12 +366,15 @@ def light(self: Evaluation) -> str:
     return LIGHTS[self.verdict]
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
+_SEEN = 'Released weights may have seen the bars before {}, which judge here: new bars may show less.'
+
 @patch(as_prop=True)
 def sentences(self: Evaluation) -> list:
     "Return the verdict with its reason, the differences with their intervals, and what the origins can show"
     s = self.settings
     found = _Finding(self.verdict, self.tests, self.best_naive, self.n, s['periods'], s['level'], s['worthwhile'])
-    return [found._reason(), found._difference(), found._certainty()]
+    said = [found._reason(), found._difference(), found._certainty()]
+    return said + [_SEEN.format(s.get('seen_until'))]*('seen_until' in s)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-049
 @patch(as_prop=True)
@@ -470,15 +534,17 @@ _METRIC_KEY = {
 @patch(as_prop=True)
 def summary(self: Evaluation) -> str:
     "Return light and sentences as Markdown"
-    return '\n'.join((f'**{self.light}**\n', *(f'{o}  ' for o in self.sentences))).strip()
+    said = [*self.sentences, self.by_quantity] if len(self.quantities) else self.sentences
+    return '\n'.join((f'**{self.light}**\n', *(f'{o}  ' for o in said))).strip()
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #53cf3702
 @patch
 def details(self: Evaluation) -> str:
     "Return comparisons, metrics and method as Markdown, each table with its key"
     known = {k: v for k, v in _METRIC_KEY.items() if k in self.table() or k == 'ic, rank_ic' and len(self.ics)}
-    parts = ['### Compared with', md_table(self._compared()), md_key(_KEY), '### Metrics, with intervals',
-             md_table(self.table().reset_index())]
+    parts = ['### Compared with', md_table(self._compared()), md_key(_KEY)]
+    if len(self.quantities): parts += ['### By quantity', md_table(self._quantity_table()), md_key(_QUANTITY_KEY)]
+    parts += ['### Metrics, with intervals', md_table(self.table().reset_index())]
     if len(self.ics): parts.append(md_table(self.ics.round(4).reset_index()))
     parts += [md_key(known), '### Method', self._method(), self._omissions()]
     return '\n\n'.join(p for p in parts if p) + '\n'
@@ -525,7 +591,8 @@ def plot_verdict(self: Evaluation): # The figure
 def summary_html(self: Evaluation) -> str:
     "Return light, sentences and picture as HTML; the light is a dot, which fonts without emoji have, too"
     color, word = COLORS[dict(zip(LIGHTS, ('best', 'truth', 'unsure')))[self.verdict]], self.light.partition(' ')[2]
-    lines = ''.join(f'<div>{html.escape(o)}</div>' for o in self.sentences)
+    said = [*self.sentences, self.by_quantity] if len(self.quantities) else self.sentences
+    lines = ''.join(f'<div>{html.escape(o)}</div>' for o in said)
     picture = base64.b64encode(png(self.plot_verdict())).decode()
     return (f"<b><span style='color: {color}'>&#9679;</span> {word}</b>{lines}"
             f"<img src='data:image/png;base64,{picture}' style='max-width: 100%'>")

@@ -107,6 +107,14 @@ def _never_chosen(bars, chosen, left_out):
     none = sorted(set(bars['symbol'].unique()) - set(chosen['symbol']) - set(left_out['symbol']))
     return pd.DataFrame([(s, 0, 'no date in common with the chosen ones') for s in none], columns=left_out.columns)
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #86a1ed2b
+def _in_turns(chosen, per_date):
+    "Keep at most `per_date` symbols of each date, the next ones at the next date"
+    chosen = chosen.sort_values(['date', 'symbol'], ignore_index=True)
+    dates = chosen.groupby('date')['date']
+    turn = (dates.cumcount() - chosen['date']*per_date) % dates.transform('size')
+    return chosen[turn < per_date]
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-019
 def pick_origins(
     bars: pd.DataFrame,   # Canonical bars of one or more symbols
@@ -116,6 +124,7 @@ def pick_origins(
     periods: int = 4,     # Separate stretches of time, at least 4
     start=None,           # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
     max_gap='auto',       # Longest break inside a window, as in `segments`
+    per_date: int | None = None, # Most symbols of one date, in turns; None: all
 ) -> tuple: # Frame symbol, row, origin, first, last, scale, date, period; frame of what was left out
     "Spread `origins` dates evenly over `periods` stretches of `bars`"
     _check_windows(lookback_window, predict_window, origins, periods)
@@ -127,6 +136,7 @@ def pick_origins(
     dates = np.sort(np.concatenate([_spread(times[p], want[p]) for p in times]))
     can = can[can['origin'].isin(dates)].assign(date=lambda d: np.searchsorted(dates, d['origin'].to_numpy()))
     out = pd.concat([out, _never_chosen(bars, can, out)], ignore_index=True)
+    if per_date: can = _in_turns(can, per_date)
     return can.sort_values(['date', 'symbol'], ignore_index=True), out
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-027
@@ -205,6 +215,11 @@ def _summarise(
         p_up=prob_up(paths, last), mean=paths.mean(1), var=var, rvar=rvar)
     return out | {c: q[:, i] for i, c in enumerate(QUANTILES)}
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #85ee2341
+def _ranges(high, low):
+    "Return the log of high over low; their difference where a price is not positive"
+    return np.log(high/low) if (low > 0).all() else np.asarray(high - low, np.float64)
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-036
 @dataclass
 class Windows:
@@ -213,12 +228,16 @@ class Windows:
     histories: list       # Bars seen
     futures: list         # Timestamps to forecast
     y: np.ndarray         # (N, H) closes that happened
+    ranges: np.ndarray    # (N, H) log of high over low; difference where a price is not positive
+    volumes: np.ndarray   # (N, H)
     @property
     def keys(self):
         stamps = self.origins['origin'].to_numpy()
         return [f'{s} {pd.Timestamp(t)}' for s, t in zip(self.origins['symbol'], stamps)]
     def __len__(self): return len(self.origins)
-    def __getitem__(self, at): return Windows(self.origins.iloc[at], self.histories[at], self.futures[at], self.y[at])
+    def __getitem__(self, at):
+        same = (getattr(self, k)[at] for k in ('histories', 'futures', 'y', 'ranges', 'volumes'))
+        return Windows(self.origins.iloc[at], *same)
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-037
 def slice_windows(
@@ -236,24 +255,63 @@ def slice_windows(
     histories = [groups[s].iloc[i - lookback_window + 1: i + 1] for s, i in at]
     futures = [pd.DatetimeIndex(stamps[s][ahead(i)]) for s, i in at]
     y = np.stack([closes[s][ahead(i)] for s, i in at]).astype(np.float64)
-    return Windows(origins, histories, futures, y)
+    came = [groups[s].iloc[ahead(i)] for s, i in at]
+    ranges = np.stack([_ranges(o['high'].to_numpy(), o['low'].to_numpy()) for o in came])
+    volumes = np.stack([o['volume'].to_numpy(np.float64) if 'volume' in o else np.zeros(len(o)) for o in came])
+    return Windows(origins, histories, futures, y, ranges, volumes)
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-039
-def _closes(forecaster, windows, sampling):
-    "Return the closes of all paths, (N, S, H); an error names the first that is not finite"
+def _paths(forecaster, windows, sampling):
+    "Return all paths, (N, S, H, 6); an error names the first close that is not finite"
     takes_progress = 'progress' in inspect.signature(forecaster.predict_many).parameters
     quiet = dict(progress=False) if takes_progress else {}   # the caller shows one bar for all
     got = forecaster.predict_many(windows.histories, windows.y.shape[1], keys=windows.keys, futures=windows.futures,
                                   sampling=sampling, **quiet)
-    close = np.stack([np.asarray(f.paths)[..., 3] for f in got])
-    bad = ~np.isfinite(close).all((1, 2))
+    paths = np.stack([np.asarray(f.paths) for f in got])
+    bad = ~np.isfinite(paths[..., 3]).all((1, 2))
     if bad.any():
         raise RunError(f"{forecaster!r} forecast a close that is not finite, from {windows.keys[int(bad.argmax())]}; "
                        "look for NaN in the training loss (kronos-nb monitor)")
-    return close
+    return paths
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #72bccc35
+def _volume_scores(paths, windows):
+    "Return the CRPS of log(1 + volume), (N, H); NaN where the history has no volume"
+    means = np.array([h['volume'].mean() if 'volume' in h else 0. for h in windows.histories])[:, None]
+    unit = np.where(means > 0, means, np.nan)
+    v = np.log1p(np.maximum(paths[..., 4], 0)/unit[..., None])
+    return crps(v, np.log1p(windows.volumes/unit))
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #8260ac76
+def _range_scores(paths, windows):
+    "Return the CRPS of the range of each bar, in mean ranges of the lookback, (N, H); NaN where there is none"
+    unit = np.array([_ranges(h['high'].to_numpy(), h['low'].to_numpy()).mean() for h in windows.histories])[:, None]
+    x = np.stack([_ranges(p[..., 1], p[..., 2]) for p in paths])
+    return crps(x, windows.ranges)/np.where(unit > 0, unit, np.nan)
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #99cf8861
+def _volatility_scores(paths, windows, last):
+    "Return the CRPS of the realised volatility at the last bar, (N, H), NaN elsewhere; NaN for prices not above 0"
+    out = np.full(windows.y.shape, np.nan)
+    close = paths[..., 3]
+    fits = (close > 0).all((1, 2)) & (windows.y > 0).all(1) & (last > 0)
+    def realised(c, first): return np.sqrt((np.diff(np.log(c), axis=-1, prepend=np.log(first))**2).sum(-1))
+    for i in np.flatnonzero(fits):
+        x, y = realised(close[i], np.full((len(close[i]), 1), last[i])), realised(windows.y[i], last[i:i + 1])
+        scale = windows.origins['scale'].iloc[i]/last[i]*np.sqrt(windows.y.shape[1])
+        out[i, -1] = crps(x[:, None], np.array([y]))[0]/scale
+    return out
+
+# %% ../../nbs/api/6_judging/63_origins.ipynb #6b02d7f7
+def _other_scores(paths, windows, last) -> dict: # Column -> (N, H)
+    "Return the CRPS of range, volume and volatility"
+    if paths.shape[-1] < 6: return {}
+    return dict(crps_range=_range_scores(paths, windows), crps_volume=_volume_scores(paths, windows),
+                crps_volatility=_volatility_scores(paths, windows, last))
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-040
-_SINGLE = ('crps', 'pit', 'p_up', 'var', 'rvar')   # columns that float32 holds well enough
+# Columns that float32 holds well enough
+_SINGLE = ('crps', 'pit', 'p_up', 'var', 'rvar', 'crps_range', 'crps_volume', 'crps_volatility')
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-041
 def forecast_rows(
@@ -265,7 +323,9 @@ def forecast_rows(
     origins, (n, horizon), sampling = windows.origins, windows.y.shape, sampling or Sampling()
     last = np.array([h['close'].to_numpy()[-1] for h in windows.histories])
     keys = [(sampling.seed, k) for k in windows.keys]
-    columns = _summarise(_closes(forecaster, windows, sampling), windows.y, last, origins['scale'].to_numpy(), keys)
+    paths = _paths(forecaster, windows, sampling)
+    columns = _summarise(paths[..., 3], windows.y, last, origins['scale'].to_numpy(), keys)
+    columns |= _other_scores(paths, windows, last)
     head = origins[['symbol', 'origin', 'last', 'date', 'period']].rename(columns=dict(last='end'))
     head = head.iloc[np.repeat(np.arange(n), horizon)].reset_index(drop=True)
     def kind(c): return np.float32 if c in _SINGLE else np.float64

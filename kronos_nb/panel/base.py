@@ -235,19 +235,21 @@ def bar(*parts):
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #cell-032
 _LOOK = """
-.knb-changed .widget-label, .knb-changed label {font-weight: 700; color: #b3541e}
-.knb-note, .knb-note .widget-html-content {line-height: 1.35; font-size: 12px; color: #666}
-.knb-note b {color: #b3541e} .knb-note i {color: #c62828; font-style: normal; font-weight: 600}
-.knb-code pre {margin: 0; padding: 6px 8px; background: #f6f6f6; color: #222}
+.knb-changed .widget-label, .knb-changed label {font-weight: 700; color: var(--jp-warn-color0, #b3541e)}
+.knb-note, .knb-note .widget-html-content {line-height: 1.35; font-size: 12px; color: var(--jp-ui-font-color2, #666)}
+.knb-note b {color: var(--jp-warn-color0, #b3541e)}
+.knb-note i {color: var(--jp-error-color1, #c62828); font-style: normal; font-weight: 600}
+.knb-code pre {margin: 0; padding: 6px 8px; background: rgba(128, 128, 128, .08); color: inherit}
 .knb-code pre {font-size: 12px; line-height: 1.35; overflow: auto; white-space: pre}
 .knb table {font-size: 12px; border-collapse: collapse; line-height: 1.3; margin: 4px 0} .knb td {white-space: nowrap}
 .knb.widget-html > .widget-html-content {line-height: 1.45; overflow-x: auto}
 .knb td, .knb th {padding: 1px 10px 1px 0; text-align: left; border: 0}
-.knb tr:nth-child(even) td {background: #f7f7f7} .knb th {color: #555; font-weight: 600}
+.knb tr:nth-child(even) td {background: rgba(128, 128, 128, .08)}
+.knb th {color: var(--jp-ui-font-color2, #555); font-weight: 600}
 .knb-fold .jupyter-widget-Collapse-header, .knb-fold .p-Collapse-header, .knb-fold .lm-Collapse-header
   {padding: 3px 8px; font-size: 12px}
 .knb-fold .p-Collapse, .knb-fold .lm-Collapse {margin-top: 2px}
-.knb-error {color: #c62828; overflow-wrap: anywhere}"""
+.knb-error {color: var(--jp-error-color1, #c62828); overflow-wrap: anywhere}"""
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #8ca319f2
 _SIZES = """
@@ -259,6 +261,7 @@ _SIZES = """
 .knb-rows {align-items: center; gap: 2px 8px}
 .knb-rows > * {width: auto; margin: 0; min-width: 0}
 .knb-wrap td {white-space: normal}
+.knb-tables > .widget-html-content {max-height: 250px; overflow: auto}
 .knb-picture {overflow-x: auto; overflow-y: hidden} .knb img, .knb-picture img {max-width: 100%; max-height: 430px}
 .knb img, .knb-picture img {width: auto; height: auto; align-self: flex-start; flex-shrink: 0}
 .knb-upload {font-size: 0} .knb-upload i {font-size: 13px}

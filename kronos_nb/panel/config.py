@@ -20,7 +20,7 @@ from ..settings import format_setting, span_text
 from ..config import OWN, PRESET_NAMES, SECTIONS, VARIANTS, Config
 from ..estimate import architecture, estimate
 from ..fitting.prepare import prepare
-from ..own import config_for, is_own, own_config, plan_table
+from ..own import config_for, is_own, plan_table
 from .base import (
     AT_WORK, Later, Panel, bar, bars_of, button, Folded, guarded, html_box, ignoring_changes, is_sample,
     panel_page, source_text, value_of, working)
@@ -45,7 +45,7 @@ def changes_from(
     if preset != OWN: return cfg.diff(Config.preset(preset) if preset else Config())['this'].to_dict()
     changes, more = {}, None
     while more is None or more: # a given setting may move others, which are then given, too
-        more = cfg.diff(own_config(bars, changes))['this'].to_dict()
+        more = cfg.diff(config_for(bars, OWN, **changes))['this'].to_dict()
         changes |= more
     return changes
 
@@ -91,9 +91,10 @@ def suited(
     changes=None, # Settings that are given
 ) -> tuple: # Name of the preset or None, and the `Config`
     "Return the settings to start with for a source"
-    if is_sample(data): return 'quickstart', Config.preset('quickstart', **changes or {})
-    if bars is not None: return OWN, own_config(bars, changes)
-    return None, Config.preset('quickstart', **{'data.symbols': None, 'base.symbols': None} | (changes or {}))
+    changes = changes or {}
+    if is_sample(data): return 'quickstart', config_for(data, **changes)
+    if bars is not None: return OWN, config_for(bars, **changes)
+    return None, config_for(None, 'quickstart', **{'data.symbols': None, 'base.symbols': None} | changes)
 
 # %% ../../nbs/api/9_faces/91_config.ipynb #cell-015
 def check_section(
@@ -249,7 +250,7 @@ class _ConfigChanges(_ConfigView):
         source = value_of(self.data)
         choice = self.data.settings if isinstance(self.data, Panel) else {}
         fitted = preset == OWN
-        base = own_config(bars_of(self.data), choice) if fitted else config_for(source, preset)
+        base = config_for(bars_of(self.data), OWN, **choice) if fitted else config_for(source, preset)
         self.preset, self.base, self.errors = preset, base, {}
         self.cfg = base if fitted else base.replace(**choice)
         self.refresh()

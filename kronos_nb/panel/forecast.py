@@ -219,7 +219,9 @@ def _fill(self: ForecastPanel):
     self._take()
     if self.seen is not seen: show_figure(self.chart, None)
     bars, at, controls = self.bars[self.symbol], self._origin(), self.controls
-    values = dict(symbol=self.symbol, horizon=self._horizon()) | asdict(self.sampling)
+    saved = getattr(self.forecaster, 'calibration', None)
+    drawn = self.sampling.filled(saved and saved.sampling)
+    values = dict(symbol=self.symbol, horizon=self._horizon()) | asdict(drawn)
     with ignoring_changes(self):
         controls['symbol'].options = list(self.bars)
         for name in set(controls) - {'origin', 'model'}: controls[name].value = values[name]

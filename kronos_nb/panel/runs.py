@@ -67,18 +67,16 @@ class RunsPanel(_RunList):
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-011
 def _tables_html(tables):
     "Return tables beside each other, each under its title"
-    def as_html(table):
-        table = table.reset_index() if table.index.name else table
-        return table.to_html(index=False, border=0, float_format='{:.4g}'.format, na_rep='')
-    parts = [f'<div><b>{title}</b>{as_html(table)}</div>' for title, table in tables.items() if len(table)]
+    def as_html(table): return table.to_html(index=False, border=0, float_format='{:.4g}'.format, na_rep='')
+    parts = [f"<div style='max-width: 100%; overflow-x: auto'><b>{title}</b>{as_html(table)}</div>"
+             for title, table in tables.items() if len(table)]
     return f"<div class='knb'><div style='display: flex; flex-wrap: wrap; gap: 0 30px'>{''.join(parts)}</div></div>"
 
 # %% ../../nbs/api/9_faces/95_runs.ipynb #cell-012
 @patch
 def _show_comparison(self: RunsPanel):
     c = self.compare()
-    self.result.value = _tables_html({'settings that differ': c.configs, 'losses': c.losses.set_index('run'),
-        'verdicts': c.verdicts, 'run against run': c.pairs})
+    self.result.value = _tables_html(c.tables)
     show_figure(self.chart, c.plot())
     self._show_code()
 
@@ -104,8 +102,8 @@ def _select(self: RunsPanel, change):
 @patch
 def _build(self: RunsPanel):
     import ipywidgets as W
-    self.error, self.result, self.chart = html_box(), html_box('knb'), picture()
-    self.list = W.SelectMultiple(rows=4, layout=W.Layout(width='min(640px, 100%)'))
+    self.error, self.result, self.chart = html_box(), html_box('knb-tables'), picture()
+    self.list = W.SelectMultiple(rows=4, layout=W.Layout(width='min(640px, calc(100% - 4px))'))
     self.list.observe(self._select, 'value')
     self.buttons = dict(
         compare=button('Compare the selected runs', self.error, self._show_comparison, 'columns'),
@@ -115,6 +113,6 @@ def _build(self: RunsPanel):
             hint='The best run, and each further one that does not raise the validation loss'),
         refresh=button('Look for new runs', self.error, self.refresh, 'refresh'))
     self.folded = Folded(self.error, as_code=lambda: self.code)
-    self.chart.layout.max_height = '250px'   # tables are above it
-    shown = self.error, self.result, self.chart
+    self.chart.layout.max_height = '250px'   # tables are below it
+    shown = self.error, self.chart, self.result
     return panel_page(self.list, bar(*self.buttons.values()), *shown, self.folded.widget)

@@ -391,4 +391,4 @@ def _show_end(self: TrainPanel):
         metrics = result.evaluation.table().to_html(border=0)
         table = f'<details><summary>metrics, with 95 % intervals</summary>{metrics}</details>'
     report = html.escape(str(result.run.report_file))
-    self.verdict.value = f"<div class='knb'>{head}{table}Report: {report}</div>"
+    self.verdict.value = f"<div class='knb'>{head}{table}<div>Report: {report}</div></div>"

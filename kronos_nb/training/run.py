@@ -177,7 +177,7 @@ class Run(_Folder):
     @cached_property
     def config(self) -> Config:
         if not self.exists: raise _no_run(self.folder, self.config_file.name)
-        try: return self._checked(Config.load(self.config_file))
+        try: return self._checked(Config.load(self.config_file, then=True))
         except ConfigError as e:
             if str(self.config_file) in str(e): raise
             raise ConfigError(f"{str(self.config_file)!r}: {e}") from e

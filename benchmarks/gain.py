@@ -1,0 +1,136 @@
+"""What a base, its fine-tuning and the choices for its paths are worth, on bars that chose nothing
+
+    OMP_NUM_THREADS=1 python benchmarks/gain.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
+    OMP_NUM_THREADS=1 python benchmarks/gain.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
+    OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv
+
+A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
+location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
+on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
+the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that was best on validation.
+Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
+"""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kronos_nb.config import Config
+from kronos_nb.data.read import read_klines
+from kronos_nb.data.repair import repair_klines
+from kronos_nb.evaluate import evaluate
+from kronos_nb.decode.calibration import NAIVE
+from kronos_nb.forecast import Forecaster
+from kronos_nb.judging.calibrate import calibrate
+from kronos_nb.train import fit
+
+OUT = Path(__file__).with_suffix('.csv')
+
+
+@dataclass
+class Market:
+    "Which symbols are judged, and when"
+    targets: tuple   # Symbols that are judged; the others train the base
+    windows: tuple   # Lookback and horizon
+    begin: str       # Of validation; the base sees nothing later
+    test: str        # Begin of the judged bars
+    steps: tuple     # Of tokenizer and predictor
+
+
+MARKETS = dict(
+    shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800)),
+    pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800)),
+    currency=Market(('EURUSD_1h',), (120, 24), '', '', (400, 800)))
+
+
+def config(market, seed, normalizer, steps, lr, val) -> Config:
+    "Return how a base or a fine-tuned model is trained"
+    L, H = market.windows
+    stage = dict(size='tiny', epochs=10_000, batch_size=64, weight_decay=.05, warmup=.05, lr=lr)
+    return Config().replace(
+        data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0.,
+                  embargo=H, val_windows=300, windows_per_epoch=6400),
+        tokenizer=dict(stage, max_steps=steps[0]), predictor=dict(stage, max_steps=steps[1]),
+        runtime=dict(progress=False, plots=False, device='cpu', threads=1, seed=seed, save_steps=200),
+        evaluate=dict(calibrate='off'))
+
+
+def train(market, bars, seed, normalizer, out) -> dict:
+    "Return the folders of the base and of the model that was fine-tuned on the targets"
+    mine = bars.symbol.isin(market.targets)
+    early = bars.timestamps < market.begin
+    base = out/'base'
+    whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
+    fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
+    steps = tuple(n//4 for n in market.steps)
+    tuned = config(market, seed, normalizer, steps, 3e-4, .1).replace(**{
+        'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
+    fit(bars[mine & early].reset_index(drop=True), tuned, out/'tuned', judge=False)
+    return dict(base=base, tuned=out/'tuned')
+
+
+def ways(f, market, bars, seed):
+    "Yield name and forecaster of each way to deliver its paths"
+    L, H = market.windows
+    known = bars[bars.timestamps < market.test].reset_index(drop=True)
+    yield 'raw', f._raw()
+    yield 'anchored', f
+    cal = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=48, seed=seed)
+    yield 'delivered', Forecaster(f.tokenizer, f.predictors, calibration=cal)
+
+
+def judge(market, bars, folder, seed) -> list:
+    "Return a row for each way to deliver"
+    mine = bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
+    L, H = market.windows
+    rows = []
+    for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
+        e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
+                     baselines=list(NAIVE.values()), progress=False)
+        pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
+        naive = e.best_naive
+        first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
+        t = e.tests.loc[naive]
+        rows.append(dict(way=name, crps=pooled['crps'], naive=naive, skill=t['skill'], low=t['low'], high=t['high'],
+            cover_80=pooled['cover_80'], first_bar=first.crps.mean(),
+            jump=(abs(first.q50 - first['last'])/first.scale).mean(),
+            calibration=getattr(f.calibration, 'sentence', '')))
+        for q in ('range', 'volatility', 'volume'):
+            o = e.quantities.loc[q]
+            rows[-1] |= {f'{q}_naive': o.against, f'{q}_skill': o.skill, f'{q}_low': o.low, f'{q}_high': o.high}
+    return rows
+
+
+def read(files, market) -> pd.DataFrame:
+    "Return repaired bars; the periods of a single file are shares of it"
+    bars, _ = repair_klines(read_klines([Path(f) for f in files]))
+    if not market.begin:
+        t = bars.timestamps.sort_values().to_numpy()
+        market.begin, market.test = (str(t[int(len(t)*q)]) for q in (.6, .8))
+    return bars
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('market', choices=MARKETS)
+    parser.add_argument('--data', nargs='+', required=True)
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--out', default='runs/gain')
+    args = parser.parse_args()
+    market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
+    bars = read(args.data, market)
+    for seed in args.seeds:
+        for normalizer in ('zscore', 'last_close'):
+            key = dict(market=args.market, normalizer=normalizer, seed=seed)
+            if any(all(o[k] == v for k, v in key.items()) for o in done): continue
+            models = train(market, bars, seed, normalizer, Path(args.out)/f'{args.market}-{normalizer}-{seed}')
+            for model, folder in models.items():
+                done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed)]
+            done.sort(key=lambda o: (o['market'], o['normalizer'], o['seed']))
+            pd.DataFrame(done).to_csv(OUT, index=False)
+            new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
+            print(new.round(3).to_string(), flush=True)
+
+
+if __name__ == '__main__': main()

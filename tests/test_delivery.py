@@ -1,0 +1,128 @@
+"What is done to paths after they are drawn: begin at the last close, spread, pool; and what raw leaves out"
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kronos_nb.core import DataError, RunError
+from kronos_nb.decode.calibration import Calibration
+from kronos_nb.forecast import Forecaster
+from kronos_nb.judging.baselines import EWMA, GeometricBrownian, random_walks
+from kronos_nb.judging.calibrate import calibrate
+from kronos_nb.settings import Sampling
+from kronos_nb.train import load
+from tests.helpers import bars
+
+DRAWN = dict(temperature=1., top_k=0, top_p=.9)
+LEARNT = Calibration(DRAWN, (2., 2.), 4, .3, 'EWMA', (1., 1.), 30)
+
+
+@pytest.fixture(scope='module')
+def model(one_epoch_run):
+    f = Forecaster.from_pretrained(one_epoch_run, calibration=None)
+    assert f.anchor
+    return f
+
+
+def with_calibration(f, c=LEARNT): return Forecaster(f.tokenizer, f.predictors, calibration=c)
+
+
+def past(n=40): return bars[bars.symbol == bars.symbol.iloc[0]].tail(n)
+
+
+def test_an_anchored_forecast_is_the_raw_one_shifted_by_the_tokenizers_error(model):
+    raw, f = (model.predict(past(), 4, paths=30, coherent_candles=False, raw=o) for o in (True, False))
+    moved = f.paths[..., :4] - raw.paths[..., :4]
+    np.testing.assert_allclose(moved, f.settings['shift'], rtol=1e-6)
+    np.testing.assert_array_equal(f.paths[..., 4:], raw.paths[..., 4:])
+    x = past(model.lookback_window)[list(model.features)].to_numpy()
+    scale = model.normalizer.fit(x, len(x))
+    with torch.no_grad():
+        tokens = model.tokenizer.encode(torch.from_numpy(scale.encode(x))[None], half=True)
+        z = model.tokenizer.decode(tokens, half=True)
+    error = x[-1, 3] - scale.decode(z.double().numpy()[0, -1:])[0, 3]
+    np.testing.assert_allclose(f.settings['shift'], error, rtol=1e-3)
+    assert 'shift' not in raw.settings and raw.settings['anchor'] is False
+
+
+def test_the_choice_travels_with_the_model(model, tmp_path):
+    assert model.predictor.extra['anchor'] is True
+    f = Forecaster(model.tokenizer, model.predictors, anchor=False, calibration=LEARNT)
+    back = Forecaster.from_pretrained(f.save_pretrained(tmp_path))
+    assert back.anchor is False and back.calibration == LEARNT
+    for how in ({}, dict(raw=True)):
+        np.testing.assert_array_equal(*(o.predict(past(), 4, paths=9, **how).paths for o in (f, back)))
+    model.save_pretrained(tmp_path)   # over it: a calibration of other choices does not stay behind
+    assert Forecaster.from_pretrained(tmp_path).calibration is None
+    file = tmp_path/'predictor'/'calibration.json'
+    file.write_text('{"factors": [1, 1, 1], "dates": 30, "before": [1]}')   # of an earlier version
+    with pytest.warns(UserWarning, match='calibration.json'):
+        assert Forecaster.from_pretrained(tmp_path).calibration is None
+    file.write_text('{"spread": [1, 1]}')
+    with pytest.raises(RunError, match='calibration.json'):
+        Forecaster.from_pretrained(tmp_path)
+
+
+def test_paths_are_spread_and_pooled(model):
+    raw, f = model.predict(past(), 4, paths=50), with_calibration(model).predict(past(), 4, paths=50)
+    naive, = EWMA().predict_many([past(model.lookback_window)], 4, keys=[past().symbol.iloc[0]],
+                                 futures=[f.timestamps], paths=50)
+    closes, mine = f.paths[..., 3], np.diff(np.floor(np.arange(51)*.3 + 1e-9)) > 0
+    np.testing.assert_allclose(closes[~mine], naive.paths[~mine][..., 3], rtol=1e-9)
+    middle = np.median(np.log(raw.paths[..., 3]), 0)
+    np.testing.assert_allclose(np.log(closes[mine]) - middle, 2*(np.log(raw.paths[mine][..., 3]) - middle), atol=1e-9)
+    ranges = [np.log(o.paths[..., 1]/o.paths[..., 2]) for o in (raw, f)]
+    np.testing.assert_allclose(*ranges, atol=1e-9)
+    np.testing.assert_array_equal(f.paths[..., 4], raw.paths[..., 4])
+
+
+def test_a_calibration_is_for_the_sampling_it_was_learnt_with(model):
+    f = with_calibration(model, dataclasses.replace(LEARNT, sampling=DRAWN | dict(top_p=1.)))
+    own, same = f.predict(past(), 4, paths=9), f.predict(past(), 4, paths=9, temperature=1., top_p=1.)
+    np.testing.assert_array_equal(own.paths, same.paths)
+    assert own.settings['top_p'] == 1.
+    other = f.predict(past(), 4, paths=9, top_p=.5)
+    assert 'not calibrated' in other.notes[-1]
+    np.testing.assert_array_equal(other.paths, model.predict(past(), 4, paths=9, top_p=.5).paths)
+    greedy = f.predict(past(), 4, paths=2, temperature=0)
+    np.testing.assert_array_equal(greedy.paths, model.predict(past(), 4, paths=2, temperature=0, top_p=1.).paths)
+
+
+def test_a_grid_is_what_single_calls_give(model):
+    samplings = [Sampling(7, 0, t, 0, p) for t, p in ((1., .9), (.8, 1.))]
+    made = model.predict_grid([past(), past(30)], 4, samplings)
+    for row, s in zip(made, samplings):
+        for f, one in zip(row, model.predict_many([past(), past(30)], 4, sampling=s)):
+            np.testing.assert_array_equal(f.paths, one.paths)
+
+
+@pytest.mark.parametrize('shift', [0., -200.])
+def test_histories_of_odd_prices_are_delivered(model, shift):
+    "Prices that stand still, and prices below 0"
+    t = past(30)
+    flat = t.assign(open=100. + shift, high=100. + shift, low=100. + shift, close=100. + shift)
+    f = with_calibration(model).predict(flat, 4, paths=20)
+    assert np.isfinite(f.paths).all()
+
+
+def test_fewer_than_twenty_dates_are_refused():
+    with pytest.raises(DataError, match='origins'):
+        calibrate(GeometricBrownian(), random_walks(200), 60, 10)
+
+
+def test_symbols_without_room_are_left_out_of_the_choice():
+    walks = random_walks(900, ('A', 'B'))
+    few = pd.concat([walks, random_walks(30, ('C',))], ignore_index=True)
+    a, b = (calibrate(GeometricBrownian(), o, 60, 5) for o in (walks, few))
+    assert a == b
+
+
+def test_a_run_delivers_what_its_report_says(quickstart):
+    r = load(quickstart)
+    text = r.run.report_file.read_text()
+    assert r.calibration.sentence in text and r.calibration.naive in ('LastValue', 'EWMA', 'Garch')
+    assert set(r.calibration.scores) >= {'as drawn', 'spread', 'delivered'}
+    card = (quickstart/'predictor'/'best_model'/'README.md').read_text()
+    assert r.calibration.sentence in card

@@ -1,0 +1,120 @@
+"What a release needs: metadata, licences, addresses from one place, workflows that can publish, and a container file"
+import importlib.util
+import json
+import re
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import setuptools
+import yaml
+
+root = Path(__file__).resolve().parents[1]
+config = ConfigParser(delimiters=['='])
+config.read(root/'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, root/'tools'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def metadata():
+    "What setup.py tells setuptools"
+    found = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(setuptools, 'setup', lambda **kwargs: found.update(kwargs))
+        spec = importlib.util.spec_from_file_location('setup_of_the_project', root/'setup.py')
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return found
+
+
+def test_licences_are_in_the_wheel(metadata):
+    assert all((root/name).is_file() for name in metadata['license_files'])
+    bundled = {p.relative_to(root).as_posix() for p in root.glob('kronos_nb/**/LICENSE*')}
+    assert bundled <= set(metadata['license_files'])
+
+
+def test_addresses_come_from_settings(metadata):
+    ours = (cfg['git_url'], cfg['doc_host'])
+    assert all(o.startswith(ours) for o in [metadata['url'], *metadata['project_urls'].values()])
+    assert not tool('addresses').stale()
+
+
+def test_another_owner_reaches_every_page():
+    addresses = tool('addresses')
+    text = ('https://github.com/somebody/kronos_nb/blob/x https://somebody.github.io/kronos_nb/api '
+            'colab.research.google.com/github/somebody/kronos_nb/blob https://github.com/somebody/kronos_nb_data')
+    new = addresses.rewritten(text)
+    assert new.count('somebody') == 1 and new.endswith('somebody/kronos_nb_data')
+
+
+def test_the_long_description_works_elsewhere(metadata):
+    text = metadata['long_description']
+    targets = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert targets and all(o.startswith(('https://', '#')) for o in targets)
+    for o in targets:   # every link into the repository leads to a file
+        if m := re.match(rf"{re.escape(cfg['git_url'])}/(?:blob|raw)/{cfg['branch']}/([^#]+)", o):
+            assert (root/m[1]).exists(), o
+
+
+def test_pythons_and_classifiers(metadata):
+    assert len(set(metadata['classifiers'])) == len(metadata['classifiers'])
+    named = {o.rpartition(' ')[2] for o in metadata['classifiers'] if re.search(r':: 3\.\d+$', o)}
+    for name, job in (('ci.yml', 'platforms'), ('release.yml', 'install')):
+        workflow = yaml.safe_load((root/'.github'/'workflows'/name).read_text())
+        tested = workflow['jobs'][job]['strategy']['matrix']['python']
+        assert set(tested) <= named and cfg['min_python'] in tested
+
+
+def test_the_release_is_checked_and_trusted():
+    jobs = yaml.safe_load((root/'.github'/'workflows'/'release.yml').read_text())['jobs']
+    assert jobs['publish']['permissions'] == {'id-token': 'write', 'attestations': 'write', 'contents': 'write'}
+    assert jobs['publish']['needs'] == 'install' and jobs['install']['needs'] == 'build'
+    text = (root/'.github'/'workflows'/'release.yml').read_text()
+    assert 'password' not in re.sub('#.*', '', text) and 'secrets.' not in text
+
+
+def test_a_tag_agrees_with_the_version():
+    release = tool('release')
+    assert not release.problems(f"v{cfg['version']}") and release.changes(cfg['version'])
+    assert release.problems('v99') and release.problems(cfg['version'])
+    assert release.changes('99.0.0') == ''
+    assert f"version: {cfg['version']}\n" in (root/'CITATION.cff').read_text()
+
+
+def test_extras_are_in_dev_and_locked():
+    def plain(words): return {re.split('[=<>]', o)[0].lower().replace('_', '-') for o in words}
+    def names(key): return plain(shlex.split(cfg[key]))
+    locked = plain((root/'constraints.txt').read_text().split('\n'))
+    for key in ('serve_requirements', 'studio_requirements', 'requirements'):
+        assert names(key) <= locked
+    assert names('serve_requirements') <= names('dev_requirements')
+
+
+INSTRUCTIONS = set('FROM ARG RUN COPY USER WORKDIR ENV EXPOSE VOLUME STOPSIGNAL HEALTHCHECK ENTRYPOINT CMD'.split())
+
+
+def test_the_container_file():
+    "What a linter asks: known instructions, files that are there, versions, no root, JSON commands"
+    text = re.sub(r'\\\n\s*', '', (root/'Containerfile').read_text())
+    lines = [line.split(None, 1) for line in text.split('\n') if line and not line.startswith('#')]
+    assert {name for name, _ in lines} <= INSTRUCTIONS and lines[0][0] == 'FROM'
+    images = [rest.split()[0] for name, rest in lines if name == 'FROM']
+    assert all(re.search(r':\d[\w.-]+$', o) for o in images)   # a version, not the latest
+    for name, rest in lines:
+        if name == 'COPY' and '--from' not in rest:
+            assert all((root/o).exists() for o in rest.split()[:-1]), rest
+        if name in ('ENTRYPOINT', 'CMD'):
+            assert isinstance(json.loads(rest), list)
+        assert not re.search(r'\b(sudo|apt-get upgrade|curl .*\| *sh)\b', rest)
+    users = [rest for name, rest in lines if name == 'USER']
+    assert users and users[-1] != 'root'
+    entry = json.loads(next(rest for name, rest in lines if name == 'ENTRYPOINT'))
+    from kronos_nb.cli import parser
+    assert parser().parse_args([*entry[1:], '--model', 'bundled']).ip == '0.0.0.0'
