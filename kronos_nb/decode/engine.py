@@ -7,7 +7,7 @@ __all__ = ['KVCache', 'Session', 'Decoder', 'Detokenizer', 'arranged']
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-002
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -399,6 +399,15 @@ def s2_logits(self: Decoder,
     y = context + self.cross_out(seen.to(self.dtype))[:, 0]
     return self.head2(self.backend.norm(y).to(self.dtype)).float()
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #8748598e
+def _steady(layer, least=64):
+    "Return `layer` as a function that has the same bits with any number of rows"
+    def run(x):
+        n = x[..., 0].numel()
+        if x.device.type != 'cpu' or n >= least: return layer(x)
+        return layer(F.pad(x.flatten(0, -2), (0, 0, 0, least-n)))[:n].unflatten(0, x.shape[:-1])
+    return run
+
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-069
 class Detokenizer:
     "A tokenizer arranged to turn histories into tokens, and the tokens of many paths behind them into bars"
@@ -406,7 +415,7 @@ class Detokenizer:
         t, backend = tokenizer, _Backend(tokenizer.device)
         self.s1_bits, self.s2_bits = t.s1_bits, t.s2_bits
         layers = (t.embed, t.quant_embed, t.post_quant_embed, t.head)
-        self.embed, self.quant_embed, self.post_quant_embed, self.head = (Linear(o.weight, o.bias) for o in layers)
+        self.embed, self.quant_embed, self.post_quant_embed, self.head = map(_steady, layers)
         self.encoder, self.decoder = Stack(t.encoder, backend), Stack(t.decoder, backend)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-070
