@@ -169,7 +169,7 @@ def memory(a):
         whole = dict(fixed_GB=f'{fixed/1e9:.2f}', window_MB=f'{each/1e6:.0f}')
         whole |= dict(batch_GB=f'{(fixed + a.batch*each)/1e9:.1f}', windows_that_fit=fits)
         rows.append(dict(size=size, parameters=f'{n/1e6:.1f} M') | whole)
-    print(f'float32, {a.bars} bars, batch {a.batch}; a card that leaves {T4:.0f} GB. Fixed: weights, gradients and both\n'
+    print(f'float32, {a.bars} bars, batch {a.batch}; a card that leaves {T4:.0f} GB. Fixed: weights, gradients, both\n'
           'moments. Counted on the meta device, not measured on a card.')
     print(md_table(pd.DataFrame(rows)))
 

@@ -11,6 +11,7 @@ __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'ru
 import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #2674f408
 from . import __version__
 from kronos_nb.core import (
     FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
@@ -459,6 +460,7 @@ _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _m
 def _ledger_option(p):
     p.add_argument('--ledger', default='ledger', metavar='FOLDER', help='folder of the ledger')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #9ad08431
 def _ledger_parser(sub):
     "Add the command `ledger`"
     text = 'grade the forecasts that were stored, and show how good they were'
@@ -488,6 +490,7 @@ def _run_parser(sub):
 _SERVICE_LIMITS = dict(rows='bars of a request', paths='sampled futures', horizon='bars ahead',
     body='bytes of a request', waiting='requests at once', timeout='seconds until a request is given up')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #6f974e87
 def _serve_parser(sub):
     "Add the command `serve`"
     text = 'answer forecasts as JSON over HTTP'
@@ -1163,6 +1166,7 @@ def run_check(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #47aeb207
 _WRITERS = {'.parquet': 'to_parquet', '.feather': 'to_feather', '.csv': 'to_csv'}
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #f987a3a9
 def _fetched_file(a):
     "Return the file for the bars; raise where its ending is unknown or it is there"
     out = Path(a.out or f"{''.join(filter(str.isalnum, a.symbol))}-{a.interval}.parquet")
@@ -1171,6 +1175,7 @@ def _fetched_file(a):
         raise ConfigError(f"{str(out)!r} is there already. Replace it with --overwrite, or name another with --out")
     return out
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #d4cc279f
 def _write_bars(bars, out):
     "Write bars beside their place, then put them there"
     from kronos_nb.core import writing

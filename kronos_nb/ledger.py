@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #c710c44e
 from .core import ConfigError, DataError, RunError, check_choice, jsonable, md_text, one_line
 from .display import COLORS, date_text, figure, interval_text, legend_beside, md_table, name_list, percent
 from .settings import Sampling
@@ -34,6 +35,7 @@ def _digest(*parts) -> str: return hashlib.blake2b(repr(parts).encode(), digest_
 _SHARED = (*Sampling.__dataclass_fields__, 'lookback_window', 'max_context', 'precision', 'cross_rope', 'anchor',
            'baseline')   # the other settings of a forecast are numbers of its own
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #ed4a4aec
 def _series_settings(forecast) -> str:
     "Return as JSON what all forecasts of a series share"
     same = {k: v for k, v in forecast.settings.items() if k in _SHARED}
@@ -42,6 +44,7 @@ def _series_settings(forecast) -> str:
 # %% ../nbs/api/8_share/84_ledger.ipynb #2e066b6d
 def _refuse(forecast, why): raise DataError(f"{one_line(forecast.symbol) or 'the forecast'}: {why}")
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #87565b08
 def _check_forecast(f):
     "Raise for a forecast that could not be graded"
     if not isinstance(f, Forecast): raise ConfigError(f"a ledger keeps forecasts, got {type(f).__name__}")
@@ -162,6 +165,7 @@ def _add(self: Ledger, day, parts) -> int:
 _LIGHT = ['key', 'series', 'model', 'symbol', 'interval', 'origin', 'made', 'h', 'timestamps', 'last', 'scale',
           'paths', 'p_up', 'mean', *QUANTILES]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #06c2e8dd
 @patch(as_prop=True)
 def forecasts(self: Ledger) -> pd.DataFrame: # One row per bar, without the sampled closes
     "Return every forecast"
@@ -171,6 +175,7 @@ def forecasts(self: Ledger) -> pd.DataFrame: # One row per bar, without the samp
 # %% ../nbs/api/8_share/84_ledger.ipynb #f49f9082
 def _many(n, word) -> str: return f"{n:,} {word}{'s'*(n != 1)}"
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #d9a2dc5d
 @dataclass
 class Graded:
     "What `Ledger.grade` found"
@@ -221,6 +226,7 @@ class _Kept:
     def predict_many(self, histories, predict_window, **kwargs):
         return [SimpleNamespace(paths=np.repeat(p[..., None], 4, -1)) for p in self.paths]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #ae55084e
 class _Closes:
     "Let a forecaster be scored by its closes alone: the ledger keeps nothing else of what happened"
     def __init__(self, forecaster): self.forecaster = forecaster
@@ -398,6 +404,7 @@ def _nominal(n_paths) -> float:
 
 _CAP = .25   # (5 - 3)/(5 + 3)
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #19f14f08
 def _lead(mine, other):
     "Return how far a CRPS lies below another one, -1..1; 0 where they are equal"
     return np.clip((other - mine)/(other + mine), -_CAP, _CAP)/_CAP
@@ -441,6 +448,7 @@ def watch(
 # %% ../nbs/api/8_share/84_ledger.ipynb #cc796889
 _FACTS = ['series', 'model', 'symbol', 'interval', 'paths', 'settings', 'origin', 'made', 'h', 'timestamps']
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #c193ce07
 @patch(as_prop=True)
 def series(self: Ledger) -> pd.DataFrame: # Newest first
     "Return what the ledger holds, one row per series: model, symbols, interval, horizon, forecasts, replayed ..."
@@ -560,6 +568,7 @@ def sentences(self: LedgerReport) -> list:
 _LIGHT_OF = {'stop trusting': '\U0001F534 Stop trusting', 'recalibrate': '\U0001F7E1 Recalibrate',
              'no alarm': '\U0001F7E2 No alarm'}
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #1274c6ec
 @patch
 def to_markdown(self: LedgerReport) -> str:
     "Return light, sentences, comparisons and metrics as Markdown"
@@ -623,6 +632,7 @@ def graded_series(self: Ledger) -> list: # Newest first
     graded = set(self.grades['series'])
     return [s for s in self.series['series'] if s in graded]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #3f8890b4
 @patch
 def to_markdown(self: Ledger) -> str:
     "Return every series, and the reports of those that are graded"

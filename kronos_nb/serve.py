@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/88_serve.ipynb #8c950c91
 from . import __version__
 from .core import ConfigError, DataError, KronosError, RunError, nearest, one_line, short_repr
 from .settings import Sampling
@@ -44,6 +45,7 @@ class Refusal(KronosError):
         super().__init__(message)
         self.status, self.kind = status, kind
 
+# %% ../nbs/api/8_share/88_serve.ipynb #2ef9fa3b
 def _as_refusal(e) -> Refusal:
     "Return an error of the package as an answer; the source of bars is another machine"
     if isinstance(e, Refusal): return e
@@ -54,6 +56,7 @@ def _count_rows(bars) -> int:
     sizes = [len(v) for v in bars.values() if isinstance(v, list)] if isinstance(bars, dict) else [len(bars)]
     return max(sizes, default=0)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #7df750d0
 def parse_bars(
     bars,         # {column: values}, or a list of rows
     symbol: str,  # Whose bars they are
@@ -93,6 +96,7 @@ def _predict(model, jobs: list) -> list: # Forecasts
     return model.predict_many([o.bars for o in jobs], job.horizon, keys=[o.key for o in jobs], sampling=job.sampling,
         lookback_window=job.lookback, calendar=job.calendar, raw=job.raw, progress=False)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #19559986
 def _predict_each(model, jobs: list) -> list: # Forecasts, or exceptions where one failed
     "Forecast jobs of one kind; a bad one does not spoil the others"
     try: return _predict(model, jobs)
@@ -206,6 +210,7 @@ async def _let_in(self: Gate, scope, receive) -> bytes:
 # %% ../nbs/api/8_share/88_serve.ipynb #6ca3b87e
 def _error(e: Refusal) -> dict: return dict(error=dict(type=e.kind, message=str(e)))
 
+# %% ../nbs/api/8_share/88_serve.ipynb #0e9f6231
 async def _answer(send, e: Refusal):
     "Send an error"
     headers = [(b'content-type', b'application/json'), (b'connection', b'close')]
@@ -346,6 +351,7 @@ async def _forecast(self: Service, asked) -> dict:
     found = await self.batcher.forecast(job)
     return _as_json(found, job.model, self.hashes[job.model], asked)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #993cd831
 @patch
 def about(self: Service) -> list:
     "Return what there is to ask for"
@@ -400,6 +406,7 @@ def _add_routes(app, service, metrics, ForecastRequest):
 # %% ../nbs/api/8_share/88_serve.ipynb #5442597e
 _log = logging.getLogger('kronos_nb.serve')
 
+# %% ../nbs/api/8_share/88_serve.ipynb #4b45aafc
 def _add_errors(app):
     "Answer errors as JSON"
     from fastapi.exceptions import RequestValidationError
@@ -439,6 +446,7 @@ def take_token() -> tuple: # The token, and whether it is new
     given = os.environ.get('KRONOS_NB_TOKEN', '')
     return (given, False) if given else (secrets.token_urlsafe(24), True)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #abb1413e
 def listen(ip, port) -> socket.socket:
     "Return a socket that listens; raise `ConfigError` where the address is taken or not ours"
     if not 0 <= port < 65536: raise ConfigError(f"--port must be in 0..65535, got {port}")

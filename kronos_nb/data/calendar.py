@@ -248,6 +248,7 @@ def _on_clock(t, n, tz, ahead):
 # %% ../../nbs/api/1_data/18_calendar.ipynb #4663d221
 _CHANGING = ('America/New_York', 'Europe/Berlin') # clocks of most markets that change any
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #fb80761c
 def _change_in_sight(t, at):
     "Return a note where clocks change between the last three weeks of the history and the stamps ahead"
     span = pd.DatetimeIndex(np.array([max(t[0], t[-1] - 21*_DAY), at[-1]]).view('M8[ns]')).tz_localize('UTC')

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #b370bf1b
 from ..core import DataError, RunError, write_json
 from ..display import md_table, percent
 from ..settings import Sampling
@@ -119,6 +120,7 @@ def shares(self: Calibration) -> str:
     "Return the weights in words: '0.3 Kronos, 0.7 EWMA'"
     return f'{self.weight:.2g} Kronos' + (f', {1 - self.weight:.2g} {self.naive}' if self.weight < 1 else '')
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #64b85489
 @patch(as_prop=True)
 def drawing(self: Calibration) -> str: # 'temperature 1, top_p 0.9'
     "Return how paths are drawn, in words"
@@ -146,6 +148,7 @@ def _spread_out(self: Calibration, forecast):
     paths = move_closes(forecast.paths, _lifted(forecast.paths[..., 3], fade))
     return replace(forecast, paths=move_closes(paths, stretched(paths[..., 3], self.factors(len(forecast)))))
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #61fc1447
 def _lifted(closes, by):
     "Return closes plus `by` (H,), where positive prices stay positive"
     return np.maximum(closes + by, closes.min()/2) if (closes > 0).all() else closes + by
@@ -240,7 +243,8 @@ def sentence(self: Calibration) -> str:
     spread = f'{self.spread[0]:.2f} at the first bar and {self.spread[1]:.2f} at bar {self.horizon}'
     if not self.weight: return f'The model is set aside for the close: its paths follow {self.naive}.'
     fade = '' if self.kept == 1 else f', of which the last bar keeps {percent(self.kept, 0)}'
-    return (f'Forecasts are drawn with {self.drawing} and shifted to the last close{fade}; distances to the median are multiplied by {spread}; the closes '
+    return (f'Forecasts are drawn with {self.drawing} and shifted to the last close{fade}; distances to the median '
+            f'are multiplied by {spread}; the closes '
             f'are a pool of {self.shares}.')
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #127c0114
@@ -257,5 +261,6 @@ def to_markdown(self: Calibration) -> str:
             f"({self.first[:16]} to {self.last[:16]}). `predict(raw=True)` or `kronos-nb forecast --raw` leaves all of "
             f"it out.\n\n{md_table(scores)}\n\n{md_table(bands)}\n")
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #4535bdbd
 @patch
 def _repr_markdown_(self: Calibration): return self.to_markdown()

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #c66bd5a3
 from ..core import torch_rng
 from ..speed import measured, measuring, shortest
 from ..kernels.autograd import machine_code, swiglu, unit_rms
@@ -305,7 +306,8 @@ def most(self: Stack) -> int:
         products = [o.product for o in self.layers[0]]
         self._most = 0
         if measuring() and all(o.block for o in products):
-            size = f'{len(self.layers)} blocks {self.layers[0].out.width} x {self.layers[0].w13.width}, {self.heads} heads'
+            first = self.layers[0]
+            size = f'{len(self.layers)} blocks {first.out.width} x {first.w13.width}, {self.heads} heads'
             self._most = max(rows_won({int(n): t for n, t in measured(size, self._time_bar).items()}),
                              *(o.least for o in products))
     return self._most
@@ -446,6 +448,7 @@ def _bits_sum(p):
     bits = p.detach().contiguous().flatten().view(torch.uint8)
     return bits.view(torch.int64).sum() if bits.numel() % 8 == 0 else bits.sum(dtype=torch.int64)
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #31b8a57c
 def _state(model):
     "What changes with the weights of a model; None where it cannot be told"
     tensors = [*model.parameters(), *model.buffers()]
@@ -456,6 +459,7 @@ def _state(model):
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #27e61bcf
 _arranged = WeakKeyDictionary()   # Model -> (state, arranged model)
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #67bc3991
 def arranged(
     make,  # `Decoder` or `Detokenizer`
     model, # That it takes first

@@ -45,6 +45,7 @@ def _band_scores(
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #118140a5
 _LIMITS, _SHRINK = (.25, 4.), 20 # Of a factor; dates that halve what was learnt
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #268e7713
 def _spread(
     closes, # (N, S, H) of the paths
     y,      # (N, H) that happened
@@ -108,6 +109,7 @@ def _kept(
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #ddee3b9f
 GRID = ((1., .9), (1., 1.), (.85, 1.)) # temperature, top-p
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #5f7563ad
 def _drawn(forecaster, windows, samplings, batch=64):
     "Return the closes of all paths under each sampling, (G, N, S, H), and their shifts to the last close, (N,)"
     out, shifts = [], []
@@ -172,6 +174,7 @@ def _learn(closes, shifts, naive, windows, samplings) -> Calibration:
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35
 _PER_DATE = 25 # Most symbols forecast at one date
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #b531d44d
 def _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date):
     "Return the windows to learn from"
     per_date = min(per_date or _PER_DATE, bars['symbol'].nunique())
