@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+# %% ../nbs/api/4_training/49_average.ipynb #ceeaf532
 from .core import ConfigError, ModelError, RunError, write_atomic
 from .hashes import check_sums, write_model_files
 from .model.pretrained import check_finite

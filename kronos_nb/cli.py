@@ -11,6 +11,7 @@ __all__ = ['parser', 'config_of', 'respelt', 'launch', 'dry_run', 'run_fit', 'ru
 import argparse, contextlib, dataclasses, os, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #2674f408
 from . import __version__
 from kronos_nb.core import (
     FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
@@ -459,6 +460,7 @@ _COMMANDS = (_fit_parser, _forecast_parser, _evaluate_parser, _report_parser, _m
 def _ledger_option(p):
     p.add_argument('--ledger', default='ledger', metavar='FOLDER', help='folder of the ledger')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #9ad08431
 def _ledger_parser(sub):
     "Add the command `ledger`"
     text = 'grade the forecasts that were stored, and show how good they were'
@@ -477,8 +479,7 @@ def _run_parser(sub):
     p = _command(sub, 'run', run_turn, text, '[DATA ...]')
     _model_options(p)
     _ledger_option(p)
-    p.add_argument('--calibrated', action='store_true',
-        help="widen the bands by what the run learnt on its validation part")
+    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the model draws them')
     p.add_argument('--calendar', metavar='NAME', help="when the next bars come: 24/7, or an exchange's code such as "
         "XNYS; none: as the bars so far")
     p.add_argument('--fetch', nargs='+', default=[], metavar='SYMBOL', help='in place of DATA: download these symbols')
@@ -489,6 +490,7 @@ def _run_parser(sub):
 _SERVICE_LIMITS = dict(rows='bars of a request', paths='sampled futures', horizon='bars ahead',
     body='bytes of a request', waiting='requests at once', timeout='seconds until a request is given up')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #6f974e87
 def _serve_parser(sub):
     "Add the command `serve`"
     text = 'answer forecasts as JSON over HTTP'
@@ -501,7 +503,7 @@ def _serve_parser(sub):
         'name, as for kronos-nb fetch; none: bars come with the request')
     p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
-    p.add_argument('--calibrated', action='store_true', help='widen the bands by what each run learnt')
+    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the models draw them')
     for name, meaning in _SERVICE_LIMITS.items():
         p.add_argument(f'--max-{name}', type=float if name == 'timeout' else int, metavar='N', help=f'limit: {meaning}')
 
@@ -1164,6 +1166,7 @@ def run_check(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #47aeb207
 _WRITERS = {'.parquet': 'to_parquet', '.feather': 'to_feather', '.csv': 'to_csv'}
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #f987a3a9
 def _fetched_file(a):
     "Return the file for the bars; raise where its ending is unknown or it is there"
     out = Path(a.out or f"{''.join(filter(str.isalnum, a.symbol))}-{a.interval}.parquet")
@@ -1172,6 +1175,7 @@ def _fetched_file(a):
         raise ConfigError(f"{str(out)!r} is there already. Replace it with --overwrite, or name another with --out")
     return out
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #d4cc279f
 def _write_bars(bars, out):
     "Write bars beside their place, then put them there"
     from kronos_nb.core import writing
@@ -1243,11 +1247,9 @@ def _show_ledger(a, ledger) -> int:
 # %% ../nbs/api/9_faces/98_cli.ipynb #75c461b7
 def _forecaster_of(a):
     "Return the forecaster that the options name"
-    from kronos_nb.judging.calibrate import Calibrated
     from kronos_nb.forecast import Forecaster
-    _choose_model(a)
-    kind = Calibrated if a.calibrated else Forecaster
-    return kind.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model)
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    return Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #bad596ff
 def _turn_inputs(a):
@@ -1260,6 +1262,7 @@ def _turn_inputs(a):
         raise ConfigError("--fetch needs --interval, such as --interval 1h")
     from kronos_nb.ledger import Ledger
     from kronos_nb.schedule import fetch_new
+    _choose_model(a)
     f = _forecaster_of(a)
     lookback = a.lookback_window or f.lookback_window or f.max_context
     return f, fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)

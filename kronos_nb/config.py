@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo, available_timezones
 import yaml
 from fastcore.basics import patch
 
+# %% ../nbs/api/0_ground/03_config.ipynb #aa6ecd73
 from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
 from .settings import (
     Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)

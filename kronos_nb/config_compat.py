@@ -177,6 +177,7 @@ EARLIER = {
     'evaluate.calibrate': lambda stored: 'off',
 }
 
+# %% ../nbs/api/0_ground/02_config_compat.ipynb #bebf753c
 def as_then(
     stored: dict, # The settings that a run wrote, by group or by dotted name
 ) -> dict: # Dotted names to values

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+# %% ../nbs/api/7_fit/75_estimate.ipynb #9bfd39f4
 from .core import FEATURES, pick_device
 from .config import Config
 from .display import in_words

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+# %% ../nbs/api/6_judging/65_evaluate.ipynb #c803ea3d
 from .core import ConfigError, DataError, callable_module
 from .settings import Sampling, with_sampling
 from .display import progress_bar
@@ -184,22 +185,22 @@ def _checked_facts(forecaster, origins, used):
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-028
 @with_sampling
 def evaluate(
-    forecaster,       # Anything with `predict_many`
-    bars: pd.DataFrame, # With history
+    forecaster, # Anything with `predict_many`
+    bars: pd.DataFrame, # With the history before
     lookback_window: int | None = None, # `L`; None: as trained
     predict_window: int | None = None, # `H`; None: as trained
     *,
-    base=None,        # The start
-    baselines=None,   # `default_baselines`
+    base=None, # Model before fine-tuning
+    baselines=None,
     origins: int | None = None, # None: up to 64 dates
     per_date: int | None = None, # Symbols of each, in turns
-    start=None,       # First stamp to forecast, or {symbol: first}
-    used=None,        # Bars, or {symbol: (first, last)}; None: as recorded
-    max_gap='auto',
-    sampling: Sampling | None = None,
-    out_dir=None,     # To save
-    progress: bool = True,
-    **kwargs,         # Settings of `Sampling`
+    start=None, # First stamp to forecast, or {symbol: first}
+    used=None, # {symbol: (first, last)} or bars; None: as recorded
+    max_gap='auto', # As in `segments`
+    sampling: Sampling | None = None, # How to draw paths
+    out_dir=None, # To save
+    progress: bool = True, # Show a bar
+    **kwargs, # Settings of `Sampling`
 ) -> Evaluation:
     """Judge a model on untouched bars against its base and baselines
 

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #ac6e1b49
 from kronos_nb.core import (
     FEATURES, PRICES, ConfigError, DataError, ModelError, RunError, check_choice, nearest, pick_device,
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/80_hub.ipynb #f2556df3
 from . import __version__
 from .core import ConfigError, ModelError, RunError, check_choice, write_atomic
 from .display import md_table

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #c0db9932
 from . import __version__
 from .core import md_code, md_text, public_name, write_atomic
 from .config import Config

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #c710c44e
 from .core import ConfigError, DataError, RunError, check_choice, jsonable, md_text, one_line
 from .display import COLORS, date_text, figure, interval_text, legend_beside, md_table, name_list, percent
 from .settings import Sampling
@@ -31,14 +32,19 @@ from .evaluate import fingerprint, overlap_of
 # %% ../nbs/api/8_share/84_ledger.ipynb #83d926ab
 def _digest(*parts) -> str: return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
+_SHARED = (*Sampling.__dataclass_fields__, 'lookback_window', 'max_context', 'precision', 'cross_rope', 'anchor',
+           'baseline')   # the other settings of a forecast are numbers of its own
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #ed4a4aec
 def _series_settings(forecast) -> str:
     "Return as JSON what all forecasts of a series share"
-    same = {k: v for k, v in forecast.settings.items() if k != 'repaired'}   # a share that differs by forecast
+    same = {k: v for k, v in forecast.settings.items() if k in _SHARED}
     return json.dumps(jsonable(same), sort_keys=True)
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #2e066b6d
 def _refuse(forecast, why): raise DataError(f"{one_line(forecast.symbol) or 'the forecast'}: {why}")
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #87565b08
 def _check_forecast(f):
     "Raise for a forecast that could not be graded"
     if not isinstance(f, Forecast): raise ConfigError(f"a ledger keeps forecasts, got {type(f).__name__}")
@@ -159,6 +165,7 @@ def _add(self: Ledger, day, parts) -> int:
 _LIGHT = ['key', 'series', 'model', 'symbol', 'interval', 'origin', 'made', 'h', 'timestamps', 'last', 'scale',
           'paths', 'p_up', 'mean', *QUANTILES]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #06c2e8dd
 @patch(as_prop=True)
 def forecasts(self: Ledger) -> pd.DataFrame: # One row per bar, without the sampled closes
     "Return every forecast"
@@ -168,6 +175,7 @@ def forecasts(self: Ledger) -> pd.DataFrame: # One row per bar, without the samp
 # %% ../nbs/api/8_share/84_ledger.ipynb #f49f9082
 def _many(n, word) -> str: return f"{n:,} {word}{'s'*(n != 1)}"
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #d9a2dc5d
 @dataclass
 class Graded:
     "What `Ledger.grade` found"
@@ -218,6 +226,14 @@ class _Kept:
     def predict_many(self, histories, predict_window, **kwargs):
         return [SimpleNamespace(paths=np.repeat(p[..., None], 4, -1)) for p in self.paths]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #ae55084e
+class _Closes:
+    "Let a forecaster be scored by its closes alone: the ledger keeps nothing else of what happened"
+    def __init__(self, forecaster): self.forecaster = forecaster
+    def predict_many(self, histories, predict_window, **kwargs):
+        made = self.forecaster.predict_many(histories, predict_window, **kwargs)
+        return [SimpleNamespace(paths=o.paths[..., :4]) for o in made]
+
 # %% ../nbs/api/8_share/84_ledger.ipynb #33646d98
 def _history_of(first) -> pd.DataFrame:
     "Return the bars that a model saw, as its first row holds them"
@@ -235,8 +251,9 @@ def _windows_of(
     origins = pd.DataFrame(dict(symbol=[o.symbol for o in firsts], origin=[o.origin for o in firsts],
         first=[o.timestamps for o in firsts], last=[g['timestamps'].iloc[-1] for g in groups],
         scale=[o.scale for o in firsts], date=0, period=0))
-    return Windows(origins, [_history_of(o) for o in firsts], [pd.DatetimeIndex(g['timestamps']) for g in groups],
-                   np.stack([g['y'].to_numpy(np.float64) for g in groups]))
+    y = np.stack([g['y'].to_numpy(np.float64) for g in groups])
+    futures, unknown = [pd.DatetimeIndex(g['timestamps']) for g in groups], np.full(y.shape, np.nan)
+    return Windows(origins, [_history_of(o) for o in firsts], futures, y, ranges=unknown, volumes=unknown)
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #4dff9efb
 def _graded_rows(groups: list, baselines) -> pd.DataFrame: # Rows as of an `Evaluation`, and what the ledger adds
@@ -246,7 +263,7 @@ def _graded_rows(groups: list, baselines) -> pd.DataFrame: # Rows as of an `Eval
     if baselines is None:
         history = windows.histories[0]
         baselines = default_baselines(history, len(history), (history['close'] <= 0).any())
-    scored = {'model': _Kept(paths)} | {b.name: b for b in baselines}
+    scored = {'model': _Kept(paths)} | {b.name: _Closes(b) for b in baselines}
     rows = [forecast_rows(f, windows, _sampling_of(head)).assign(model=name) for name, f in scored.items()]
     kept = head[['key', 'series', 'made', 'timestamps', 'y_first', 'revised']].reset_index(drop=True)
     rows = [pd.concat([kept, o.drop(columns=['date', 'period'])], axis=1) for o in rows]
@@ -387,6 +404,7 @@ def _nominal(n_paths) -> float:
 
 _CAP = .25   # (5 - 3)/(5 + 3)
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #19f14f08
 def _lead(mine, other):
     "Return how far a CRPS lies below another one, -1..1; 0 where they are equal"
     return np.clip((other - mine)/(other + mine), -_CAP, _CAP)/_CAP
@@ -430,6 +448,7 @@ def watch(
 # %% ../nbs/api/8_share/84_ledger.ipynb #cc796889
 _FACTS = ['series', 'model', 'symbol', 'interval', 'paths', 'settings', 'origin', 'made', 'h', 'timestamps']
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #c193ce07
 @patch(as_prop=True)
 def series(self: Ledger) -> pd.DataFrame: # Newest first
     "Return what the ledger holds, one row per series: model, symbols, interval, horizon, forecasts, replayed ..."
@@ -504,11 +523,17 @@ def report(self: Ledger,
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #b8f3f64c
 @patch
+def _quiet(self: LedgerReport, name):
+    "Return how far an alarm is"
+    return f"no alarm, evidence {self.watched[name].iloc[-1]:,.0f} of {ONE_IN:,}"
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #48217bf3
+@patch
 def _bands_sentence(self: LedgerReport):
     "Return what the bands hold"
     right, held, since = _nominal(self.facts.paths), self.watched['coverage'].mean(), self._since('bands')
     text = f"its bands hold {percent(held)} of the closes, averaged over three bands, and {percent(right)} is right"
-    if since is None: return f"{text[0].upper()}{text[1:]}: no alarm."
+    if since is None: return f"{text[0].upper()}{text[1:]}: {self._quiet('bands')}."
     side = 'narrow' if held < right else 'wide'
     return (f"Recalibrate: {text}. They are too {side} by more than chance since {date_text(since)}; learn new factors "
             "from recent bars with calibrate(), or fine-tune on them.")
@@ -520,7 +545,7 @@ def _skill_sentence(self: LedgerReport):
     share, since = 1 - self.watched['crps'].mean()/self.watched['naive'].mean(), self._since('skill')
     side = f"{percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
     text = f"its CRPS is {side} than that of the naive forecast that was best so far"
-    if since is None: return f"{text[0].upper()}{text[1:]}: no alarm."
+    if since is None: return f"{text[0].upper()}{text[1:]}: {self._quiet('skill')}."
     return (f"Stop trusting it: {text}, and worse by more than chance since {date_text(since)}. Use the naive forecast "
             "until a new model beats it.")
 
@@ -543,6 +568,7 @@ def sentences(self: LedgerReport) -> list:
 _LIGHT_OF = {'stop trusting': '\U0001F534 Stop trusting', 'recalibrate': '\U0001F7E1 Recalibrate',
              'no alarm': '\U0001F7E2 No alarm'}
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #1274c6ec
 @patch
 def to_markdown(self: LedgerReport) -> str:
     "Return light, sentences, comparisons and metrics as Markdown"
@@ -581,7 +607,9 @@ def plot(self: LedgerReport): # The figure
     axs[2].semilogy(w.index, w['skill'], color=COLORS['history'], lw=1.2, label='stop trusting')
     axs[2].axhline(ONE_IN, color=COLORS['truth'], lw=1, ls='--', label='alarm')
     axs[2].set_title('evidence of a fault', fontsize=9)
-    for ax in axs: _dates_axis(ax)
+    axs[2].set_ylim(top=3*max(ONE_IN, w[['bands', 'skill']].max(axis=None)))
+    if len(w) > 1:
+        for ax in axs: _dates_axis(ax)
     legend_beside(fig)
     return fig
 
@@ -604,6 +632,7 @@ def graded_series(self: Ledger) -> list: # Newest first
     graded = set(self.grades['series'])
     return [s for s in self.series['series'] if s in graded]
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #3f8890b4
 @patch
 def to_markdown(self: Ledger) -> str:
     "Return every series, and the reports of those that are graded"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+# %% ../nbs/api/7_fit/76_own.ipynb #fbd4f458
 from .core import DataError, RunError, pick_device
 from .settings import Sampling
 from .config import OWN, Config, grouped

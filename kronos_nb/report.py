@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+# %% ../nbs/api/7_fit/70_report.ipynb #19bb487b
 from . import __version__
 from .core import KronosError, RunError, md_text, public_name, symbol_of, write_atomic
 from .config import Config

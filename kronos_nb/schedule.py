@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/86_schedule.ipynb #f2956a96
 from .core import ConfigError, DataError, one_line
 from .settings import Sampling, with_sampling
 from .display import date_text, interval_text
@@ -29,6 +30,7 @@ def _finished(bars, now):
 # %% ../nbs/api/8_share/86_schedule.ipynb #32bad099
 _STALE = 3   # intervals after which a source is called late
 
+# %% ../nbs/api/8_share/86_schedule.ipynb #7173b554
 def _late_sources(bars, now) -> list:
     "Return a note for each symbol whose newest bar is old"
     notes = []
@@ -109,7 +111,7 @@ def _forecast(model, bars, predict_window, lookback_window, sampling, **how) -> 
 # %% ../nbs/api/8_share/86_schedule.ipynb #0cca78e0
 @with_sampling
 def run_once(
-    model,          # A `Forecaster`, or a calibrated one
+    model,          # A `Forecaster`
     bars: pd.DataFrame, # With the lookback, and what happened since the last turn
     ledger,         # A `Ledger`, or its folder
     predict_window: int | None = None, # `H`; None: as trained
@@ -140,6 +142,7 @@ def _with_symbol(bars):
     if 'symbol' in bars: return bars
     raise DataError("the bars have no column symbol, and a ledger needs one; read them with read_klines")
 
+# %% ../nbs/api/8_share/86_schedule.ipynb #295b364e
 def _report_of(ledger, model):
     "Return the report of the newest graded series of a model, if there is one"
     s = ledger.series

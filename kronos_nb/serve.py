@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../nbs/api/8_share/88_serve.ipynb #8c950c91
 from . import __version__
 from .core import ConfigError, DataError, KronosError, RunError, nearest, one_line, short_repr
 from .settings import Sampling
@@ -44,6 +45,7 @@ class Refusal(KronosError):
         super().__init__(message)
         self.status, self.kind = status, kind
 
+# %% ../nbs/api/8_share/88_serve.ipynb #2ef9fa3b
 def _as_refusal(e) -> Refusal:
     "Return an error of the package as an answer; the source of bars is another machine"
     if isinstance(e, Refusal): return e
@@ -54,6 +56,7 @@ def _count_rows(bars) -> int:
     sizes = [len(v) for v in bars.values() if isinstance(v, list)] if isinstance(bars, dict) else [len(bars)]
     return max(sizes, default=0)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #7df750d0
 def parse_bars(
     bars,         # {column: values}, or a list of rows
     symbol: str,  # Whose bars they are
@@ -79,9 +82,10 @@ class _Job:
     lookback: int | None
     sampling: Sampling
     calendar: str | None
+    raw: bool = False
     done: asyncio.Future = None
     @property
-    def kind(self): return self.model, self.horizon, self.lookback, self.sampling, self.calendar
+    def kind(self): return self.model, self.horizon, self.lookback, self.sampling, self.calendar, self.raw
     @property
     def key(self): return f"{self.bars.symbol.iloc[0]} {self.bars.timestamps.iloc[-1]}"
 
@@ -90,8 +94,9 @@ def _predict(model, jobs: list) -> list: # Forecasts
     "Forecast jobs of one kind together"
     job = jobs[0]
     return model.predict_many([o.bars for o in jobs], job.horizon, keys=[o.key for o in jobs], sampling=job.sampling,
-        lookback_window=job.lookback, calendar=job.calendar, progress=False)
+        lookback_window=job.lookback, calendar=job.calendar, raw=job.raw, progress=False)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #19559986
 def _predict_each(model, jobs: list) -> list: # Forecasts, or exceptions where one failed
     "Forecast jobs of one kind; a bad one does not spoil the others"
     try: return _predict(model, jobs)
@@ -205,6 +210,7 @@ async def _let_in(self: Gate, scope, receive) -> bytes:
 # %% ../nbs/api/8_share/88_serve.ipynb #6ca3b87e
 def _error(e: Refusal) -> dict: return dict(error=dict(type=e.kind, message=str(e)))
 
+# %% ../nbs/api/8_share/88_serve.ipynb #0e9f6231
 async def _answer(send, e: Refusal):
     "Send an error"
     headers = [(b'content-type', b'application/json'), (b'connection', b'close')]
@@ -247,9 +253,10 @@ def _sampling_model(limits: Limits):
         model_config = ConfigDict(extra='forbid')
         paths: int = Field(100, ge=1, le=limits.paths)
         seed: int = Field(0, ge=0, lt=2**63)
-        temperature: float = Field(1., ge=0, le=100)
+        temperature: float | None = Field(None, ge=0, le=100, description="None: as saved with the model")
         top_k: int = Field(0, ge=0)
-        top_p: float = Field(.9, gt=0, le=1)
+        top_p: float | None = Field(None, gt=0, le=1, description="None: as saved with the model")
+        raw: bool = Field(False, description="Neither anchor nor calibration: the paths as the model draws them")
     return SamplingRequest
 
 # %% ../nbs/api/8_share/88_serve.ipynb #7a55d026
@@ -312,7 +319,7 @@ def _settle(self: Service, asked) -> _Job:
     if horizon is None: raise ConfigError("this model records no horizon; send predict_window")
     if horizon > self.limits.horizon: raise ConfigError(f"predict_window may be {self.limits.horizon}, got {horizon}")
     return _Job(name, bars, horizon, asked.lookback_window, Sampling(**{k: getattr(asked, k) for k in sampled}),
-                asked.calendar)
+                asked.calendar, asked.raw)
 
 # %% ../nbs/api/8_share/88_serve.ipynb #453ba9f3
 def _as_json(f, name, digest, asked) -> dict:
@@ -344,6 +351,7 @@ async def _forecast(self: Service, asked) -> dict:
     found = await self.batcher.forecast(job)
     return _as_json(found, job.model, self.hashes[job.model], asked)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #993cd831
 @patch
 def about(self: Service) -> list:
     "Return what there is to ask for"
@@ -398,6 +406,7 @@ def _add_routes(app, service, metrics, ForecastRequest):
 # %% ../nbs/api/8_share/88_serve.ipynb #5442597e
 _log = logging.getLogger('kronos_nb.serve')
 
+# %% ../nbs/api/8_share/88_serve.ipynb #4b45aafc
 def _add_errors(app):
     "Answer errors as JSON"
     from fastapi.exceptions import RequestValidationError
@@ -437,6 +446,7 @@ def take_token() -> tuple: # The token, and whether it is new
     given = os.environ.get('KRONOS_NB_TOKEN', '')
     return (given, False) if given else (secrets.token_urlsafe(24), True)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #abb1413e
 def listen(ip, port) -> socket.socket:
     "Return a socket that listens; raise `ConfigError` where the address is taken or not ours"
     if not 0 <= port < 65536: raise ConfigError(f"--port must be in 0..65535, got {port}")

@@ -81,6 +81,7 @@ def _sum_of(measured): return hashlib.sha256(json.dumps(measured, sort_keys=True
 
 def _file(key) -> Path: return cache_root()/'speed'/f'{_sum_of(key)}.json'
 
+# %% ../nbs/api/0_ground/08_speed.ipynb #f484d629
 def _read(path) -> dict:
     try:
         kept = json.loads(path.read_text(encoding='utf-8'))
@@ -136,6 +137,7 @@ def matrix_rates() -> dict: # 'highest' and 'medium' (float32), 'bf16' -> GFLOP/
 # %% ../nbs/api/0_ground/08_speed.ipynb #41cec1b7
 WORTH = 1.3   # times float32's rate; a step gains about half of it
 
+# %% ../nbs/api/0_ground/08_speed.ipynb #709b560e
 def worthwhile(
     rates: dict, # From `matrix_rates`
 ) -> dict: # Setting -> value

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../nbs/api/7_fit/77_train.ipynb #a358317b
 from .core import DataError, ModelError, RunError, pick_device, threads, write_atomic, writing
 from .settings import parse_duration
 from .config import Config
@@ -255,12 +256,14 @@ def _grid(cfg: Config) -> list: # Of (temperature, top-p)
     t, p = cfg.evaluate.temperature, cfg.evaluate.top_p
     return list(dict.fromkeys((a if t is None else t, b if p is None else p) for a, b in GRID))
 
+# %% ../nbs/api/7_fit/77_train.ipynb #06f3e8f7
 def _chosen(forecaster, data: Prepared, cfg: Config) -> Calibration:
     "Return how the paths of a forecaster are best drawn, spread and pooled on the validation part"
     given = _calibration_bars(data, cfg)
     return calibrate(forecaster, **given, used=data.span('train'), grid=_grid(cfg), top_k=cfg.evaluate.top_k,
         paths=cfg.evaluate.paths, seed=cfg.runtime.seed, per_date=cfg.evaluate.per_date)
 
+# %% ../nbs/api/7_fit/77_train.ipynb #40e54d93
 def _learn_calibration(result: FitResult, data: Prepared):
     "Set the calibration, or why there is none"
     cfg = result.config

@@ -17,6 +17,7 @@ import psutil
 from fastcore.basics import patch
 from filelock import FileLock
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #9d3e3139
 from kronos_nb.core import (
     ConfigError, DataError, KronosError, RunError, callable_module, check_choice, short_repr, stable_key, write_json,
 )
@@ -392,6 +393,7 @@ def is_gone(said: dict) -> bool:
         return True
     return said.get('began', began) != began   # another process has its number
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #4ff8dbe7
 def reap(study):
     "Queue trials again whose process is gone"
     S = _optuna().trial.TrialState

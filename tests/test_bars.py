@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from kronos_nb.core import DataError
+from kronos_nb.data.calendar import future_stamps
 from kronos_nb.data.read import read_klines
 
 
@@ -30,3 +31,21 @@ def test_amounts_of_other_vendors(tmp_path):
 def test_a_workbook_says_what_to_do(tmp_path):
     (tmp_path/'X.xlsx').write_bytes(b'PK\3\4\0\0\0\0')
     with pytest.raises(DataError, match='csv'): read_klines(tmp_path/'X.xlsx')
+
+
+@pytest.mark.parametrize('zone,tz,day,said', [
+    ('America/New_York', None, '2024-03-08', True), ('America/New_York', None, '2024-03-20', True),
+    ('America/New_York', 'America/New_York', '2024-03-08', False), ('America/New_York', None, '2024-06-14', False),
+    ('Asia/Shanghai', 'Asia/Shanghai', '2024-03-08', False)])
+def test_a_change_of_clocks_in_sight_is_said(zone, tz, day, said):
+    "Bars of half an hour in UTC, whose market changes its clocks and whose zone nobody gave"
+    days = pd.bdate_range(end=day, periods=20)
+    local = pd.DatetimeIndex([d + pd.Timedelta(minutes=570 + 30*i) for d in days for i in range(13)], tz=zone)
+    stamps = local.tz_convert('UTC').tz_localize(None)
+    ahead, note = future_stamps(stamps, 13, tz=tz)
+    assert ('clocks' in note) == said
+    if tz: assert ahead.tz_localize('UTC').tz_convert(zone)[0].strftime('%H:%M') == '09:30'
+
+
+def test_markets_that_never_close_do_not_mind_clocks():
+    assert future_stamps(pd.date_range('2024-02-20', '2024-03-08', freq='h'), 48)[1] == ''

@@ -16,7 +16,7 @@ from kronos_nb.train import load
 from tests.helpers import bars
 
 DRAWN = dict(temperature=1., top_k=0, top_p=.9)
-LEARNT = Calibration(DRAWN, (2., 2.), 4, .3, 'EWMA', (1., 1.), 30)
+LEARNT = Calibration(DRAWN, (2., 2.), 4, .3, 'EWMA', (1., 1.), 1., 30)
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +76,14 @@ def test_paths_are_spread_and_pooled(model):
     ranges = [np.log(o.paths[..., 1]/o.paths[..., 2]) for o in (raw, f)]
     np.testing.assert_allclose(*ranges, atol=1e-9)
     np.testing.assert_array_equal(f.paths[..., 4], raw.paths[..., 4])
+
+
+def test_the_shift_fades_as_validation_said(model):
+    whole = model.predict(past(), 4, paths=9, coherent_candles=False)
+    c = dataclasses.replace(LEARNT, spread=(1., 1.), weight=1., kept=.4)
+    f = with_calibration(model, c).predict(past(), 4, paths=9, coherent_candles=False)
+    moved = (f.paths[..., 3] - whole.paths[..., 3])/whole.settings['shift']
+    np.testing.assert_allclose(moved, np.tile([0, -.2, -.4, -.6], (9, 1)), atol=1e-6)
 
 
 def test_a_calibration_is_for_the_sampling_it_was_learnt_with(model):

@@ -271,3 +271,14 @@ def test_wrong_use_is_one_error_and_one_command(tmp_path, capsys, monkeypatch, a
 def test_an_empty_ledger_says_so(tmp_path, capsys):
     assert main(['ledger', 'show', '--ledger', str(tmp_path)]) == 0
     assert 'no forecasts' in capsys.readouterr().out
+
+
+def test_one_series_whatever_the_numbers_of_a_forecast(tmp_path):
+    "A share of repaired candles or a shift belongs to one forecast; another seed or anchor is another series"
+    ledger, made = Ledger(tmp_path), forecasts(walk, [L, L + 1, L + 2])
+    for i, f in enumerate(made):
+        f.settings |= dict(repaired=.1*i, shift=.3*i, something_new=i, anchor=True)
+    ledger.append(made, 'gbm')
+    assert len(ledger.series) == 1
+    made[0].settings['anchor'] = False
+    assert ledger.append(made[:1], 'gbm') == 1 and len(ledger.series) == 2

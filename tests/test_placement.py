@@ -55,7 +55,8 @@ def pair():
 def batches(pair):
     "Return both tasks, each with a batch"
     tokens = dict(s1=on_meta(4, 40, high=32), s2=on_meta(4, 40, high=64), stamp=on_meta(4, 40, 5, high=7))
-    return dict(tokenizer=(TokenizerTask(pair[0]), dict(x=on_meta(4, 40, 6))), predictor=(PredictorTask(pair[1]), tokens))
+    bars = dict(x=on_meta(4, 40, 6))
+    return dict(tokenizer=(TokenizerTask(pair[0]), bars), predictor=(PredictorTask(pair[1]), tokens))
 
 
 def update(task, batch, opt):

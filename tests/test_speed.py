@@ -31,7 +31,8 @@ def models():
     size = dict(s1_bits=4, s2_bits=5, d_model=96, n_heads=4, ff_dim=160)
     size |= dict(ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
     tokenizer = dict(d_in=6, n_enc_layers=2, n_dec_layers=2, beta=.05, gamma0=1., gamma=1.1, zeta=.05, group_size=3)
-    return KronosTokenizer(**size, **tokenizer).eval(), Kronos(**size, n_layers=3, token_dropout_p=0., learn_te=True).eval()
+    predictor = Kronos(**size, n_layers=3, token_dropout_p=0., learn_te=True)
+    return KronosTokenizer(**size, **tokenizer).eval(), predictor.eval()
 
 
 def paths(pair, n, horizon=12, context=64):

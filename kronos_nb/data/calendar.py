@@ -245,6 +245,17 @@ def _on_clock(t, n, tz, ahead):
     at = np.unique(from_market_clock(local.view('M8[ns]'), tz, ambiguous='first')).view('i8')
     return at[at > t[-1]][:n], note
 
+# %% ../../nbs/api/1_data/18_calendar.ipynb #4663d221
+_CHANGING = ('America/New_York', 'Europe/Berlin') # clocks of most markets that change any
+
+# %% ../../nbs/api/1_data/18_calendar.ipynb #fb80761c
+def _change_in_sight(t, at):
+    "Return a note where clocks change between the last three weeks of the history and the stamps ahead"
+    span = pd.DatetimeIndex(np.array([max(t[0], t[-1] - 21*_DAY), at[-1]]).view('M8[ns]')).tz_localize('UTC')
+    zones = [zone for zone in _CHANGING if len({o.utcoffset() for o in span.tz_convert(zone)}) > 1]
+    return [f"clocks change in {' and '.join(zones)}, and these stamps do not; if they are in UTC, market_tz takes the "
+            "zone of the market"] if zones else []
+
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-039
 def _next(t, n, calendar, tz):
     "Return the next `n` stamps in ns, and a note on what had to be guessed"
@@ -252,7 +263,9 @@ def _next(t, n, calendar, tz):
     step = _bar_step(t)
     if calendar == '24/7' or calendar is None and _never_closes(t, step): return t[-1] + step * np.arange(1, n + 1), ''
     if calendar is not None: return _exchange(t, n, step, calendar), ''
-    return _on_clock(t, n, tz, lambda t, n: _long_steps(t, n, step) if step > _DAY else _ahead(t, n, step))
+    at, note = _on_clock(t, n, tz, lambda t, n: _long_steps(t, n, step) if step > _DAY else _ahead(t, n, step))
+    changes = _change_in_sight(t, at) if tz in (None, 'UTC') and step < _DAY else []
+    return at, '; '.join([note, *changes] if note else changes)
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #cell-040
 def future_stamps(

@@ -251,6 +251,7 @@ def _order_rules(b):
 # %% ../../nbs/api/1_data/12_check.ipynb #cell-029
 _LARGEST = 1e100   # its square is finite, as statistics need it
 
+# %% ../../nbs/api/1_data/12_check.ipynb #53a423e8
 def _bar_rules(b, negative_prices=False):
     "Return masks of bars that are wrong or suspicious by themselves"
     o, h, l, c, v, a = b.x[:, :6].T

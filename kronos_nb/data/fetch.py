@@ -28,6 +28,7 @@ import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #d53b6ad6
 from ..core import ConfigError, DataError, KronosError, RunError, cache_root, check_choice, one_line, safe_name
 from ..core import write_atomic, writing
 from ..display import progress_bar
@@ -66,6 +67,7 @@ def _plain_symbol(symbol):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #54ac53f9
 _DATE = r'\s*(\d{4}-.*|\d{4}|\d{8})\s*'
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #12179297
 def _moment(when, name):
     "Return a moment as datetime64[ns] in UTC"
     try:
@@ -91,6 +93,7 @@ _MONTH_OF_GRACE = np.timedelta64(40, 'D') # after its first day, a month without
 
 def _months(start, end): return np.arange(start.astype('M8[M]'), (end - np.timedelta64(1, 'ns')).astype('M8[M]') + 1)
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #28100fa8
 def _days_of(month, start, end):
     "Return the days of a month inside start <= day < end"
     days = np.arange(month.astype('M8[D]'), (month + 1).astype('M8[D]'))
@@ -128,6 +131,7 @@ def _is_away(error):
     "Return whether there was no server at all, so that waiting helps little"
     return isinstance(getattr(error, 'reason', None), (socket.gaierror, ConnectionRefusedError))
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #56faed0d
 def _persist(work, what, size=lambda: 0, say=lambda text: None, lost=_LOST):
     "Return what `work` returns; try again while the server is busy or the connection is lost"
     attempt, most = 0, size()
@@ -154,6 +158,7 @@ def _request(url, offset=0):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #a37c1da2
 def _size(path): return path.stat().st_size if path.exists() else 0
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #adb0f3ac
 def _receive(url, part):
     "Add what is missing to the file `part`; raise `ConnectionError` where the connection ends too early"
     have = _size(part)
@@ -285,6 +290,7 @@ def _teller(bar):
 
 def _now(zone='UTC'): return pd.Timestamp.now(zone).tz_localize(None)
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #513cc637
 def _late(range_):
     "Return a note where the range reaches beyond the last day of the archive"
     if range_.end <= range_.today: return []
@@ -315,6 +321,7 @@ def _client(name):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #7135871a
 _SHORTEST_PAGE = 100 # bars: every exchange answers for at least so many
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #10fa0f0e
 def _pages(page_at, since, last, step):
     "Yield pages of bars, `[ms, ...]`, with since <= ms < last"
     widest = _SHORTEST_PAGE
@@ -364,6 +371,7 @@ def _from_ccxt(symbol, interval, start, end, exchange, progress, **how):
 _DAY = np.timedelta64(1, 'D')
 _YAHOO = {s: s for s in '1m 2m 5m 15m 30m 1h 1d'.split()} | {'1w': '1wk', '1mo': '1mo'}
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #75cb2bc7
 def _yahoo_spans(interval, start, end):
     "Return ranges to ask for: a week of minutes at a time, and a day more on each side of days"
     pad = _DAY * (_length(interval) >= _DAY)
@@ -371,6 +379,7 @@ def _yahoo_spans(interval, start, end):
     at = pd.DatetimeIndex(edges).tz_localize('UTC')
     return zip(at[:-1], at[1:])
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #a23a9dec
 def _from_yfinance(symbol, interval, start, end, exchange, progress, **how):
     "Return bars of a share"
     theirs = _YAHOO[check_choice('interval', interval, _YAHOO)]
@@ -383,6 +392,7 @@ def _from_yfinance(symbol, interval, start, end, exchange, progress, **how):
 _AK_PERIODS = {'1d': 'daily', '1w': 'weekly', '1mo': 'monthly', '1m': '1', '5m': '5', '15m': '15', '30m': '30',
                '1h': '60'}
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #1b9d0e81
 def _from_akshare(symbol, interval, start, end, exchange, progress, **how):
     "Return bars of a Chinese share"
     period, ak = _AK_PERIODS[check_choice('interval', interval, _AK_PERIODS)], _client('akshare')
@@ -402,6 +412,7 @@ def _adjusted(name, how):
     on = how.get('auto_adjust', True) if name == 'yfinance' else how.get('adjust')
     return [] if name == 'ccxt' else [f"prices {'' if on else 'not '}adjusted for splits and dividends"]
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #f0b909ca
 def _market(name, found, t):
     "Return a note on the zone of the exchange, for bars with a time of day"
     zone = _READING.get(name, {}).get('tz') or getattr(getattr(found, 'index', None), 'tz', None)
@@ -411,6 +422,7 @@ def _market(name, found, t):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #5b133034
 _SESSION = dict(akshare=pd.Timedelta('16h')) # at that time of day a session is over
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #17939510
 def _over(t, interval, name):
     "Return the mask of bars that are over"
     n, day, now = int(re.match(r'\d+', interval)[0]), session_dates(t), _now()
@@ -460,6 +472,7 @@ def _begins_late(bars, start, interval, source):
 # %% ../../nbs/api/1_data/19_fetch.ipynb #f1f79884
 _CHECK = 'Check symbol and dates; libraries keep minutes for days or weeks only'
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #7b76e14c
 def _asked(interval, start, end, source):
     "Return the two moments of the range; raise where something else is no interval or source"
     _length(interval)

@@ -323,6 +323,7 @@ def _price_columns(loc, close):
     out[..., :4] = close[..., None]
     return out
 
+# %% ../../nbs/api/1_data/15_normalize.ipynb #86c50553
 @dataclass(frozen=True)
 class LastClose(_Normalizer):
     "Last close of the lookback for prices, mean for the rest; standard deviation of the lookback"

@@ -675,6 +675,7 @@ BAR_END = 'stamps mark the end of each bar; bar_end=True moves them to its start
 _SERVER = "MetaTrader stamps are on the clock of the broker's server; tz takes its zone"
 _CONVENTIONS = ( # columns that tell a source, note
     ('ts_code trade_time', BAR_END),       # tushare
+    ('order_book_id datetime', BAR_END),   # RiceQuant
     ('day open close', BAR_END),           # Sina
     ('\u65f6\u95f4 \u5f00\u76d8', BAR_END), # Eastmoney
     ('date tickvol', _SERVER),

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/1_data/11_read.ipynb #737a63ea
 from ..core import FEATURES, PRICES, DataError, check_choice, one_line
 from ..display import progress_bar
 from .parse import COLUMNS, EXCHANGE_COLUMNS, EXTRA_NAMES, IN_A_RUN, ParseOptions, TableParser, Undecided
@@ -596,6 +597,7 @@ def mask(self: _Filter, table, symbol, bar_end=False):
     self.left -= int(keep.sum())
     return keep
 
+# %% ../../nbs/api/1_data/11_read.ipynb #193022f9
 @patch
 def inside(self: _Filter, bars):
     "Return the bars of the range, once ends of bars are moved to their start"

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+# %% ../../nbs/api/1_data/16_window.ipynb #4bcd3d40
 from ..core import FEATURES, ConfigError, DataError, check_choice, stable_key
 from .parse import COLUMNS, market_clock, time_stamps
 from .check import bar_interval, find_gaps, interval_changes

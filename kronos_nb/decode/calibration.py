@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #b370bf1b
 from ..core import DataError, RunError, write_json
 from ..display import md_table, percent
 from ..settings import Sampling
@@ -33,6 +34,7 @@ class Calibration:
     weight: float  # Share of the paths that keep the model's closes, 0..1
     naive: str     # Baseline whose closes the other paths take
     naive_spread: tuple # Factors of its paths
+    kept: float    # Share of the shift to the last close that the last bar keeps, 0..1
     dates: int     # Forecast origins behind it
     scores: dict = field(default_factory=dict) # Validation CRPS, in mean one-bar moves, of each step and baseline
     before: tuple = () # Coverage of the 50, 80 and 95 % band on validation, as drawn
@@ -118,6 +120,7 @@ def shares(self: Calibration) -> str:
     "Return the weights in words: '0.3 Kronos, 0.7 EWMA'"
     return f'{self.weight:.2g} Kronos' + (f', {1 - self.weight:.2g} {self.naive}' if self.weight < 1 else '')
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #64b85489
 @patch(as_prop=True)
 def drawing(self: Calibration) -> str: # 'temperature 1, top_p 0.9'
     "Return how paths are drawn, in words"
@@ -129,6 +132,27 @@ def fits(self: Calibration, sampling: Sampling) -> bool:
     "Return whether paths were drawn as the calibration was learnt for"
     return all((getattr(sampling, k) or 0) == v for k, v in self.sampling.items())
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #ccc45d64
+def faded(
+    kept: float, # Share that the last bar keeps
+    n: int,      # Bars ahead
+) -> np.ndarray: # (n,), from 1 to `kept`
+    "Return the share of the shift that each bar keeps"
+    return np.linspace(1, kept, n) if n > 1 else np.ones(1)
+
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #fc079f99
+@patch
+def _spread_out(self: Calibration, forecast):
+    "Return a forecast with faded shift and spread paths"
+    fade = forecast.settings.get('shift', 0)*(faded(self.kept, max(self.horizon, len(forecast)))[:len(forecast)] - 1)
+    paths = move_closes(forecast.paths, _lifted(forecast.paths[..., 3], fade))
+    return replace(forecast, paths=move_closes(paths, stretched(paths[..., 3], self.factors(len(forecast)))))
+
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #61fc1447
+def _lifted(closes, by):
+    "Return closes plus `by` (H,), where positive prices stay positive"
+    return np.maximum(closes + by, closes.min()/2) if (closes > 0).all() else closes + by
+
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #2672a030
 @patch
 def apply(self: Calibration,
@@ -139,7 +163,7 @@ def apply(self: Calibration,
     "Return forecasts whose paths are spread and pooled, with a note that says so"
     keys, out = [f.symbol for f in forecasts] if keys is None else keys, []
     for f, key in zip(forecasts, keys):
-        wide = replace(f, paths=move_closes(f.paths, stretched(f.paths[..., 3], self.factors(len(f)))))
+        wide = self._spread_out(f)
         closes, pooled = self._pooled(wide, key, seed)
         said = f'calibrated: distances to the median times {self.spread[0]:.2f} to {self.spread[1]:.2f}'
         notes = [*f.notes, '; '.join(filter(None, (said, pooled)))]
@@ -147,8 +171,8 @@ def apply(self: Calibration,
     return out
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #9113ad7d
-_SAID = dict(sampling=dict, spread=[float], horizon=int, weight=float, naive=str, naive_spread=[float], dates=int,
-    scores=dict, before=[float], after=[float], first=str, last=str)
+_SAID = dict(sampling=dict, spread=[float], horizon=int, weight=float, naive=str, naive_spread=[float], kept=float,
+    dates=int, scores=dict, before=[float], after=[float], first=str, last=str)
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #8fd95563
 def _damage(said) -> str: # '' where there is none
@@ -156,7 +180,8 @@ def _damage(said) -> str: # '' where there is none
     for name in ('spread', 'naive_spread'):
         good = [math.isfinite(f) and f > 0 for f in said[name]]
         if len(good) != 2 or not all(good): return f"{name} must be two factors above 0, got {said[name]}"
-    if not 0 <= said['weight'] <= 1: return f"weight must be in 0..1, got {said['weight']}"
+    for name in ('weight', 'kept'):
+        if not 0 <= said[name] <= 1: return f"{name} must be in 0..1, got {said[name]}"
     if said['naive'] not in NAIVE: return f"naive must be one of {', '.join(NAIVE)}, got {said['naive']!r}"
     if set(said['sampling']) != {'temperature', 'top_k', 'top_p'}: return 'sampling must have temperature, top_k, top_p'
     return '' if said['horizon'] > 0 else 'horizon must be above 0'
@@ -217,7 +242,9 @@ def sentence(self: Calibration) -> str:
     "Return what is done to the paths"
     spread = f'{self.spread[0]:.2f} at the first bar and {self.spread[1]:.2f} at bar {self.horizon}'
     if not self.weight: return f'The model is set aside for the close: its paths follow {self.naive}.'
-    return (f'Forecasts are drawn with {self.drawing}; distances to the median are multiplied by {spread}; the closes '
+    fade = '' if self.kept == 1 else f', of which the last bar keeps {percent(self.kept, 0)}'
+    return (f'Forecasts are drawn with {self.drawing} and shifted to the last close{fade}; distances to the median '
+            f'are multiplied by {spread}; the closes '
             f'are a pool of {self.shares}.')
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #127c0114
@@ -234,5 +261,6 @@ def to_markdown(self: Calibration) -> str:
             f"({self.first[:16]} to {self.last[:16]}). `predict(raw=True)` or `kronos-nb forecast --raw` leaves all of "
             f"it out.\n\n{md_table(scores)}\n\n{md_table(bands)}\n")
 
+# %% ../../nbs/api/5_forecast/55_calibration.ipynb #4535bdbd
 @patch
 def _repr_markdown_(self: Calibration): return self.to_markdown()

@@ -7,13 +7,14 @@ __all__ = ['KVCache', 'Session', 'Decoder', 'Detokenizer', 'arranged']
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-002
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #c66bd5a3
 from ..core import torch_rng
 from ..speed import measured, measuring, shortest
 from ..kernels.autograd import machine_code, swiglu, unit_rms
@@ -305,7 +306,8 @@ def most(self: Stack) -> int:
         products = [o.product for o in self.layers[0]]
         self._most = 0
         if measuring() and all(o.block for o in products):
-            size = f'{len(self.layers)} blocks {self.layers[0].out.width} x {self.layers[0].w13.width}, {self.heads} heads'
+            first = self.layers[0]
+            size = f'{len(self.layers)} blocks {first.out.width} x {first.w13.width}, {self.heads} heads'
             self._most = max(rows_won({int(n): t for n, t in measured(size, self._time_bar).items()}),
                              *(o.least for o in products))
     return self._most
@@ -399,6 +401,15 @@ def s2_logits(self: Decoder,
     y = context + self.cross_out(seen.to(self.dtype))[:, 0]
     return self.head2(self.backend.norm(y).to(self.dtype)).float()
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #8748598e
+def _steady(layer, least=64):
+    "Return `layer` as a function that has the same bits with any number of rows"
+    def run(x):
+        n = x[..., 0].numel()
+        if x.device.type != 'cpu' or n >= least: return layer(x)
+        return layer(F.pad(x.flatten(0, -2), (0, 0, 0, least-n)))[:n].unflatten(0, x.shape[:-1])
+    return run
+
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-069
 class Detokenizer:
     "A tokenizer arranged to turn histories into tokens, and the tokens of many paths behind them into bars"
@@ -406,7 +417,7 @@ class Detokenizer:
         t, backend = tokenizer, _Backend(tokenizer.device)
         self.s1_bits, self.s2_bits = t.s1_bits, t.s2_bits
         layers = (t.embed, t.quant_embed, t.post_quant_embed, t.head)
-        self.embed, self.quant_embed, self.post_quant_embed, self.head = (Linear(o.weight, o.bias) for o in layers)
+        self.embed, self.quant_embed, self.post_quant_embed, self.head = map(_steady, layers)
         self.encoder, self.decoder = Stack(t.encoder, backend), Stack(t.decoder, backend)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-070
@@ -437,6 +448,7 @@ def _bits_sum(p):
     bits = p.detach().contiguous().flatten().view(torch.uint8)
     return bits.view(torch.int64).sum() if bits.numel() % 8 == 0 else bits.sum(dtype=torch.int64)
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #31b8a57c
 def _state(model):
     "What changes with the weights of a model; None where it cannot be told"
     tensors = [*model.parameters(), *model.buffers()]
@@ -447,6 +459,7 @@ def _state(model):
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #27e61bcf
 _arranged = WeakKeyDictionary()   # Model -> (state, arranged model)
 
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #67bc3991
 def arranged(
     make,  # `Decoder` or `Detokenizer`
     model, # That it takes first

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #8990f5aa
 from ..core import ConfigError, DataError
 from ..config import Config
 from ..display import name_list

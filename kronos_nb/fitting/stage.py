@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #11b5c09d
 from ..core import ConfigError, KronosError, RunError, seed_everything, write_atomic, write_json
 from ..config import Config
 from ..machine import COMPILE_MODES, Machine, machine_for
@@ -294,6 +295,7 @@ def _spoilt(stage: Stage, best: Best, why):
     return RunError(f"{str(stage.files.best_model)!r} {why}. Delete the checkpoints from step {best.step} on, and the "
         "same command trains that model again")
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #0e7a966c
 def _check_saved(stage: Stage, learn: Learner, best: Best, value: float):
     "Raise unless best_model still gives the number that it was saved with"
     tolerance = 1e-5 if learn.backend.precision == 'fp32' else 1e-3

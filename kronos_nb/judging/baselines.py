@@ -205,6 +205,7 @@ class LastValue(Baseline):
     def weights(self, n, season, ahead): return np.arange(n) >= n - max(season, 20)
     def returns(self, r, size, rngs, bars): return _resample(r - r.mean(1, keepdims=True), size, rngs)
 
+# %% ../../nbs/api/5_forecast/54_baselines.ipynb #f1dfd998
 class Drift(Baseline):
     "The last close plus resampled past returns, mean included"
     def returns(self, r, size, rngs, bars): return _resample(r, size, rngs)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import DataError
 from ..display import percent
 from ..settings import Sampling
-from ..decode.calibration import NAIVE, Calibration, own_paths, stretched
+from ..decode.calibration import NAIVE, Calibration, faded, own_paths, stretched
 from .metrics import crps
 from .origins import check_untouched, pick_origins, slice_windows
 from ..evaluate import overlap_of
@@ -45,6 +45,7 @@ def _band_scores(
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #118140a5
 _LIMITS, _SHRINK = (.25, 4.), 20 # Of a factor; dates that halve what was learnt
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #268e7713
 def _spread(
     closes, # (N, S, H) of the paths
     y,      # (N, H) that happened
@@ -91,12 +92,27 @@ def _weight(model, naive, y, scale, dates) -> float:
     scores = (_pool_scores(model, naive, y, grid)/scale).mean((1, 2))
     return round(float(grid[scores.argmin()])*dates/(dates + _SHRINK), 2)
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #5da18784
+def _kept(
+    middle, # (N, H) medians of shifted paths
+    shifts, # (N,)
+    y,      # (N, H) that happened
+    scale,  # (N, 1) mean one-bar moves
+    dates: int,
+) -> float: # 0..1
+    "Return the share of the shift that the last bar should keep"
+    less = np.linspace(0, 1, y.shape[1])*shifts[:, None]/scale
+    size = (less**2).sum()
+    slope = ((y - middle)/scale*less).sum()/size if size > 0 else 0.
+    return round(float(np.clip(1 + slope*dates/(dates + _SHRINK), 0, 1)), 2)
+
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #ddee3b9f
 GRID = ((1., .9), (1., 1.), (.85, 1.)) # temperature, top-p
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #5f7563ad
 def _drawn(forecaster, windows, samplings, batch=64):
-    "Return the closes of all paths under each sampling, (G, N, S, H)"
-    out = []
+    "Return the closes of all paths under each sampling, (G, N, S, H), and their shifts to the last close, (N,)"
+    out, shifts = [], []
     for i in range(0, len(windows), batch):
         part, H = windows[i:i + batch], windows.y.shape[1]
         given = dict(keys=part.keys, futures=part.futures)
@@ -104,16 +120,19 @@ def _drawn(forecaster, windows, samplings, batch=64):
             made = forecaster.predict_grid(part.histories, H, samplings, progress=False, **given)
         else: made = [forecaster.predict_many(part.histories, H, sampling=s, **given) for s in samplings]
         out.append([np.stack([f.paths[..., 3] for f in o]) for o in made])
-    return np.concatenate([np.stack(o) for o in out], 1)
+        shifts += [f.settings.get('shift', 0.) for f in made[0]]
+    return np.concatenate([np.stack(o) for o in out], 1), np.array(shifts)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #c07c4f98
-def _best_drawing(closes, y, scale, dates) -> tuple: # Index, spread, closes (N, S, H)
-    "Return the sampling with the lowest CRPS after spreading"
+def _best_drawing(closes, shifts, y, scale, dates) -> tuple: # Index, share of the shift kept, spread, closes (N, S, H)
+    "Return the sampling with the lowest CRPS after fading the shift and spreading"
     found = []
     for i, c in enumerate(closes):
-        spread = _spread(c, y, dates)
-        wide = stretched(c, np.linspace(*spread, c.shape[-1]))
-        found.append(((crps(wide, y)/scale).mean(), i, spread, wide))
+        kept = _kept(np.median(c, 1), shifts, y, scale, dates)
+        moved = c + (shifts[:, None]*(faded(kept, y.shape[1]) - 1))[:, None]
+        spread = _spread(moved, y, dates)
+        wide = stretched(moved, np.linspace(*spread, c.shape[-1]))
+        found.append(((crps(wide, y)/scale).mean(), i, kept, spread, wide))
     return min(found, key=lambda o: o[0])[1:]
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #33a7e5af
@@ -134,11 +153,11 @@ def _naive_closes(windows, sampling):
     return {name: one(b) for name, b in members.items()}
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #4d099e20
-def _learn(closes, naive, windows, samplings) -> Calibration:
+def _learn(closes, shifts, naive, windows, samplings) -> Calibration:
     "Return the choices for closes of the grid (G, N, S, H) and of the baselines"
     y, scale = windows.y, windows.origins['scale'].to_numpy()[:, None]
     dates = windows.origins['date'].nunique()
-    i, spread, wide = _best_drawing(closes, y, scale, dates)
+    i, kept, spread, wide = _best_drawing(closes, shifts, y, scale, dates)
     def mean(paths): return float((crps(paths, y)/scale).mean())
     spreads = {name: _spread(o, y, dates) for name, o in naive.items()}
     naive = {name: stretched(o, np.linspace(*spreads[name], o.shape[-1])) for name, o in naive.items()}
@@ -149,12 +168,13 @@ def _learn(closes, naive, windows, samplings) -> Calibration:
     scores = {'as drawn': mean(closes[i]), 'spread': mean(wide), 'delivered': mean(pool)} | scores
     drawn = {k: getattr(samplings[i], k) for k in ('temperature', 'top_k', 'top_p')}
     first, last = windows.origins['origin'].min(), windows.origins['origin'].max()
-    return Calibration(drawn, spread, y.shape[1], weight, best, spreads[best], dates, scores, _coverage(closes[i], y),
-                       _coverage(pool, y), str(first), str(last))
+    return Calibration(drawn, spread, y.shape[1], weight, best, spreads[best], kept, dates, scores,
+                       _coverage(closes[i], y), _coverage(pool, y), str(first), str(last))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35
 _PER_DATE = 25 # Most symbols forecast at one date
 
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #b531d44d
 def _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date):
     "Return the windows to learn from"
     per_date = min(per_date or _PER_DATE, bars['symbol'].nunique())
@@ -186,8 +206,8 @@ def calibrate(
     "Return how the paths of a model are best drawn, spread and pooled on validation bars"
     windows = _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date)
     samplings = [Sampling(max(paths, 2), seed, t, top_k, p) for t, p in grid]
-    closes = _drawn(forecaster, windows, samplings)
-    return _learn(closes, _naive_closes(windows, samplings[0]), windows, samplings)
+    drawn = _drawn(forecaster, windows, samplings)
+    return _learn(*drawn, _naive_closes(windows, samplings[0]), windows, samplings)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-046
 def room_to_calibrate(

@@ -241,6 +241,7 @@ def _pair_table(p):
 # %% ../../nbs/api/6_judging/69_compare.ipynb #cell-036
 SHOWN = ('crps', 'mase', 'rmse_pct', 'cover_80', 'direction', 'qlike')
 
+# %% ../../nbs/api/6_judging/69_compare.ipynb #dd16fd68
 def _metric_table(m, names):
     m = m[(m['scope'] == 'pooled') & (m['model'] == 'model') & m['metric'].isin(SHOWN)]
     m = m.assign(cell=[f'{a:.3f} ({b:.3f}, {c:.3f})' for a, b, c in m[['value', 'low', 'high']].to_numpy()])

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #c63746a0
 from ..core import RunError, check_choice, md_text, one_line, write_atomic, write_json
 from kronos_nb.display import (
     COLORS, date_text, figure, legend_beside, md_key, md_table, p_value, percent, plain_text, png, save_figure,
@@ -304,6 +305,7 @@ def skills(self: Evaluation) -> pd.DataFrame: # metric, against, skill, low, hig
 _QUANTITIES = dict(close='crps', range='crps_range', volatility='crps_volatility', volume='crps_volume',
                    direction='brier')
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #e93f4faf
 @patch(as_prop=True)
 def quantities(self: Evaluation) -> pd.DataFrame: # Index: quantity; against, skill, low, high, finding
     "Return the skill in each quantity against its own best naive forecast, with intervals corrected for several looks"
@@ -329,6 +331,7 @@ def _found(quantity, t):
     ends = sorted(abs(100*t[k]) for k in ('low', 'high'))
     return f"{quantity} by {percent(abs(t['skill']), 0)} ({ends[0]:.0f} to {ends[1]:.0f})"
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #153d1d41
 @patch(as_prop=True)
 def by_quantity(self: Evaluation) -> str:
     "Return for which quantities the model is better than their best naive forecasts, in one sentence"
@@ -346,6 +349,7 @@ _QUANTITY_KEY = {
              'interval that is corrected for the number of quantities',
     'finding': 'better or worse where the whole interval lies above or below zero'}
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #ac040f8e
 @patch
 def _quantity_table(self: Evaluation):
     "Return `quantities` as text"
@@ -368,6 +372,7 @@ def light(self: Evaluation) -> str:
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #81cd796d
 _SEEN = 'Released weights may have seen the bars before {}, which judge here: new bars may show less.'
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #eeb8467f
 @patch(as_prop=True)
 def sentences(self: Evaluation) -> list:
     "Return the verdict with its reason, the differences with their intervals, and what the origins can show"

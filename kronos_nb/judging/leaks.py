@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #7bd83f05
 from ..core import FEATURES, DataError, np_rng, torch_rng
 from ..settings import Sampling
 from ..display import md_table

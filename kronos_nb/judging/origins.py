@@ -125,13 +125,13 @@ def _at_dates(can, origins, periods, predict_window):
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #cell-019
 def pick_origins(
-    bars: pd.DataFrame,   # Canonical bars of one or more symbols
+    bars: pd.DataFrame, # Canonical bars
     lookback_window: int, # `L`
-    predict_window: int,  # `H`
-    origins: int | None = None, # Dates; None: up to 64, as many as do not overlap, at least two per period
-    periods: int = 4,     # Separate stretches of time, at least 4
-    start=None,           # First timestamp that may be forecast; one for all, or a dict of the symbols to be judged
-    max_gap='auto',       # Longest break inside a window, as in `segments`
+    predict_window: int, # `H`
+    origins: int | None = None, # Dates; None: up to 64 that do not overlap, at least two per period
+    periods: int = 4, # Separate stretches of time, at least 4
+    start=None, # First timestamp that may be forecast, or a dict of the symbols to be judged
+    max_gap='auto', # As in `segments`
     per_date: int | None = None, # Most symbols of one date, in turns; None: all
 ) -> tuple: # Frame symbol, row, origin, first, last, scale, date, period; frame of what was left out
     "Spread `origins` dates evenly over `periods` stretches of `bars`"

@@ -87,6 +87,7 @@ class Product(NamedTuple):
         "Return up to how many rows our loop is at least as fast, or the only one that keeps the bits"
         return max(self.least, rows_won(self.times)) if self.block else 0
 
+# %% ../../nbs/api/2_kernels/25_choice.ipynb #3dd67782
 NOT_MEASURED = Product(0, 0, {})
 
 # %% ../../nbs/api/2_kernels/25_choice.ipynb #6acd7dc8

@@ -15,6 +15,7 @@ import typing
 import yaml
 from fastcore.basics import patch
 
+# %% ../../nbs/api/9_faces/91_config.ipynb #28a4bcb2
 from ..core import ConfigError, KronosError, RunError
 from ..settings import format_setting, span_text
 from ..config import OWN, PRESET_NAMES, SECTIONS, VARIANTS, Config

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/9_faces/94_data.ipynb #c906a74f
 from ..core import DataError, KronosError
 from ..settings import format_setting
 from ..config import OWN, Config, DataConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #7da390d7
 from ..core import DataError, RunError, check_choice
 from ..settings import Sampling
 from ..config import Config

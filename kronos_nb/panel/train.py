@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+# %% ../../nbs/api/9_faces/92_train.ipynb #eead58f6
 from ..core import RunError
 from ..display import clock, figure
 from ..training.checkpoint import Interrupts

@@ -15,6 +15,7 @@ import psutil
 import torch
 from fastcore.basics import patch
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #b29eba1a
 from ..core import ConfigError, check_choice, write_atomic, write_json, writing
 from ..display import EVERY, clock, current_run, png, progress_bar
 from ..model.tokenizer import KronosTokenizer

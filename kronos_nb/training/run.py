@@ -15,6 +15,7 @@ import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
+# %% ../../nbs/api/4_training/41_run.ipynb #b47135da
 from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
 from ..config import Config
 from ..hashes import check_sums

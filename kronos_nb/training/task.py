@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../../nbs/api/4_training/43_task.ipynb #604bfcee
 from ..core import FEATURES, ConfigError, ModelError, writing
 from ..display import progress_bar
 from ..data.window import BatchSampler, WindowDataset
