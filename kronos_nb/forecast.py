@@ -374,8 +374,8 @@ def _draw(self: Forecaster, hists, scales, stamps, keys, horizon, samplings, mem
     batches = list(self._batches([len(h.x) for h in hists], horizon, paths, memory))
     total = horizon*len(samplings)*sum(min(len(self.predictors), len(ks)) for _, ks in batches)
     with evaluating(self.tokenizer, *self.predictors), progress_bar(total, 'forecast', 'bar', progress) as bar:
-        how = dict(cross_rope=self.cross_rope, dtype=self.dtype, compiler=self.compile)
-        decoders = [arranged(Decoder, m, **how) for m in self.predictors]
+        how = dict(dtype=self.dtype, compiler=self.compile)
+        decoders = [arranged(Decoder, m, cross_rope=self.cross_rope or m.cross_rope, **how) for m in self.predictors]
         detokenizer = arranged(Detokenizer, self.tokenizer)
         for rows, ks in batches:
             if not ks.start:

@@ -84,12 +84,19 @@ def season_of(
 @patch
 def _past_bars(self: Baseline, bars, size, rngs):
     "Return for each bar ahead the position of the past bar that gives its range and volume, (N, S, H)"
-    season, n = season_of(bars[0]['timestamps']), len(bars[0])
-    odds = [np.asarray(self.weights(n, season, h), np.float64) for h in range(1, size[1] + 1)]
-    odds = np.stack([o/o.sum() if o.any() else np.full(n, 1/n) for o in odds]).cumsum(1)
-    drawn = np.stack([g.random(size) for g in rngs])
-    at = [np.searchsorted(o, drawn[..., h], side='right') for h, o in enumerate(odds)]
-    return np.minimum(np.stack(at, -1), n - 1)
+    n, odds, out = len(bars[0]), {}, []
+    for b, g in zip(bars, rngs):
+        if (season := season_of(b['timestamps'])) not in odds: odds[season] = self._odds(n, season, size[1])
+        drawn = g.random(size)
+        at = [np.searchsorted(o, drawn[:, h], side='right') for h, o in enumerate(odds[season])]
+        out.append(np.minimum(np.stack(at, -1), n - 1))
+    return np.stack(out)
+
+@patch
+def _odds(self: Baseline, n, season, horizon):
+    "Return the cumulated probability of each past bar, for each bar ahead, (H, n)"
+    odds = [np.asarray(self.weights(n, season, h), np.float64) for h in range(1, horizon + 1)]
+    return np.stack([o/o.sum() if o.any() else np.full(n, 1/n) for o in odds]).cumsum(1)
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #1775079c
 def _stretch_candles(

@@ -295,15 +295,16 @@ def _range_scores(paths, windows):
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #99cf8861
 def _volatility_scores(paths, windows, last):
-    "Return the CRPS of the realised volatility at the last bar, (N, H), NaN elsewhere; NaN for prices not above 0"
-    out = np.full(windows.y.shape, np.nan)
-    close = paths[..., 3]
-    fits = (close > 0).all((1, 2)) & (windows.y > 0).all(1) & (last > 0)
-    def realised(c, first): return np.sqrt((np.diff(np.log(c), axis=-1, prepend=np.log(first))**2).sum(-1))
-    for i in np.flatnonzero(fits):
-        x, y = realised(close[i], np.full((len(close[i]), 1), last[i])), realised(windows.y[i], last[i:i + 1])
-        scale = windows.origins['scale'].iloc[i]/last[i]*np.sqrt(windows.y.shape[1])
-        out[i, -1] = crps(x[:, None], np.array([y]))[0]/scale
+    "Return the CRPS of the realised volatility at the last bar, (N, H), NaN elsewhere"
+    out, scales = np.full(windows.y.shape, np.nan), windows.origins['scale'].to_numpy()
+    for i, (close, y, first, scale) in enumerate(zip(paths[..., 3], windows.y, last, scales)):
+        log = min(close.min(), y.min(), first) > 0   # else volatility is of differences
+        f = np.log if log else np.asarray
+        def realised(c):
+            moves = np.diff(f(c), axis=-1, prepend=f(np.full(c[..., :1].shape, first)))
+            return np.sqrt((moves**2).sum(-1))
+        unit = scale/(first if log else 1)*np.sqrt(len(y))
+        out[i, -1] = crps(realised(close)[:, None], np.array([realised(y)]))[0]/unit
     return out
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #6b02d7f7
