@@ -192,6 +192,13 @@ def test_a_market_that_never_closes_keeps_its_pace_over_a_hole_and_a_change_of_c
     assert future_stamps(friday, 24)[0][-1] == friday[-1] + pd.Timedelta('24h')
 
 
+@pytest.mark.parametrize('begin, bars', [('2001-01-05 01:00', 24), ('2024-03-01 06:00', 40), ('2024-03-08', 30)])
+def test_a_short_history_without_a_break_keeps_its_pace(begin, bars):
+    "From Friday into the weekend: no closing was seen, so none is expected"
+    t = pd.date_range(begin, periods=bars, freq='h')
+    assert (future_stamps(t, 48)[0] == t[-1] + pd.to_timedelta(np.arange(1, 49), 'h')).all()
+
+
 @pytest.mark.parametrize('rule', ['BME', 'ME', 'MS', 'BMS'])
 def test_months_whose_session_was_moved_by_a_holiday(rule):
     due = pd.date_range('2022-01-01', '2024-12-31', freq=rule)

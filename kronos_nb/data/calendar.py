@@ -232,7 +232,8 @@ def _given(t, n, future):
 
 # %% ../../nbs/api/1_data/18_calendar.ipynb #61353bf9
 def _never_closes(t, step):
-    "Return whether the bars of the history, of at least eight days, run around the clock on all weekdays"
+    "Return whether bars run around the clock: all day on all weekdays, or for a day and more without any break"
+    if step < _DAY and t[-1] - t[0] + step >= _DAY and (np.diff(t) == step).all(): return True   # no closing was seen
     if step > _DAY or t[-1] - t[0] < 8 * _DAY: return False
     clock, hours, _ = _opening_hours(t)
     return len(clock) * step >= _DAY and bool(hours.all())
