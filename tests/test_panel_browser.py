@@ -303,7 +303,7 @@ def studio(tmp_path):
     command = [sys.executable, '-m', 'kronos_nb.cli', 'studio', 'my doge.csv', '--no-browser', '--port']
     process = subprocess.Popen([*command, str(free_port())], cwd=home, env=private(tmp_path), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell may ignore it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         lines = iter(process.stdout.readline, '')
         yield next(found[0] for line in lines if (found := re.search(r'http://\S+', line))), process
