@@ -325,19 +325,17 @@ def _price_columns(loc, close):
 
 # %% ../../nbs/api/1_data/15_normalize.ipynb #86c50553
 @dataclass(frozen=True)
-class LastClose(_Normalizer):
-    "Last close of the lookback for prices, mean for the rest; standard deviation of the lookback"
-    clip: float = 5.  # Sigmas, above 0
-    eps: float = EPSILON # Added to the standard deviation, up to one percent of it
+class LastClose(ZScore):
+    "Last close of the lookback for prices, mean for the rest; scales as with the z-score"
     kind = 'last_close'
 
     def _fit(self, past):
-        mean, std = (o.numpy() for o in _moments(past))
-        return _price_columns(mean, past[:, -1, 3].numpy()), _add_epsilon(mean, std, self.eps)
+        mean, scale = super()._fit(past)
+        return _price_columns(mean, past[:, -1, 3].numpy()), scale
 
     def _roll(self, x, L, compiled):
-        mean, std = _rolling_moments(x, L)
-        return _price_columns(mean, x[L - 1:, 3]), _add_epsilon(mean, std, self.eps)
+        mean, scale = super()._roll(x, L, compiled)
+        return _price_columns(mean, x[L - 1:, 3]), scale
 
 # %% ../../nbs/api/1_data/15_normalize.ipynb #cell-080
 NORMALIZERS = {o.kind: o for o in (ZScore, MedianMAD, LastClose)}

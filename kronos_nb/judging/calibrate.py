@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import DataError
 from ..display import percent
 from ..settings import Sampling
-from ..decode.calibration import NAIVE, Calibration, faded, own_paths, stretched
+from ..decode.calibration import NAIVE, Calibration, faded, naive_closes, own_paths, stretched
 from .metrics import crps
 from .origins import check_untouched, pick_origins, slice_windows
 from ..evaluate import overlap_of
@@ -143,14 +143,7 @@ def _coverage(closes, y) -> tuple:
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #584cbf2f
 def _naive_closes(windows, sampling):
     "Return the closes of every baseline that may be pooled"
-    def one(baseline):
-        made = baseline.predict_many(windows.histories, windows.y.shape[1], keys=windows.keys, futures=windows.futures,
-                                     sampling=sampling)
-        return np.stack([f.paths[..., 3] for f in made])
-    positive = all((h.close > 0).all() for h in windows.histories)
-    members = {name: b if positive else type(b)() for name, b in NAIVE.items()}
-    for b in members.values(): b.additive = not positive
-    return {name: one(b) for name, b in members.items()}
+    return {o: naive_closes(o, windows.histories, windows.futures, windows.keys, sampling) for o in NAIVE}
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #4d099e20
 def _learn(closes, shifts, naive, windows, samplings) -> Calibration:
