@@ -273,6 +273,8 @@ def _model_options(p):
         help='bars of history to read; none: what the model was trained for')
     p.add_argument('--predict-window', type=int, metavar='N',
         help='bars to forecast; none: what the model was trained for')
+    p.add_argument('--market-tz', metavar='ZONE',
+        help="zone of the clock that the models read, such as Asia/Shanghai; none: as trained, else UTC")
     for f in dataclasses.fields(Sampling):
         p.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, metavar='N', help=f.metadata['meaning'])
 
@@ -756,6 +758,8 @@ def _print_result(result, data):
     e, lines = result.evaluation, ['Not judged: no test part was held back.']
     if e is not None:
         lines = [e.light, *e.sentences, *([e.by_quantity] if len(e.quantities) else [])]
+    if result.calibration is not None:
+        lines.append(result.calibration.sentence)
     print('', *lines, f'Report: {result.run.report_file}', sep='\n')
     if result.predictor is not None:
         print(f"Next: {_command_line(['forecast', *data, '--model', result.out_dir])}")
@@ -853,20 +857,33 @@ def _choose_model(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #2814429d
 def _say(text: str): print(text, file=sys.stderr)
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #75c461b7
+def _drawn_how(a) -> dict:
+    "Return what the options say of the paths and of the clock, for a `Forecaster`"
+    how = dict(anchor=False, calibration=None) if a.raw else {}
+    return how | (dict(market_tz=a.market_tz) if a.market_tz else {})
+
+def _forecaster_of(a):
+    "Return the forecaster that the options name"
+    from kronos_nb.forecast import Forecaster
+    return Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **_drawn_how(a))
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-087
 def _base_of(a, f):
-    "Return the forecaster that the model is compared with, or None"
+    "Return the forecaster that the model is compared with, delivered as the model is, or None"
+    from kronos_nb.decode.calibration import saved_calibration
     from kronos_nb.forecast import Forecaster
     from kronos_nb.fitting.claim import inits_of
     if a.base:
-        return None if a.base == 'none' else Forecaster.from_pretrained(a.base)
+        return None if a.base == 'none' else Forecaster.from_pretrained(a.base, **_drawn_how(a))
     run = _run_of(a.model)
     try:
         inits = inits_of(run.config, run) if run else dict(predictor='scratch')
         if inits['predictor'] == 'scratch':
             return None
+        how = dict(calibration=saved_calibration(run.base_calibration, None), market_tz=f.market_tz) | _drawn_how(a)
         return Forecaster.from_pretrained(inits['tokenizer'], inits['predictor'],
-            normalizer=f.normalizer, max_context=f.max_context)
+            normalizer=f.normalizer, max_context=f.max_context, **how)
     except KronosError as e:
         raise RunError(f"the weights that the run began with cannot be read ({e}); "
             "name them with --base, or skip the comparison with --base none") from e
@@ -874,10 +891,13 @@ def _base_of(a, f):
 # %% ../nbs/api/9_faces/98_cli.ipynb #dda8bf7b
 def _data_of(run) -> list: # Empty for the bundled sample
     "Return the files that a run was trained on; raise where they are not in this folder"
+    from kronos_nb.data.read import is_sample
     files = run.facts['files']
     missing = [o for o in files if not Path(o).is_file()]
-    if not missing or files == ['DataFrame']:
-        return files if not missing else []
+    if not missing:
+        return files
+    if files == ['DataFrame'] or all(map(is_sample, files)):
+        return []
     raise DataError(f"{run} was trained on {', '.join(files[:5])}, and {missing[0]} is not in this folder; "
         "name the bars")
 
@@ -901,13 +921,9 @@ def _bars_of(a, cfg: Config, f):
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
 def _model_and_bars(a):
     "Return forecaster, bars and the configuration of the run, if the model has one"
-
-    from kronos_nb.forecast import Forecaster
     _choose_model(a)
     run = _run_of(a.model)
-    cfg = run.config if run else Config()
-    how = dict(anchor=False, calibration=None) if a.raw else {}
-    f = Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
+    cfg, f = run.config if run else Config(), _forecaster_of(a)
     return f, _bars_of(a, cfg, f), cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
@@ -1243,13 +1259,6 @@ def _show_ledger(a, ledger) -> int:
             save_figure(ledger.report(series).plot(), Path(a.out)/f'{safe_name(series)}.png')
         print(f"written to {write_atomic(Path(a.out)/'ledger.md', text)}")
     return 0
-
-# %% ../nbs/api/9_faces/98_cli.ipynb #75c461b7
-def _forecaster_of(a):
-    "Return the forecaster that the options name"
-    from kronos_nb.forecast import Forecaster
-    how = dict(anchor=False, calibration=None) if a.raw else {}
-    return Forecaster.from_pretrained(*([a.tokenizer] if a.tokenizer else []), a.model, **how)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #bad596ff
 def _turn_inputs(a):

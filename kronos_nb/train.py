@@ -242,7 +242,9 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
     "Judge what the model delivers on the test part, beside what its base delivers"
     cfg, run, base = result.config, result.run, _base_forecaster(data, result.config, inits)
-    if base is not None and result.calibration is not None: base.calibration = _chosen(base, data, cfg)
+    if base is not None and result.calibration is not None:
+        base.calibration = _chosen(base, data, cfg)
+        base.calibration.save(run.base_calibration)   # `kronos-nb evaluate` compares as this does
     result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
         base=base, origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,

@@ -1,5 +1,6 @@
 "What is done to paths after they are drawn: begin at the last close, spread, pool; and what raw leaves out"
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -7,12 +8,15 @@ import pytest
 import torch
 
 from kronos_nb.core import DataError, RunError
+from kronos_nb.data.read import is_sample
 from kronos_nb.decode.calibration import Calibration
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.baselines import EWMA, GeometricBrownian, random_walks
 from kronos_nb.judging.calibrate import calibrate
+from kronos_nb.judging.evaluation import Evaluation
 from kronos_nb.settings import Sampling
 from kronos_nb.train import load
+from kronos_nb.training.run import Run
 from tests.helpers import bars
 
 DRAWN = dict(temperature=1., top_k=0, top_p=.9)
@@ -134,3 +138,21 @@ def test_a_run_delivers_what_its_report_says(quickstart):
     assert set(r.calibration.scores) >= {'as drawn', 'spread', 'delivered'}
     card = (quickstart/'predictor'/'best_model'/'README.md').read_text()
     assert r.calibration.sentence in card
+
+
+def test_the_commands_that_a_finished_quickstart_names_work_elsewhere(quickstart, tmp_path, monkeypatch, capsys):
+    "From any folder: the bars of the run ship with the package. The base is delivered as in the verdict"
+    from kronos_nb.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(['forecast', '--model', str(quickstart), '--paths', '3', '--market-tz', 'America/New_York']) == 0
+    assert main(['evaluate', '--model', str(quickstart), '--paths', '50', '--origins', '8', '--out', 'judged']) == 0
+    assert 'base' in capsys.readouterr().out
+    base = Run(quickstart).base_calibration/'calibration.json'
+    assert base.is_file()
+    e = Evaluation.load('judged')
+    if load(quickstart).calibration.weight == 0 == json.loads(base.read_text())['weight']:
+        assert e.tests.loc['base', 'skill'] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_file_that_ships_is_known():
+    assert is_sample('stocks_daily.csv.gz') and is_sample('dogeusdt_1h.csv.gz') and not is_sample('mine.csv')
