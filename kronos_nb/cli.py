@@ -258,6 +258,14 @@ def _tokenizer_spellings(p):
     p.add_argument('--tokenizer-vocab-size', type=int, metavar='N', help='tokens of the codebook, a power of two: '
         's1_bits + s2_bits of both models, which must be trained from scratch')
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #a1f0c2d4
+def _delivery_options(p):
+    "Add what `_drawn_how` reads: every command that loads a model has it"
+    p.add_argument('--raw', action='store_true',
+        help='paths as the model draws them: no anchor at the last close, no spread, no pool')
+    p.add_argument('--market-tz', metavar='ZONE',
+        help="zone of the clock that the models read, such as Asia/Shanghai; none: as trained, else UTC")
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-027
 def _model_options(p):
     "Add the options that forecasting and judging share"
@@ -273,8 +281,7 @@ def _model_options(p):
         help='bars of history to read; none: what the model was trained for')
     p.add_argument('--predict-window', type=int, metavar='N',
         help='bars to forecast; none: what the model was trained for')
-    p.add_argument('--market-tz', metavar='ZONE',
-        help="zone of the clock that the models read, such as Asia/Shanghai; none: as trained, else UTC")
+    _delivery_options(p)
     for f in dataclasses.fields(Sampling):
         p.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, metavar='N', help=f.metadata['meaning'])
 
@@ -293,8 +300,6 @@ def _forecast_parser(sub):
         "XNYS; none: as the bars so far")
     p.add_argument('--future', metavar='FILE', help='a file with the stamps to forecast, with a column symbol where '
         'they differ between symbols')
-    p.add_argument('--raw', action='store_true',
-        help='leave out what fit chose for the paths: no anchor at the last close, no spread, no pool')
     p.add_argument('--out', metavar='FOLDER', help='folder for forecast.csv (quantiles per bar), paths.parquet and '
         'a picture per symbol; without it forecast/<file>')
 
@@ -307,7 +312,6 @@ def _evaluate_parser(sub):
     p.add_argument('--base', metavar='MODEL', help="what to compare with: a run, a folder with tokenizer/ and "
         "predictor/, or 'none'; without it what the run began with")
     p.add_argument('--origins', type=int, metavar='N', help='dates to forecast from')
-    p.add_argument('--raw', action='store_true', help='judge the paths as the model draws them')
     p.add_argument('--out', metavar='FOLDER', help='folder for the results')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-032
@@ -481,7 +485,6 @@ def _run_parser(sub):
     p = _command(sub, 'run', run_turn, text, '[DATA ...]')
     _model_options(p)
     _ledger_option(p)
-    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the model draws them')
     p.add_argument('--calendar', metavar='NAME', help="when the next bars come: 24/7, or an exchange's code such as "
         "XNYS; none: as the bars so far")
     p.add_argument('--fetch', nargs='+', default=[], metavar='SYMBOL', help='in place of DATA: download these symbols')
@@ -505,7 +508,7 @@ def _serve_parser(sub):
         'name, as for kronos-nb fetch; none: bars come with the request')
     p.add_argument('--ip', default='127.0.0.1', help='address to listen on; 0.0.0.0 is all of this machine')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
-    p.add_argument('--raw', action='store_true', help='neither anchor nor calibration: paths as the models draw them')
+    _delivery_options(p)
     for name, meaning in _SERVICE_LIMITS.items():
         p.add_argument(f'--max-{name}', type=float if name == 'timeout' else int, metavar='N', help=f'limit: {meaning}')
 

@@ -1,6 +1,5 @@
 "What is done to paths after they are drawn: begin at the last close, spread, pool; and what raw leaves out"
 import dataclasses
-import json
 
 import numpy as np
 import pandas as pd
@@ -140,18 +139,23 @@ def test_a_run_delivers_what_its_report_says(quickstart):
     assert r.calibration.sentence in card
 
 
-def test_the_commands_that_a_finished_quickstart_names_work_elsewhere(quickstart, tmp_path, monkeypatch, capsys):
-    "From any folder: the bars of the run ship with the package. The base is delivered as in the verdict"
+def test_the_commands_that_a_finished_quickstart_names_work_elsewhere(quickstart, tmp_path, monkeypatch):
+    "From any folder: the bars of the run ship with the package"
     from kronos_nb.cli import main
     monkeypatch.chdir(tmp_path)
     assert main(['forecast', '--model', str(quickstart), '--paths', '3', '--market-tz', 'America/New_York']) == 0
-    assert main(['evaluate', '--model', str(quickstart), '--paths', '50', '--origins', '8', '--out', 'judged']) == 0
-    assert 'base' in capsys.readouterr().out
-    base = Run(quickstart).base_calibration/'calibration.json'
-    assert base.is_file()
-    e = Evaluation.load('judged')
-    if load(quickstart).calibration.weight == 0 == json.loads(base.read_text())['weight']:
-        assert e.tests.loc['base', 'skill'] == pytest.approx(0, abs=1e-9)
+    assert main(['evaluate', '--model', str(quickstart), '--paths', '4', '--origins', '8', '--out', 'judged']) == 0
+    assert 'base' in Evaluation.load('judged').models
+
+
+@pytest.mark.parametrize('more', [[], ['--raw']])
+def test_evaluate_delivers_the_base_as_the_verdict_did(quickstart, more):
+    from kronos_nb.cli import _base_of, parser
+    a = parser().parse_args(['evaluate', '--model', str(quickstart), *more])
+    base = _base_of(a, Forecaster.from_pretrained(quickstart))
+    kept = Calibration.load(Run(quickstart).base_calibration)
+    assert (base.anchor, base.calibration) == ((False, None) if more else (True, kept))
+    assert kept != load(quickstart).calibration
 
 
 def test_a_file_that_ships_is_known():
