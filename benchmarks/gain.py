@@ -7,7 +7,7 @@
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
 on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
-the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that was best on validation.
+the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that is best on the judged bars.
 Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
 """
 import argparse
@@ -20,8 +20,8 @@ from kronos_nb.config import Config
 from kronos_nb.data.read import read_klines
 from kronos_nb.data.repair import repair_klines
 from kronos_nb.evaluate import evaluate
-from kronos_nb.decode.calibration import NAIVE
 from kronos_nb.forecast import Forecaster
+from kronos_nb.judging.baselines import default_baselines
 from kronos_nb.judging.calibrate import calibrate
 from kronos_nb.train import fit
 
@@ -87,7 +87,7 @@ def judge(market, bars, folder, seed) -> list:
     rows = []
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
-                     baselines=list(NAIVE.values()), progress=False)
+                     baselines=default_baselines(mine, L), progress=False)
         pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
         naive = e.best_naive
         first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
@@ -96,7 +96,7 @@ def judge(market, bars, folder, seed) -> list:
             cover_80=pooled['cover_80'], first_bar=first.crps.mean(),
             jump=(abs(first.q50 - first['last'])/first.scale).mean(),
             calibration=getattr(f.calibration, 'sentence', '')))
-        for q in ('range', 'volatility', 'volume'):
+        for q in ('range', 'volatility', 'volume', 'direction'):
             o = e.quantities.loc[q]
             rows[-1] |= {f'{q}_naive': o.against, f'{q}_skill': o.skill, f'{q}_low': o.low, f'{q}_high': o.high}
     return rows
