@@ -100,12 +100,15 @@ def test_closes_candles_and_volumes_have_pools_of_their_own(model):
     assert not impossible(f.paths).any()
 
 
-def test_the_shift_fades_as_validation_said(model):
-    whole = model.predict(past(), 4, paths=9, coherent_candles=False)
-    c = dataclasses.replace(LEARNT, spread=(1., 1.), close=ALONE, kept=.4)
-    f = with_calibration(model, c).predict(past(), 4, paths=9, coherent_candles=False)
-    moved = (f.paths[..., 3] - whole.paths[..., 3])/whole.settings['shift']
-    np.testing.assert_allclose(moved, np.tile([0, -.2, -.4, -.6], (9, 1)), atol=1e-6)
+def test_the_median_keeps_what_validation_said_of_its_drift(model):
+    whole = model.predict(past(), 4, paths=9)
+    c = dataclasses.replace(LEARNT, spread=(1., 1.), close=ALONE, drift=.4)
+    f = with_calibration(model, c).predict(past(), 4, paths=9)
+    last = np.log(past().close.iloc[-1])
+    middle = [np.median(np.log(o.paths[..., 3]), 0) - last for o in (whole, f)]
+    np.testing.assert_allclose(middle[1], .4*middle[0], rtol=1e-6)
+    moved = np.log(f.paths[..., 3]) - np.log(whole.paths[..., 3])
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=1e-9)
 
 
 def test_a_calibration_is_for_the_sampling_it_was_learnt_with(model):

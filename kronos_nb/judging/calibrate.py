@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from ..core import ConfigError, DataError
 from ..display import percent
 from ..settings import Sampling
-from ..decode.calibration import KRONOS, NAIVE, POOLS, Calibration, faded, naive_paths, stretched, taken
+from ..decode.calibration import KRONOS, NAIVE, POOLS, Calibration, centred, naive_paths, stretched, taken
 from .metrics import crps
 from .origins import candle_ranges, check_untouched, pick_origins, range_unit, slice_windows, volume_size
 from ..evaluate import overlap_of
@@ -97,18 +97,18 @@ def _shares(
     return dict(zip(members, w.round(2).tolist()))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #5da18784
-def _kept(
-    middle, # (N, H) medians of shifted paths
-    shifts, # (N,)
+def _drift(
+    closes, # (N, S, H) of the paths
     y,      # (N, H) that happened
+    last,   # (N, 1) closes before
     scale,  # (N, 1) mean one-bar moves
     dates: int,
 ) -> float: # 0..1
-    "Return the share of the shift that the last bar should keep"
-    less = np.linspace(0, 1, y.shape[1])*shifts[:, None]/scale
-    size = (less**2).sum()
-    slope = ((y - middle)/scale*less).sum()/size if size > 0 else 0.
-    return round(float(np.clip(1 + slope*dates/(dates + _SHRINK), 0, 1)), 2)
+    "Return the share of the median's distance from the last close that should be kept"
+    said, came = (np.median(closes, 1) - last)/scale, (y - last)/scale
+    size = (said**2).sum()
+    slope = (said*came).sum()/size if size > 0 else 0.
+    return round(float(np.clip(slope, 0, 1)*dates/(dates + _SHRINK)), 2)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #ddee3b9f
 GRID = ((1., .9), (1., 1.), (.85, 1.)) # temperature, top-p
@@ -121,8 +121,8 @@ def _quantities(forecasts): # Of one sampling -> closes, ranges and volumes, (3,
 def _parts(paths): return np.stack([paths[..., 3], candle_ranges(paths[..., 1], paths[..., 2]), paths[..., 4]])
 
 def _drawn(forecaster, windows, samplings, batch=64):
-    "Return closes, ranges and volumes under each sampling, (G, 3, N, S, H), and the shifts to the last close, (N,)"
-    out, shifts = [], []
+    "Return closes, ranges and volumes under each sampling, (G, 3, N, S, H)"
+    out = []
     for i in range(0, len(windows), batch):
         part, H = windows[i:i + batch], windows.y.shape[1]
         given = dict(keys=part.keys, futures=part.futures)
@@ -130,19 +130,18 @@ def _drawn(forecaster, windows, samplings, batch=64):
             made = forecaster.predict_grid(part.histories, H, samplings, progress=False, **given)
         else: made = [forecaster.predict_many(part.histories, H, sampling=s, **given) for s in samplings]
         out.append(np.stack([_quantities(o) for o in made]))
-        shifts += [f.settings.get('shift', 0.) for f in made[0]]
-    return np.concatenate(out, 2), np.array(shifts)
+    return np.concatenate(out, 2)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #c07c4f98
-def _best_drawing(closes, shifts, y, scale, dates) -> tuple: # Index, share of the shift kept, spread, closes (N, S, H)
-    "Return the sampling with the lowest CRPS after fading the shift and spreading"
+def _best_drawing(closes, y, last, scale, dates) -> tuple: # Index, drift, spread, closes (N, S, H)
+    "Return the sampling with the lowest CRPS after calming the drift and spreading"
     found = []
     for i, c in enumerate(closes):
-        kept = _kept(np.median(c, 1), shifts, y, scale, dates)
-        moved = c + (shifts[:, None]*(faded(kept, y.shape[1]) - 1))[:, None]
+        drift = _drift(c, y, last, scale, dates)
+        moved = np.stack([centred(o, float(l), drift) for o, l in zip(c, last[:, 0])])
         spread = _spread(moved, y, dates)
-        wide = stretched(moved, np.linspace(*spread, c.shape[-1]))
-        found.append(((crps(wide, y)/scale).mean(), i, kept, spread, wide))
+        wide = np.stack([stretched(o, np.linspace(*spread, c.shape[-1])) for o in moved])
+        found.append(((crps(wide, y)/scale).mean(), i, drift, spread, wide))
     return min(found, key=lambda o: o[0])[1:]
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #68fa22a4
@@ -187,11 +186,12 @@ def _naive(windows, sampling) -> dict: # Name -> (3, N, S, H); without those tha
     return out
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #4d099e20
-def _learn(drawn, shifts, naive, windows, samplings) -> Calibration:
+def _learn(drawn, naive, windows, samplings) -> Calibration:
     "Return the choices for draws of the grid (G, 3, N, S, H) and of the baselines"
     y, scale = windows.y, windows.origins['scale'].to_numpy()[:, None]
     dates = windows.origins['date'].nunique()
-    i, kept, spread, wide = _best_drawing(drawn[:, 0], shifts, y, scale, dates)
+    last = np.array([[h['close'].iloc[-1]] for h in windows.histories], np.float64)
+    i, drift, spread, wide = _best_drawing(drawn[:, 0], y, last, scale, dates)
     def mean(paths): return float((crps(paths, y)/scale).mean())
     closes = {KRONOS: wide} | {m: naive[m][0] for m in POOLS['close'] if m in naive}
     shares = _shares({m: o/scale[..., None] for m, o in closes.items()}, y/scale, dates)
@@ -203,7 +203,7 @@ def _learn(drawn, shifts, naive, windows, samplings) -> Calibration:
     volume, times = _pool_of(drawn[i, 2], {m: o[2] for m, o in naive.items()}, windows.volumes, volume_size(windows),
         lambda v: np.log1p(np.maximum(v, 0)), dates)
     how = {k: getattr(samplings[i], k) for k in ('temperature', 'top_k', 'top_p')}
-    return Calibration(how, spread, y.shape[1], kept, shares, candle, volume, by, times, dates, scores,
+    return Calibration(how, spread, y.shape[1], drift, shares, candle, volume, by, times, dates, scores,
         _coverage(drawn[i, 0], y), _coverage(pool, y), *(str(o) for o in windows.origins['origin'].agg(['min', 'max'])))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35
@@ -242,7 +242,7 @@ def calibrate(
     windows = _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date)
     samplings = [Sampling(max(paths, 2), seed, t, top_k, p) for t, p in grid]
     drawn = _drawn(forecaster, windows, samplings)
-    return _learn(*drawn, _naive(windows, samplings[0]), windows, samplings)
+    return _learn(drawn, _naive(windows, samplings[0]), windows, samplings)
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #cell-046
 def room_to_calibrate(
