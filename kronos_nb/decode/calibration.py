@@ -299,26 +299,35 @@ def saved_calibration(
 @patch(as_prop=True)
 def sentence(self: Calibration) -> str:
     "Return what is done to the paths"
-    pools = f'ranges of {shares_text(self.candle)}, volumes of {shares_text(self.volume)}'
+    candle, volume = (percent(pool.get(KRONOS, 0.), 0) for pool in (self.candle, self.volume))
+    others = f'Kronos gives {candle} of the ranges and {volume} of the volumes.'
     if not self.weight:
-        return f'The model is set aside for the close: closes are a pool of {shares_text(self.close)}; {pools}.'
-    spread = f'{self.spread[0]:.2f} at the first bar and {self.spread[1]:.2f} at bar {self.horizon}'
-    return (f'Forecasts are drawn with {self.drawing} and shifted to the last close; their median keeps '
-            f'{percent(self.drift, 0)} of its distance from it; distances to the median are multiplied by {spread}; closes are a pool of {shares_text(self.close)}, {pools}.')
+        return f'The model is set aside for the close: closes are a pool of {shares_text(self.close)}. {others}'
+    return f'Closes are a pool of {shares_text(self.close)}. {others}'
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #127c0114
+@patch(as_prop=True)
+def details(self: Calibration) -> str:
+    "Return how the model's paths are drawn, shifted and spread, and what is pooled"
+    spread = f'{self.spread[0]:.2f} at the first bar and {self.spread[1]:.2f} at bar {self.horizon}'
+    return (f'Paths of the model are drawn with {self.drawing} and begin at the last close; their median keeps '
+            f'{percent(self.drift, 0)} of its distance from it, and distances to the median are multiplied by {spread}. '
+            f'Its ranges are multiplied by {self.range_factor:.2f}, its volumes by {self.volume_factor:.2f}.')
+
 @patch
 def to_markdown(self: Calibration) -> str:
     "Return a section for a report or a card"
     scores = pd.DataFrame({'validation CRPS of': list(self.scores), 'mean one-bar moves':
         [f'{v:.4g}' for v in self.scores.values()]})
     levels = [percent(v, 0) for v in (.5, .8, .95)]
-    shares = [[percent(v, 0) for v in o] for o in (self.before, self.after)]
-    bands = pd.DataFrame({'band': levels[:len(shares[0])], 'held on validation, as drawn': shares[0],
-        'held on validation, delivered': shares[1]})
-    return (f"## Calibration\n\n{self.sentence} Learnt from {self.dates} origins of the validation part "
+    held = [[percent(v, 0) for v in o] for o in (self.before, self.after)]
+    bands = pd.DataFrame({'band': levels[:len(held[0])], 'held on validation, as drawn': held[0],
+        'held on validation, delivered': held[1]})
+    pools = pd.DataFrame({dict(close='closes', candle='ranges', volume='volumes')[k]: getattr(self, k) for k in POOLS})
+    pools = pools.reindex([m for m in (KRONOS, *NAIVE) if m in pools.index]).map(lambda w: f'{w:.2f}' if w > 0 else '')
+    return (f"## Calibration\n\n{self.sentence} {self.details} Learnt from {self.dates} origins of the validation part "
             f"({self.first[:16]} to {self.last[:16]}). `predict(raw=True)` or `kronos-nb forecast --raw` leaves all of "
-            f"it out.\n\n{md_table(scores)}\n\n{md_table(bands)}\n")
+            f"it out.\n\n{md_table(pools.rename_axis('share of').reset_index())}\n\n{md_table(scores)}\n\n{md_table(bands)}\n")
 
 # %% ../../nbs/api/5_forecast/55_calibration.ipynb #4535bdbd
 @patch
