@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/gain.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
     OMP_NUM_THREADS=1 python benchmarks/gain.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
-    OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv
+    OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv   # after the pairs, whose base it takes
 
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
@@ -36,12 +36,13 @@ class Market:
     begin: str       # Of validation; the base sees nothing later
     test: str        # Begin of the judged bars
     steps: tuple     # Of tokenizer and predictor
+    base: str = ''   # Market whose base is fine-tuned; by default one of its own
 
 
 MARKETS = dict(
     shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800)),
     pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800)),
-    currency=Market(('EURUSD_1h',), (120, 24), '', '', (400, 800)))
+    currency=Market(('EURUSD_1h',), (120, 24), '', '', (400, 800), 'pairs'))
 
 
 def config(market, seed, normalizer, steps, lr, val) -> Config:
@@ -61,8 +62,10 @@ def train(market, bars, seed, normalizer, out) -> dict:
     mine = bars.symbol.isin(market.targets)
     early = bars.timestamps < market.begin
     base = out/'base'
-    whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
-    fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
+    if market.base: base = out.parent/f'{market.base}-{normalizer}-{seed}'/'base'
+    else:
+        whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
+        fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1).replace(**{
         'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
