@@ -107,8 +107,8 @@ def without(
     shares: dict, # Of each member
     lost,         # Names of members that are left out
 ) -> dict:
-    "Return the shares of the other members, with sum 1; the model alone where none is left"
-    rest = {m: w for m, w in shares.items() if m not in lost}
+    "Return the shares above 0 of the other members, with sum 1; the model alone where none is left"
+    rest = {m: w for m, w in shares.items() if w > 0 and m not in lost}
     total = sum(rest.values())
     return {m: w/total for m, w in rest.items()} if total > 0 else {KRONOS: 1.}
 
