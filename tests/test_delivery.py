@@ -149,6 +149,29 @@ def test_few_dates_are_told_apart_from_none():
     assert all(.1 < w < .5 for w in c.close.values()) and sum(c.close.values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize('scale', [1., 1e-10, 1e10])
+def test_choices_do_not_depend_on_the_currency(scale):
+    walks = random_walks(600)
+    prices = {c: walks[c]*scale for c in ('open', 'high', 'low', 'close')}
+    a, b = (calibrate(GeometricBrownian(), o, 60, 5, origins=20) for o in (walks, walks.assign(**prices)))
+    assert a.close == b.close and a.volume == b.volume and a.spread == pytest.approx(b.spread)
+
+
+def test_few_paths_of_the_verdict_do_not_spoil_the_choices():
+    c, d = (calibrate(GeometricBrownian(), random_walks(600), 60, 5, origins=20, paths=n) for n in (2, 30))
+    assert c == d
+
+
+def test_a_symbol_whose_price_stands_still_is_left_out():
+    walks = random_walks(600)
+    flat = walks.assign(symbol='FLAT', open=100., high=100., low=100., close=100.)
+    both = pd.concat([walks, flat], ignore_index=True)
+    a, b = (calibrate(GeometricBrownian(), o, 60, 5, origins=20) for o in (walks, both))
+    assert a == b
+    with pytest.raises(DataError, match='never moves'):
+        calibrate(GeometricBrownian(), flat, 60, 5)
+
+
 def test_bars_without_volume_and_short_lookbacks_leave_members_out():
     walks = random_walks(600)
     c = calibrate(GeometricBrownian(), walks.assign(volume=0., amount=0.), 60, 5, origins=20)

@@ -207,7 +207,7 @@ def _learn(drawn, naive, windows, samplings) -> Calibration:
         _coverage(drawn[i, 0], y), _coverage(pool, y), *(str(o) for o in windows.origins['origin'].agg(['min', 'max'])))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #dbc2de35
-_PER_DATE = 25 # Most symbols forecast at one date
+_PER_DATE, _MIN_PATHS = 25, 30 # Most symbols forecast at one date; fewer paths have no 80 % band
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #b531d44d
 def _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date):
@@ -235,12 +235,12 @@ def calibrate(
     max_gap='auto',        # As in `segments`
     per_date: int | None = None, # Most symbols of one date, in turns; None: 25
     top_k: int = 0,
-    paths: int = 100,
+    paths: int = 100,      # At least 30
     seed: int = 0,
 ) -> Calibration:
     "Return how the paths of a model are best drawn, spread and pooled on validation bars"
     windows = _windows(bars, lookback_window, predict_window, origins, start, used, max_gap, per_date)
-    samplings = [Sampling(max(paths, 2), seed, t, top_k, p) for t, p in grid]
+    samplings = [Sampling(max(paths, _MIN_PATHS), seed, t, top_k, p) for t, p in grid]
     drawn = _drawn(forecaster, windows, samplings)
     return _learn(drawn, _naive(windows, samplings[0]), windows, samplings)
 
