@@ -588,8 +588,9 @@ def load(cls: Config,
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
-    if not isinstance(d, dict):
-        raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {type(d).__name__}")
+    if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
+        got = type(d).__name__ if not isinstance(d, dict) else f"a key {next(k for k in d if not isinstance(k, str))!r}"
+        raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {got}")
     d, name = dict(d), d.get('preset')
     d.pop('preset', None)
     if is_foreign(d):
