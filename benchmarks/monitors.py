@@ -1,10 +1,11 @@
 """What every monitor together costs in a long training: processor time, memory and open files
 
-    OMP_NUM_THREADS=1 python benchmarks/monitors.py --minutes 60
+    OMP_NUM_THREADS=1 python benchmarks/monitors.py --minutes 60 [--small]
 
 The tokenizer and then the predictor of the quickstart train, each for half of the time, with every monitor on: norms of
 blocks, update ratios, TensorBoard, the resource guard, pictures in files and a live picture, early stopping and schedule
-by gradient norms, progress. The processor time of a callback is taken around its events; memory is the resident set.
+by gradient norms, progress. An epoch has 20,000 windows, and pictures stay every 1,000 steps. `--small` takes models whose
+step costs next to nothing, so that the same time holds many more steps: it shows whether memory grows with them. The processor time of a callback is taken around its events; memory is the resident set.
 """
 import argparse
 import contextlib
@@ -25,7 +26,13 @@ TRAINING = {'Schedule', 'Clip', 'FiniteCheck', 'Best', 'Checkpoint', 'Interrupts
 SETTINGS = {
     'runtime.monitor_blocks': True, 'runtime.trackers': ['tensorboard'], 'runtime.live_plot': True,
     'runtime.max_cpu': 100., 'runtime.max_memory': 100., 'runtime.threads': 1, 'runtime.workers': 0,
-    'runtime.device': 'cpu', 'predictor.tokenizer': 'bundled'}
+    'runtime.device': 'cpu', 'runtime.save_steps': 1000, 'predictor.tokenizer': 'bundled',
+    'data.windows_per_epoch': 20_000, 'data.sampling': 'random'}
+TINY = dict(d_model=8, n_heads=2, ff_dim=16)
+SMALL = {
+    'tokenizer.init': 'scratch', 'predictor.init': 'scratch', 'predictor.batch_size': 2, 'tokenizer.batch_size': 2,
+    'tokenizer.model': TINY | dict(n_enc_layers=2, n_dec_layers=2), 'predictor.model': TINY | dict(n_layers=2),
+    'data.lookback_window': 12, 'data.predict_window': 4, 'data.val_windows': 64}
 ENDLESS = dict(epochs=10_000, patience=1000, norm_stopping=True, norm_schedule=True)
 
 
@@ -63,11 +70,11 @@ class Probe(Callback):
         self.seconds, self.cpu = time.monotonic() - self.began[0], time.process_time() - self.began[1]
 
 
-def train(stage, minutes, out, every) -> Probe:
+def train(stage, minutes, out, every, small) -> Probe:
     "Train one stage for so many minutes"
     probe = Probe(every)
     more = {'runtime.only': stage, 'runtime.max_time': f'{round(60*minutes)}s'}
-    more |= {f'{stage}.{k}': v for k, v in ENDLESS.items()}
+    more |= {f'{stage}.{k}': v for k, v in ENDLESS.items()} | (SMALL if small else {})
     with mock.patch.object(Learner, 'event', lambda learn, name: probe.event(learn, name)), \
             mock.patch('kronos_nb.training.monitor._in_notebook', lambda: True), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -95,9 +102,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--minutes', type=float, default=60, help='of both stages together')
     p.add_argument('--every', type=float, default=10, help='seconds between looks at memory and files')
+    p.add_argument('--small', action='store_true', help='models whose step costs next to nothing')
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as d:
-        probes = {s: train(s, a.minutes/2, Path(d)/s, a.every) for s in ('tokenizer', 'predictor')}
+        probes = {s: train(s, a.minutes/2, Path(d)/s, a.every, a.small) for s in ('tokenizer', 'predictor')}
     print(processor(), '\n')
     print(table([row(s, p) for s, p in probes.items()]), '\n')
     names = sorted({k for p in probes.values() for k in p.spent})
