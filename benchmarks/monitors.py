@@ -27,7 +27,7 @@ SETTINGS = {
     'runtime.monitor_blocks': True, 'runtime.trackers': ['tensorboard'], 'runtime.live_plot': True,
     'runtime.max_cpu': 100., 'runtime.max_memory': 100., 'runtime.threads': 1, 'runtime.workers': 0,
     'runtime.device': 'cpu', 'runtime.save_steps': 1000, 'predictor.tokenizer': 'bundled',
-    'data.windows_per_epoch': 20_000, 'data.sampling': 'random'}
+    'data.windows_per_epoch': 20_000}
 TINY = dict(d_model=8, n_heads=2, ff_dim=16)
 SMALL = {
     'tokenizer.init': 'scratch', 'predictor.init': 'scratch', 'predictor.batch_size': 2, 'tokenizer.batch_size': 2,
