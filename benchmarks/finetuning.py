@@ -41,7 +41,8 @@ def tuned(way, market, bars, seed, base, out):
     settings = config(market, seed, 'last_close', STEPS, 3e-4, .1).replace(**init | WAYS[way])
     mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     fit(bars[mine].reset_index(drop=True), settings, out, judge=False)
-    a, b = ((base if settings.runtime.only not in (None, k) else out)/k/'best_model' for k in ('tokenizer', 'predictor'))
+    trained = settings.runtime.only or 'tokenizer', settings.runtime.only or 'predictor'
+    a, b = ((out if k in trained else base)/k/'best_model' for k in ('tokenizer', 'predictor'))
     tokenizer, predictor = KronosTokenizer.from_pretrained(a), Kronos.from_pretrained(b)
     predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # a pair of two trainings is refused otherwise
     return Forecaster(tokenizer, predictor)

@@ -5,7 +5,8 @@ OMP_NUM_THREADS=1 python benchmarks/verdict_error_rate.py --walks 400
 
 import argparse, time
 import numpy as np, pandas as pd
-from kronos_nb.judging.baselines import Baseline, EWMA, GeometricBrownian, LastValue, NaivePool, log_returns, random_walks
+from kronos_nb.judging.baselines import (Baseline, EWMA, GeometricBrownian, LastValue, NaivePool, log_returns,
+    random_walks)
 from kronos_nb.data.window import split_by_time
 from kronos_nb.evaluate import control, evaluate
 from kronos_nb.judging.calibrate import calibrate

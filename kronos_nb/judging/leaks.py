@@ -240,7 +240,8 @@ def leak_choices(
     if len(trained) and first < trained.min():
         said.append(f'learnt from {first}, and bars up to {trained.min()} trained the model')
     if left.max() < calibration.horizon or left.empty:
-        said.append(f'learnt up to {last} and {calibration.horizon} bars, and validation ends {splits.val.timestamps.max()}')
+        end = splits.val['timestamps'].max()
+        said.append(f'learnt up to {last} and {calibration.horizon} bars, and validation ends {end}')
     return float(len(said)), '; '.join(said) or f'{calibration.dates} dates, {first} to {last}, all inside validation'
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-036
