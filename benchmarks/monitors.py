@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/monitors.py --minutes 60 [--small]
 
-The tokenizer and then the predictor of the quickstart train, each for half of the time, with every monitor on: norms of
-blocks, update ratios, TensorBoard, the resource guard, pictures in files and a live picture, early stopping and schedule
-by gradient norms, progress. An epoch has 20,000 windows, and pictures stay every 1,000 steps. `--small` takes models whose
-step costs next to nothing, so that the same time holds many more steps: it shows whether memory grows with them. The processor time of a callback is taken around its events; memory is the resident set.
+The tokenizer and then the predictor of the quickstart train, each for half of the time, with every monitor on: norms
+of blocks, update ratios, TensorBoard, the resource guard, pictures in files and a live picture, early stopping and
+schedule by gradient norms, progress. An epoch has 20,000 windows, and pictures stay every 1,000 steps. `--small` takes
+models whose step costs next to nothing, so that the same time holds many more steps: it shows whether memory grows with
+them. The processor time of a callback is taken around its events; memory is the resident set.
 """
 import argparse
 import contextlib

@@ -1,13 +1,16 @@
 "Settings, losses and histories at the edge of what their types hold"
+import errno
 import sys
 
 import numpy as np
 import pytest
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
+from kronos_nb import tune
 from kronos_nb.config import Config
-from kronos_nb.core import ConfigError, seed_everything
+from kronos_nb.core import ConfigError, RunError, seed_everything
 from kronos_nb.judging.evaluation import skill
 from kronos_nb.training.history import read_lines
 from kronos_nb.training.learner import Learner, TensorSource
@@ -53,3 +56,52 @@ def test_a_long_history_holds_each_name_once():
     learn = Learner(Task(), TensorSource(dict(x=torch.ones(4, 1)), 1))
     learn.log(**{f'{part}/block': 1. for part in ['a']})
     assert next(iter(learn.row)) is sys.intern('a/block')
+
+
+# searches
+SEARCH = dict(space={'predictor.lr': (1e-4, 1e-2)}, trials=3)
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    "Return a function that searches in a folder with a fit that raises"
+    def go(error, **kw):
+        tried = []
+
+        def fit(*args, **more):
+            tried.append(args)
+            raise error
+        monkeypatch.setattr(tune, 'shared_start', lambda data, cfg, *_: cfg)
+        monkeypatch.setattr(tune, 'fit', fit)
+        with pytest.raises(RunError) as e:
+            tune.tune('sample', 'quickstart', out_dir=tmp_path/'search', **SEARCH | kw)
+        return len(tried), str(e.value)
+    return go
+
+
+def full_disk():
+    error = RunError('no space')
+    error.__cause__ = OSError(errno.ENOSPC, 'No space left on device')
+    return error
+
+
+def test_a_search_in_which_every_trial_fails_ends(search):
+    assert search(RunError('diverged'))[0] == 3
+
+
+def test_a_full_disk_ends_a_search_and_takes_no_trial(search):
+    assert search(full_disk())[0] == 1
+    assert search(OSError(errno.ENOSPC, 'No space left on device'))[0] == 1
+
+
+@pytest.mark.parametrize('name', ['study.db', 'study.log'])
+def test_a_damaged_storage_is_named(search, tmp_path, name):
+    (tmp_path/name).write_bytes(b'garbage\n'*300)
+    tried, said = search(RunError('not reached'), storage=str(tmp_path/name))
+    assert tried == 0 and name in said and len(said) < 500
+
+
+def test_the_error_of_a_storage_hides_the_password():
+    with pytest.raises(RunError) as e, tune._storing('postgresql://user:secret@host/name'):
+        raise SQLAlchemyError('away')
+    assert 'secret' not in str(e.value)

@@ -1,4 +1,4 @@
-"""Feed bytes that coverage chooses to what reads strangers' files; every end that is no typed error is kept with its bytes
+"""Feed bytes that coverage chooses to what reads strangers' files; keep those that end in no typed error
 
     python -m tests.faults.fuzz readers|settings|models|metrics [--seconds 600] [OUT]
 
@@ -134,8 +134,8 @@ def seeds(target) -> list:
         return [bytes([k]) + (_models()/s/n).read_bytes() for k, s, n in (
             (0, 'tokenizer', 'config.json'), (1, 'predictor', 'config.json'), (7, 'predictor', 'model.safetensors'))]
     if target == 'metrics':
-        status = dict(step=1, total_steps=2, epoch=1, epochs=1, first_step=0, pid=1, state='running', why=None, host='a',
-                      updated=1., began=0., every=5., stage='predictor')
+        status = dict(step=1, total_steps=2, epoch=1, epochs=1, first_step=0, pid=1, state='running', why=None,
+                      host='a', updated=1., began=0., every=5., stage='predictor')
         choice = dict(chosen='best', origin='x', table=[dict(candidate='best', val_loss=1., chosen=True)])
         rows = (dict(epoch=1, epoch_step=1, step=1, loss=1., gradient_norm=2., learning_rate=.1),
                 dict(epoch=1, step=1, val_loss=1.), dict(epoch=1, step=1, kind='note', text='a'))
