@@ -250,12 +250,16 @@ class LossPlot(Callback):
 
     def save(self, learn, *names):
         if not learn.backend.is_main: return
+        began = time.monotonic()
         picture = png(plot_losses(learn.history, last=self.last, title=f'{self.at.name}, step {learn.step:,}'))
         for name in names: write_atomic(self.at.loss_plot(name), picture)
+        self.due = time.monotonic() + 20*(time.monotonic()-began)
 
+    def before_fit(self, learn): self.due = 0.
     def after_step(self, learn):
         if self.every and learn.step % self.every == 0: self.save(learn, 'latest', f'step_{learn.step}')
-    def after_validate(self, learn): self.save(learn, 'latest')
+    def after_validate(self, learn):
+        if learn.step and time.monotonic() >= self.due: self.save(learn, 'latest')
     def after_fit(self, learn):
         if not learn.interrupted: self.save(learn, 'latest', f'final_step_{learn.step}')
 
