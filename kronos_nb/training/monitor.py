@@ -270,7 +270,7 @@ class LossPlot(Callback):
     def after_step(self, learn):
         if self.every and learn.step % self.every == 0: self.save(learn, 'latest', f'step_{learn.step}')
     def after_validate(self, learn):
-        if self.time.left(): self.save(learn, 'latest')
+        if learn.step and self.time.left(): self.save(learn, 'latest')
     def after_fit(self, learn):
         if not learn.interrupted: self.save(learn, 'latest', f'final_step_{learn.step}')
 
