@@ -39,7 +39,8 @@ def tuned(way, market, bars, seed, base, out):
     "Return a forecaster that was fine-tuned this way; the stage that was left out is the base's"
     init = {f'{k}.init': str(base/k/'best_model') for k in ('tokenizer', 'predictor')}
     settings = config(market, seed, 'last_close', STEPS, 3e-4, .1).replace(**init | WAYS[way])
-    if settings.runtime.only == 'predictor': settings = settings.replace(**{'predictor.tokenizer': init['tokenizer.init']})
+    if settings.runtime.only == 'predictor':
+        settings = settings.replace(**{'predictor.tokenizer': init['tokenizer.init']})
     mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     fit(bars[mine].reset_index(drop=True), settings, out, judge=False)
     trained = settings.runtime.only or 'tokenizer', settings.runtime.only or 'predictor'
