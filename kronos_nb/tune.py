@@ -609,6 +609,15 @@ def _check_completed(study, out, why):
     raise RunError(f"no trial in {str(out)!r} was completed{reason}. Look into the folders in {str(out/'trials')!r}, "
                    "and repeat the call to resume the search")
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #4e5fb86f
+def _search(study, space, cfg, data, out, ends, trials):
+    "Run the trials of a study; return why the search ended early, or ''"
+    same_tokens = comparable(space)
+    start = shared_start(data, cfg, out, ends) if same_tokens else cfg
+    why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
+    _check_completed(study, out, why)
+    return why
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-082
 def _checked_space(data, cfg, space):
     "Return the space, or the default one; raise if a name or a column is wrong"
@@ -651,13 +660,11 @@ def tune(
     out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
-    storage, same_tokens = storage or str(out/'study.db'), comparable(space)
+    storage = storage or str(out/'study.db')
     with writing(out, full=True), _storing(storage):
         study = open_study(storage, out, cfg.runtime.seed, worker)
-        start = shared_start(data, cfg, out, ends) if same_tokens else cfg
-        why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
-        _check_completed(study, out, why)
-    return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation', why)
+        why = _search(study, space, cfg, data, out, ends, trials)
+    return TuneResult(study, cfg, data, out, 'val_loss' if comparable(space) else 'CRPS on validation', why)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-085
 @patch
