@@ -609,15 +609,6 @@ def _check_completed(study, out, why):
     raise RunError(f"no trial in {str(out)!r} was completed{reason}. Look into the folders in {str(out/'trials')!r}, "
                    "and repeat the call to resume the search")
 
-# %% ../nbs/api/7_fit/78_tune.ipynb #4e5fb86f
-def _search(study, space, cfg, data, out, ends, trials):
-    "Run the trials of a study; return why the search ended early, or ''"
-    same_tokens = comparable(space)
-    start = shared_start(data, cfg, out, ends) if same_tokens else cfg
-    why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
-    _check_completed(study, out, why)
-    return why
-
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-082
 def _checked_space(data, cfg, space):
     "Return the space, or the default one; raise if a name or a column is wrong"
@@ -639,6 +630,17 @@ def _folder_for(data, cfg):
     def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
     return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #36695c26
+def _searched(data, cfg, space, out, storage, worker, ends, trials) -> tuple: # The study, why it ended early
+    "Run the trials that a study lacks"
+    same_tokens = comparable(space)
+    with writing(out, full=True), _storing(storage):
+        study = open_study(storage, out, cfg.runtime.seed, worker)
+        start = shared_start(data, cfg, out, ends) if same_tokens else cfg
+        why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
+        _check_completed(study, out, why)
+    return study, why
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
     data=None,           # As for `fit`
@@ -647,8 +649,8 @@ def tune(
     out_dir=None,        # Folder of the search; None: runs/<file>-tune
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
-    storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
-    worker: int = 0,     # A different number for each process that shares a storage
+    storage: str | None = None, # File or URL; None: OUT/study.db
+    worker: int = 0,     # Differs between processes that share a storage
     **overrides,         # As for `fit`
 ) -> TuneResult:
     """Search for settings on the validation part; the test part stays untouched
@@ -660,10 +662,7 @@ def tune(
     out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
-    storage = storage or str(out/'study.db')
-    with writing(out, full=True), _storing(storage):
-        study = open_study(storage, out, cfg.runtime.seed, worker)
-        why = _search(study, space, cfg, data, out, ends, trials)
+    study, why = _searched(data, cfg, space, out, storage or str(out/'study.db'), worker, ends, trials)
     return TuneResult(study, cfg, data, out, 'val_loss' if comparable(space) else 'CRPS on validation', why)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-085

@@ -24,7 +24,7 @@ from kronos_nb.display import (
 from ..hashes import sha256
 from ..training.history import read_json
 from ..training.run import EVALUATION, Run
-from .metrics import LEVELS, directional_accuracy, ic, qlike
+from .metrics import LEVELS, directional_accuracy, ic, pinball, qlike
 from .stats import block_indices, block_length, diebold_mariano, interval, power
 from .origins import BANDS, QUANTILES
 
@@ -34,12 +34,11 @@ _OTHERS = ('crps_range', 'crps_volume', 'crps_volatility') # columns of `forecas
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-007
 def _bar_losses(rows):
     "Return every metric of every bar"
-    from scoringrules import quantile_score
     y, last, scale = rows['y'], rows['last'], rows['scale']
     error, rise = abs(y - rows['q50']), (np.sign(y - last) + 1) / 2
-    pinball = sum(quantile_score(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
+    quantile_loss = sum(pinball(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
     out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / abs(last), mse_pct=(100 * error / last)**2)
-    out['quantile_loss'] = pinball / scale
+    out['quantile_loss'] = quantile_loss / scale
     for level, lo, hi in BANDS:
         out[f'cover_{level}'] = (rows[lo] <= y) & (y <= rows[hi])
         out[f'width_{level}'] = (rows[hi] - rows[lo]) / scale

@@ -221,6 +221,7 @@ NOTE_KINDS = dict(
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
     split='training bars of a symbol lie after bars that judge another one',
+    tracker='a tracker failed and is left out from there on',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
     validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
