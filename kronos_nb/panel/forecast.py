@@ -201,6 +201,7 @@ def _make_controls(self: ForecastPanel):
 @patch
 def _build(self: ForecastPanel):
     self.output, self.origin_note, self.chart = html_box(), html_box('knb-note'), picture()
+    self.chart.add_class('knb-fan')
     self.controls = self._make_controls()
     for control in self.controls.values(): control.observe(self._control_changed, 'value')
     self.button = button('Forecast', self.output, lambda: self._show_forecast(self.button), 'line-chart', 'success',
