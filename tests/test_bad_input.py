@@ -89,7 +89,8 @@ def test_a_ledger_is_a_folder_with_a_name(tmp_path):
         with pytest.raises(ConfigError, match='folder'): Ledger(wrong)
 
 
-@pytest.mark.parametrize('options', ['--predict-window 0', '--lookback-window 0', '--lookback-window=-5', '--paths 1e12', '--ledger='])
+@pytest.mark.parametrize('options', ['--predict-window 0', '--lookback-window 0', '--lookback-window=-5',
+                                     '--paths 1e12', '--ledger='])
 def test_a_turn_that_cannot_be_is_one_error(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     walk.to_csv('bars.csv', index=False)
