@@ -237,6 +237,18 @@ def _write_status(self: RunFiles, state: str, why=None):
     process = dict(pid=os.getpid(), host=platform.node())
     write_json(self.at.status_file, dict(stage=self.at.name, state=state, why=why) | place | clocks | process)
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #e9aeb8af
+class _Allowance:
+    "Know whether pictures have taken more of the time than they may"
+    def __init__(self, first=3., share=.005):   # Seconds that are free, share of the time
+        self.first, self.share, self.spent, self.began = first, share, 0., time.monotonic()
+    def left(self) -> bool: return self.spent <= self.first + self.share*(time.monotonic() - self.began)
+    @contextlib.contextmanager
+    def spend(self):
+        began = time.monotonic()
+        try: yield
+        finally: self.spent += time.monotonic() - began
+
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-043
 class LossPlot(Callback):
     "Saves the loss curves to `OUT/STAGE/plots/`"
@@ -250,12 +262,15 @@ class LossPlot(Callback):
 
     def save(self, learn, *names):
         if not learn.backend.is_main: return
-        picture = png(plot_losses(learn.history, last=self.last, title=f'{self.at.name}, step {learn.step:,}'))
-        for name in names: write_atomic(self.at.loss_plot(name), picture)
+        with self.time.spend():
+            picture = png(plot_losses(learn.history, last=self.last, title=f'{self.at.name}, step {learn.step:,}'))
+            for name in names: write_atomic(self.at.loss_plot(name), picture)
 
+    def before_fit(self, learn): self.time = _Allowance()
     def after_step(self, learn):
         if self.every and learn.step % self.every == 0: self.save(learn, 'latest', f'step_{learn.step}')
-    def after_validate(self, learn): self.save(learn, 'latest')
+    def after_validate(self, learn):
+        if learn.step and self.time.left(): self.save(learn, 'latest')
     def after_fit(self, learn):
         if not learn.interrupted: self.save(learn, 'latest', f'final_step_{learn.step}')
 
@@ -276,12 +291,13 @@ class LivePlot(Callback):
     ): self.every, self.last, self.show = every, last, show
 
     def before_fit(self, learn):
-        self.pictures, self.handle, self.due = _in_notebook() if self.show is None else self.show, None, 0.
+        self.pictures, self.handle = _in_notebook() if self.show is None else self.show, None
+        self.time, self.due = _Allowance(), 0.
     def after_step(self, learn):
-        if self.pictures and time.monotonic() >= self.due: self.draw(learn)
+        if self.pictures and time.monotonic() >= self.due and self.time.left(): self.draw(learn)
     def after_validate(self, learn):
         if not learn.backend.is_main: return
-        if self.pictures: self.draw(learn)
+        if self.pictures: self.after_step(learn)
         else: print(summary_line(learn.history, self.last), flush=True)
     def after_fit(self, learn):
         if self.pictures: self.draw(learn)
@@ -292,11 +308,11 @@ def draw(self: LivePlot, learn):
     "Draw the picture anew"
     if not learn.backend.is_main: return
     from IPython.display import Image, display
-    began = time.monotonic()
-    image = Image(png(plot_losses(learn.history, self.last, f'step {learn.step:,} of {learn.total_steps:,}')))
-    if self.handle is None: self.handle = display(image, display_id=True)
-    else: self.handle.update(image)
-    self.due = time.monotonic() + max(self.every, 20*(time.monotonic()-began))
+    with self.time.spend():
+        image = Image(png(plot_losses(learn.history, self.last, f'step {learn.step:,} of {learn.total_steps:,}')))
+        if self.handle is None: self.handle = display(image, display_id=True)
+        else: self.handle.update(image)
+    self.due = time.monotonic() + self.every
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-053
 def blocks(
