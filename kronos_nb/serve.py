@@ -452,7 +452,9 @@ def listen(ip, port) -> socket.socket:
     if not 0 <= port < 65536: raise ConfigError(f"--port must be in 0..65535, got {port}")
     s = socket.socket(socket.AF_INET6 if ':' in ip else socket.AF_INET)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: s.bind((ip, port))
+    try:
+        s.bind((ip, port))
+        s.listen()   # who reads the address may call at once
     except OSError as e:
         s.close()
         why = e.strerror or e
@@ -488,7 +490,7 @@ def serve(
     """
     uvicorn, (token, new), limits = _need('uvicorn'), take_token(), limits or Limits()
     app, s = make_app(Service(models, limits, tuple(sources)), token), listen(ip, port)
-    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='on', server_header=False,
+    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='on', ws='none', server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=int(limits.timeout) + 5))
     host = f'[{ip}]' if ':' in ip else ip
     at = f'http://{host}:{s.getsockname()[1]}'

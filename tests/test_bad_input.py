@@ -1,5 +1,6 @@
 "Bad input to what ships: a clear error or an unread cell, never a traceback, a guess or a wrong number"
 import shutil
+import socket
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,7 @@ def test_a_ledger_is_a_folder_with_a_name(tmp_path):
 
 
 @pytest.mark.parametrize('options', ['--predict-window 0', '--lookback-window 0', '--lookback-window=-5',
-    '--paths 1e12', '--ledger='])
+                                     '--paths 1e12', '--ledger='])
 def test_a_turn_that_cannot_be_is_one_error(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     walk.to_csv('bars.csv', index=False)
@@ -106,3 +107,10 @@ def test_the_service_refuses_a_number_without_end():
         bars = parse_bars(table(YEARS[:4], close=[10**400]*4).to_dict('list'), 'X', 10)
         from kronos_nb.forecast import Forecaster
         Forecaster.from_pretrained('bundled').predict(bars, 2, paths=1)
+
+
+def test_who_reads_the_address_of_the_service_can_call_at_once():
+    from kronos_nb.serve import listen
+    with listen('127.0.0.1', 0) as s, socket.create_connection(s.getsockname(), timeout=5) as caller:
+        assert caller.getpeername() == s.getsockname()
+        with pytest.raises(ConfigError, match='port'): listen(*s.getsockname())

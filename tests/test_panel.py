@@ -349,7 +349,9 @@ def test_a_forecast_begins_at_the_end_and_a_replay_before_it(quickstart, opened)
 def test_a_model_is_chosen_from_runs_and_released_ones(quickstart, opened):
     panel = opened(ForecastPanel(TrainPanel('sample', SMALL), 'sample', runs=quickstart.parent))
     panel.button.click()
-    assert 'AAPL, IBM, MSFT' in panel.output.value   # no finished run: the small base that ships
+    assert 'AAPL, IBM, MSFT' in panel.said.value   # no finished run: the small base that ships
+    panel.refresh()
+    assert 'of the paths end higher' in panel.said.value   # as long as its picture is there
     offered = panel.controls['model'].options
     assert str(quickstart) in offered
     assert any(label.startswith('Kronos-small') for label in offered)

@@ -276,7 +276,7 @@ _NARROW = """
 @container (max-width: 700px) {
   .knb-rows {grid-template-columns: 1fr 84px} .knb-rows > :nth-child(3n) {grid-column: 1 / -1; margin-bottom: 8px}
   .knb-rows .widget-label {width: 112px !important} .knb-rows .widget-hslider {width: auto !important; min-width: 0}
-  .knb-picture img {min-width: 640px; max-width: none}
+  .knb-picture img {min-width: 640px; max-width: none} .knb-picture:has(.knb-fan) {direction: rtl} /* its end */
 }"""
 
 # %% ../../nbs/api/9_faces/90_base.ipynb #1bc91ae0

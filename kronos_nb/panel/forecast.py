@@ -201,6 +201,8 @@ def _make_controls(self: ForecastPanel):
 @patch
 def _build(self: ForecastPanel):
     self.output, self.origin_note, self.chart = html_box(), html_box('knb-note'), picture()
+    self.said = html_box('knb-note')   # of the forecast that is drawn
+    self.chart.add_class('knb-fan')
     self.controls = self._make_controls()
     for control in self.controls.values(): control.observe(self._control_changed, 'value')
     self.button = button('Forecast', self.output, lambda: self._show_forecast(self.button), 'line-chart', 'success',
@@ -209,7 +211,14 @@ def _build(self: ForecastPanel):
         hint='Forecast bars that are there already, and draw what happened over the forecast')
     self.folded = Folded(self.output, as_code=lambda: self.code)
     row = bar(self.button, self.replay, self.origin_note)
-    return panel_page(grid(self.controls.values()), row, self.output, self.chart, self.folded.widget)
+    return panel_page(grid(self.controls.values()), row, self.output, self.said, self.chart, self.folded.widget)
+
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #5e1c0a77
+@patch
+def _draw_nothing(self: ForecastPanel):
+    "Take the forecast away"
+    self.said.value = ''
+    show_figure(self.chart, None)
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-021
 @patch
@@ -218,7 +227,7 @@ def _fill(self: ForecastPanel):
     seen = self.seen
     self._fill_models()
     self._take()
-    if self.seen is not seen: show_figure(self.chart, None)
+    if self.seen is not seen: self._draw_nothing()
     bars, at, controls = self.bars[self.symbol], self._origin(), self.controls
     saved = getattr(self.forecaster, 'calibration', None)
     drawn = self.sampling.filled(saved and saved.sampling)
@@ -264,7 +273,7 @@ def _control_changed(self: ForecastPanel, change):
     else: self.sampling = Sampling.of(self.sampling, **{name: value})
     if name == 'symbol':
         self.origin = None
-        show_figure(self.chart, None)
+        self._draw_nothing()
     if name == 'origin' and value == change['owner'].max: self.origin = None
     self.refresh()
 
@@ -278,7 +287,7 @@ def _show_forecast(self: ForecastPanel, clicked):
     median = f.quantile(.5)['close'].iloc[-1]
     higher = percent(f.prob_up().iloc[-1], 0)
     line = f'median {median:.6g} after {len(f)} bars, last close {f.last_close:.6g}; {higher} of the paths end higher.'
-    self.output.value = f"<div class='knb-note'>{line} {html.escape('; '.join(f.notes))}</div>"
+    self.said.value = f"{line} {html.escape('; '.join(f.notes))}"
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-024
 @patch
