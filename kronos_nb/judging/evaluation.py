@@ -130,6 +130,10 @@ def with_intervals(
     return out.rename(index={'mse_pct': 'rmse_pct'}, level=0 if out.index.nlevels > 1 else None)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-023
+def _relative(loss, other):
+    "Return 1 - loss/other; 0 where both are 0, minus infinity where `other` alone is"
+    with np.errstate(divide='ignore', invalid='ignore'): return np.where(loss == other, 0., 1 - loss / other)
+
 def skill(
     loss,  # (n,) mean loss of the forecaster on each date
     other, # (n,) mean loss of the forecaster it is compared with
@@ -142,10 +146,12 @@ def skill(
     loss, other = np.asarray(loss, np.float64), np.asarray(other, np.float64)
     block = block_length(len(loss), overlap)
     w = _resample_weights(len(loss), block, draws, seed)
-    resampled, value = 1 - (w @ loss) / (w @ other), 1 - loss.mean() / other.mean()
-    low, high = interval(resampled, len(loss) // block, level)
+    resampled, value = _relative(w @ loss, w @ other), float(_relative(loss.mean(), other.mean()))
+    with np.errstate(invalid='ignore'):   # minus infinity in some resamples
+        low, high = interval(resampled, len(loss) // block, level)
+        found = power(value, resampled.std(), len(loss), level)
+    if np.isnan(low) and np.isfinite(high): low = -np.inf
     dm, p = diebold_mariano(loss, other, overlap)
-    found = power(value, resampled.std(), len(loss), level)
     return dict(skill=value, low=low, high=high, dm=dm, p=p, detectable=found.detectable, needed=found.needed)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-028
