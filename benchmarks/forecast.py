@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kronos_nb.core import FEATURES, threads
 from kronos_nb.display import md_table
 from kronos_nb.forecast import Forecaster
+from kronos_nb.speed import shortest
 from kronos_nb.decode.sample import uniforms
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
@@ -185,6 +186,41 @@ def case(path, size, symbols, paths, horizon, context, limit, repeats, precision
     )
 
 
+def read_rate(floats, seconds=0.05):
+    "GB/s of the fastest of three plain operations on arrays of `floats` numbers: sum, dot product, and STREAM's triad"
+    x, y, z = torch.ones(3, floats)
+    ways = {
+        'sum': (4, lambda: x.sum()),
+        'dot': (8, lambda: torch.dot(x, y)),
+        'triad': (12, lambda: torch.add(x, y, alpha=2.0, out=z)),
+    }
+    took = shortest({k: f for k, (_, f) in ways.items()}, seconds)
+    return max(ways[k][0] * floats / us / 1e3 for k, us in took.items())
+
+
+def bandwidth(size, repeats, few=12, many=112):
+    "Rate at which a step of one path reads the weights, beside plain reads of as many bytes and of half a GB"
+    tok, model = models(size)
+    ours, frames = Ours(tok, model, 512), [bars(0, 400)]
+    stamps = pd.date_range('2024-01-01', periods=400 + many, freq='h')[400:]
+    layers = (model.transformer, model.dep_layer.cross_attn, model.head)   # the rest are rows of tables
+    floats = sum(p.numel() for layer in layers for p in layer.parameters())
+    ours(frames, stamps, 1)
+    steps, same, large = [], [], []
+    for _ in range(2 * repeats):
+        seconds = [clock(lambda: ours(frames, stamps[:n], 1)) for n in (few, many)]
+        steps.append((seconds[1] - seconds[0]) / (many - few))
+        same.append(read_rate(floats))
+        large.append(read_rate(1 << 27))
+    rate = 4 * floats / statistics.median(steps) / 1e9
+    found = dict(size=size, weights_mb=4 * floats / 1e6, step_ms=1e3 * statistics.median(steps), gb_s=rate)
+    found |= dict(read_as_many_gb_s=max(same), read_half_a_gb_gb_s=max(large))
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()} | {
+        'share of as many': f'{rate / max(same):.0%}',
+        'share of memory': f'{rate / max(large):.0%}',
+    }
+
+
 def peak(args, side, size, paths, horizon):
     "Peak memory of one call in a fresh process, MiB, above that of the loaded models"
     cmd = [
@@ -266,6 +302,7 @@ def main():
     p.add_argument('--precisions', nargs='+', default=['float32'])
     p.add_argument('--memory', action='store_true', help='peak memory instead of time')
     p.add_argument('--growth', action='store_true', help='how our time grows with horizon and paths')
+    p.add_argument('--bandwidth', action='store_true', help='share of the memory bandwidth that one path reaches')
     p.add_argument(
         '--unequal', action='store_true', help='histories of 400, 399, 398 ... bars instead of 400 each; ours alone'
     )
@@ -301,6 +338,9 @@ def main():
                         f'{size}, 30 paths, horizon {a.horizons[0]}: {side} {o["peak"]:.0f} MiB at its peak, '
                         f'{o["peak"] - o["before"]:.0f} more than with the models loaded'
                     )
+            return
+        if a.bandwidth:
+            print(md_table(pd.DataFrame([bandwidth(s, a.repeats) for s in a.sizes])))
             return
         if a.growth:
             rows = [
