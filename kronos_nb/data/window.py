@@ -219,6 +219,7 @@ class WindowDataset:
         statistics='auto',    # 'rolling' (for every bar, once), 'on the fly' (per batch) or 'auto'
         features=FEATURES,    # The six, and extra columns of `bars` after them
         market_tz=None,       # Zone whose clock gives the five time stamps; None is UTC
+        covariates=None,      # A `CovariateTable`
     ):
         _check_whole('lookback_window', lookback_window, 1)
         _check_whole('predict_window', predict_window, 0)
@@ -229,6 +230,8 @@ class WindowDataset:
         self.normalizer, self.market_tz = normalizer or ZScore(), market_tz
         self._find_windows(bars, max_gap)
         self._copy_bars(bars)
+        self.covariates = covariates
+        if covariates is not None: self._align(bars)
         self._keep_statistics(statistics)
 
     def __len__(self): return int(self.offsets[-1])
@@ -361,6 +364,29 @@ def arrays(self: WindowDataset,
     x = torch.from_numpy(_gather(self.x, at, self.window))
     scale = kept or self.normalizer.fit(x, self.lookback_window)
     return scale.encode(x), stamps, scale
+
+# %% ../../nbs/api/1_data/16_window.ipynb #0a01eb1e
+@patch
+def _align(self: WindowDataset, bars):
+    "Set the covariates of all bars, as of their closes"
+    edges, parts = _symbol_edges(bars), []
+    for s, e in zip(edges, np.r_[edges[1:], len(bars)]):
+        t = self.timestamps[s:e]
+        found = self.covariates.align(str(bars.symbol.iloc[s]), t, bar_interval(t))
+        parts.append((found.v, found.there, found.age, np.tile(found.codes, (e - s, 1))))
+    self._side = [np.concatenate(o) for o in zip(*parts)]
+
+# %% ../../nbs/api/1_data/16_window.ipynb #089fa365
+@patch
+def side(self: WindowDataset,
+    indices,    # (B,) window numbers
+    shift=None, # Bars to move each window by
+) -> torch.Tensor | None: # (B, L+H, 3K+S) float32; None without covariates
+    "Return the side inputs of windows, scaled by their lookbacks"
+    if self.covariates is None: return None
+    at = self.rows(indices, shift)[:, None] + np.arange(self.window)
+    v, there, age, codes = (o[at] for o in self._side)
+    return torch.from_numpy(self.covariates.inputs(v, there, age, codes[:, 0], self.lookback_window))
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-064
 @patch
