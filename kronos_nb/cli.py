@@ -269,6 +269,14 @@ def _delivery_options(p):
     p.add_argument('--market-tz', metavar='ZONE',
         help="zone of the clock that the models read, such as Asia/Shanghai; none: as trained, else UTC")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cc419633
+def _side_options(p):
+    "Add the options that give a model its covariates"
+    p.add_argument('--covariates-source', nargs='+', metavar='FILE', help='tables of the covariates that the model '
+        'reads, with those known ahead at the stamps of the forecast; none: those of the run, and columns of the bars')
+    p.add_argument('--covariates-missing', choices=('error', 'mask'), default='error',
+        help='mask: the model is told that a covariate has no value; error: that is an error')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-027
 def _model_options(p):
     "Add the options that forecasting and judging share"
@@ -280,10 +288,7 @@ def _model_options(p):
     p.add_argument('--tokenizer', metavar='MODEL',
         help='its tokenizer, where MODEL is a predictor outside of its run: a folder or a hub id')
     _add_settings(p, {name: _OPTIONS[name] for name in ('symbols', 'repair')})
-    p.add_argument('--covariates-source', nargs='+', metavar='FILE', help='tables of the covariates that the model '
-        'reads, with those known ahead at the stamps of the forecast; none: those of the run, and columns of the bars')
-    p.add_argument('--covariates-missing', choices=('error', 'mask'), default='error',
-        help='mask: the model is told that a covariate has no value; error: that is an error')
+    _side_options(p)
     p.add_argument('--lookback-window', type=int, metavar='N',
         help='bars of history to read; none: what the model was trained for')
     p.add_argument('--predict-window', type=int, metavar='N',

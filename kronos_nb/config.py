@@ -42,6 +42,10 @@ class _SourceConfig(Settings):
         'standard'))
     extra_features: tuple[str, ...] | None = setting(
         None, "numeric columns read beside the six features, such as trades; for a tokenizer trained from scratch")
+
+# %% ../nbs/api/0_ground/03_config.ipynb #6f5d0815
+@dataclass(frozen=True, kw_only=True)
+class _CovariatesConfig(_SourceConfig):
     covariates: dict = setting(
         dict, "side inputs of the predictor, which work with released weights: funding: past lag 8h, release: future, "
         "sector: static")
@@ -53,7 +57,7 @@ class _SourceConfig(Settings):
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-008
 @dataclass(frozen=True, kw_only=True)
-class _WindowConfig(_SourceConfig):
+class _WindowConfig(_CovariatesConfig):
     lookback_window: int = setting(90, "history that the model sees", lo=2, hi=8192, unit='bars')
     predict_window: int = setting(10, "future that it learns to forecast", lo=1, hi=2048, unit='bars')
     max_context: int = setting(
@@ -113,20 +117,6 @@ class DataConfig(_SplitConfig):
     def features(self) -> tuple: return FEATURES + (self.extra_features or ())
     @property
     def clock(self) -> str | None: return self.market_tz or self.tz
-    @property
-    def side(self) -> tuple: return parse_covariates(self.covariates)
-    def _check_covariates(self):
-        inside = sorted({c.source for c in self.side} & {*self.features}) if not self.covariates_source else []
-        if inside:
-            raise ConfigError(f"data.covariates names {', '.join(inside)}, which the model reads already; name another "
-                              "column, or data.covariates_source")
-        static = [c.name for c in self.side if not c.moves]
-        if static and not self.covariates_source:
-            raise ConfigError(f"data.covariates: {', '.join(static)} is static, and labels come from a table of "
-                              "symbols: name it with data.covariates_source")
-        if self.covariates_source and not self.covariates:
-            raise ConfigError("data.covariates_source is given and data.covariates names none: add, for instance, "
-                              "data.covariates=funding: past")
     def check(self):
         for name in ('start', 'end'): _check_date(self.path(name), getattr(self, name))
         for name in ('tz', 'market_tz'):
@@ -140,6 +130,26 @@ class DataConfig(_SplitConfig):
         if abs(total - 1) > 1e-6:
             shares = f'{self.train} + {self.val} + {self.test} = {total:g}'
             raise ConfigError(f"data.train + data.val + data.test must be 1, got {shares}")
+
+# %% ../nbs/api/0_ground/03_config.ipynb #a110d07f
+@patch(as_prop=True)
+def side(self: DataConfig) -> tuple: return parse_covariates(self.covariates)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #592763cd
+@patch
+def _check_covariates(self: DataConfig):
+    "Raise where the declared covariates do not go with the other settings"
+    inside = sorted({c.source for c in self.side} & {*self.features}) if not self.covariates_source else []
+    if inside:
+        raise ConfigError(f"data.covariates names {', '.join(inside)}, which the model reads already; name another "
+                          "column, or data.covariates_source")
+    static = [c.name for c in self.side if not c.moves]
+    if static and not self.covariates_source:
+        raise ConfigError(f"data.covariates: {', '.join(static)} is static, and labels come from a table of "
+                          "symbols: name it with data.covariates_source")
+    if self.covariates_source and not self.covariates:
+        raise ConfigError("data.covariates_source is given and data.covariates names none: add, for instance, "
+                          "data.covariates=funding: past")
 
 # %% ../nbs/api/0_ground/03_config.ipynb #75f1e2bc
 @patch(as_prop=True)

@@ -185,7 +185,6 @@ class Forecaster:
         self.anchor, self.calibration = anchor, calibration
         self.cross_rope, self.compile, self.precision = cross_rope, compile, precision
         self._take(tokenizer, predictor, device)
-        self.table = None   # `CovariateTable`, from `with_covariates`
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
         self._recall(max_context, lookback_window, market_tz)
 
@@ -212,6 +211,7 @@ def _recall(self: Forecaster, max_context, lookback_window, market_tz):
 def _take(self: Forecaster, tokenizer, predictor, device):
     "Hold the models, on `device` where one is named"
     self.source = self.revision = None   # where the first predictor was loaded from
+    self.table = None   # `CovariateTable`, from `with_covariates`
     self.tokenizer = tokenizer
     self.predictors = list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
     _check_pair(tokenizer, self.predictors)
@@ -505,8 +505,9 @@ def _calibrated(self: Forecaster, made, keys, sampling):
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #bd23d5d2
 @patch
-def _with_given(self: Forecaster, histories, covariates, missing):
+def _informed(self: Forecaster, histories, covariates, missing):
     "Return this forecaster with covariates from tables and from the columns of histories"
+    if covariates is None and missing is None: return self
     check_choice('missing', missing or 'error', MISSING)
     if isinstance(covariates, CovariateTable): return self.with_covariates(covariates)
     own = [c for c in ('symbol', 'timestamps', *(c.source for c in self.covariates))]
@@ -533,12 +534,11 @@ def predict_many(self: Forecaster,
     progress=None,   # Show a bar; None: after two seconds
     raw=False,       # No anchor, no calibration: the reference's numbers
     covariates=None, # As for `with_covariates`; None: columns of the histories
-    missing: str | None = None, # 'mask': a covariate without a value is masked; None: it is an error
+    missing: str | None = None, # 'mask' lost values; None: raise
     **kwargs,        # Settings of `Sampling`
 ) -> list: # One `Forecast` per history
     "Forecast many histories at once"
-    f = self._raw() if raw else self
-    if covariates is not None or missing is not None: f = f._with_given(histories, covariates, missing)
+    f = (self._raw() if raw else self)._informed(histories, covariates, missing)
     sampling = Sampling.of(sampling, **kwargs).filled(f.calibration and f.calibration.sampling)
     made, = f._forecast(histories, f._horizon(predict_window), [sampling], keys=keys, futures=futures,
         calendar=calendar, lookback_window=lookback_window, coherent_candles=coherent_candles, memory=memory,

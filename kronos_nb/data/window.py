@@ -217,9 +217,9 @@ class WindowDataset:
         stride: int = 1,      # Bars from one window to the next inside a segment
         max_gap='auto',       # See `segments`
         statistics='auto',    # 'rolling' (for every bar, once), 'on the fly' (per batch) or 'auto'
-        features=FEATURES,    # The six, and extra columns of `bars` after them
+        features=FEATURES,    # The six, and extra columns after them
         market_tz=None,       # Zone whose clock gives the five time stamps; None is UTC
-        covariates=None,      # A `CovariateTable`
+        covariates=None,      # `CovariateTable`
     ):
         _check_whole('lookback_window', lookback_window, 1)
         _check_whole('predict_window', predict_window, 0)
@@ -227,11 +227,9 @@ class WindowDataset:
         check_canonical(bars, features)
         self.lookback_window, self.predict_window, self.stride = lookback_window, predict_window, stride
         self.window, self.features = lookback_window + predict_window, tuple(features)
-        self.normalizer, self.market_tz = normalizer or ZScore(), market_tz
+        self.normalizer, self.market_tz, self.covariates = normalizer or ZScore(), market_tz, covariates
         self._find_windows(bars, max_gap)
         self._copy_bars(bars)
-        self.covariates = covariates
-        if covariates is not None: self._align(bars)
         self._keep_statistics(statistics)
 
     def __len__(self): return int(self.offsets[-1])
@@ -268,6 +266,7 @@ def _copy_bars(self: WindowDataset, bars):
     for s, e in zip(edges, np.r_[edges[1:], len(bars)]):
         t, block = market_clock(self.timestamps[s:e], self.market_tz), 2**16
         for i in range(0, e - s, block): self.stamps[s + i:min(s + i + block, e)] = time_stamps(t[i:i + block], np.int8)
+    if self.covariates is not None: self._align(bars)
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-049
 @patch

@@ -45,6 +45,16 @@ def _losses(forecaster, dataset, change=lambda side: side):
             out.append(torch.stack([_future_losses(m, *t, L) for m in forecaster.predictors]).mean(0).cpu())
     return torch.cat(out).double().numpy()
 
+# %% ../../nbs/api/6_judging/65_importance.ipynb #bc4f9f45
+def _windows_of(forecaster, bars, lookback_window, predict_window):
+    "Return windows whose futures do not overlap"
+    known, f = forecaster.predictor.extra, forecaster
+    L, H = lookback_window or known.get('lookback_window'), predict_window or known.get('predict_window')
+    if f.table is None or not (L and H):
+        raise ConfigError("importance needs a forecaster with covariates, and windows: pass "
+                          "forecaster.with_covariates(...), lookback_window and predict_window")
+    return WindowDataset(bars, L, H, f.normalizer, H, features=f.features, covariates=f.table, market_tz=f.market_tz)
+
 # %% ../../nbs/api/6_judging/65_importance.ipynb #9ab70af1
 def importance(
     forecaster,       # With a side channel, and `with_covariates`
@@ -55,15 +65,8 @@ def importance(
     seed: int = 0,
 ) -> pd.DataFrame: # covariate, importance (nats per bar), low, high, windows
     "Return how much worse a model predicts future bars without what each covariate tells, with 95 % intervals"
-    known, table = forecaster.predictor.extra, forecaster.table
-    L, H = lookback_window or known.get('lookback_window'), predict_window or known.get('predict_window')
-    if table is None or not (L and H):
-        raise ConfigError("importance needs a forecaster with covariates, and windows: pass "
-                          "forecaster.with_covariates(...), lookback_window and predict_window")
-    dataset = WindowDataset(bars, L, H, forecaster.normalizer, H, features=forecaster.features, covariates=table,
-                            market_tz=forecaster.market_tz)
+    dataset, table, rows = _windows_of(forecaster, bars, lookback_window, predict_window), forecaster.table, []
     base, K = _losses(forecaster, dataset), len(table.moving)
-    rows = []
     for k, c in enumerate([*table.moving, *table.static]):
         orders = [np_rng(seed, 'exchange', c.name, d).permutation(len(dataset)) for d in range(draws)]
         more = [_losses(forecaster, dataset, lambda side, o=o: _exchanged(side, k, K, o)) - base for o in orders]
