@@ -49,9 +49,10 @@ from kronos_nb.training.task import drop_covariates, set_trainable
 H = 4
 LOOKBACK = dict(btc=24, hours=24)   # of the simulated ones: 8, where a bar moves as much as the level
 EFFECT = .5
-BASE_STEPS, STEPS, LOOK_EVERY, BATCH = 400, 240, 40, 64
+BASE_STEPS, STEPS, LOOK_EVERY, BATCH = 300, 200, 40, 64
 DECLARED = dict(volatility=dict(x='future'), drift=dict(x='past raw'), noise=dict(x='past raw', y='future'),
                 btc=dict(btc='past change'), hours=dict(weekend='future', new_york='future', funding_hour='future'))
+ARMS = dict(rival=None, model='all')
 STILL = dict(ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
 SMALL = dict(s1_bits=5, s2_bits=5, d_model=32, n_heads=2, ff_dim=64) | STILL
 
@@ -139,8 +140,8 @@ def train(model, tokenizer, data, val, opt, steps, seed, with_side):
     return best[1]
 
 
-def trained(bars, table, L, seed):
-    "Return the rival, the model and the channel alone as forecasters, the steps that validation chose, and the parts"
+def trained(bars, table, L, seed, arms):
+    "Return the arms as forecasters, the steps that validation chose, and the windows and bars that are judged"
     split = split_by_time(bars, .6, .15, .25, H)
     data, val = (WindowDataset(o, L, H, covariates=table) for o in (split.train, split.val))
     seed_everything(seed)
@@ -148,7 +149,7 @@ def trained(bars, table, L, seed):
     base = Kronos(n_layers=2, token_dropout_p=0., learn_te=True, **SMALL)
     train(base, tokenizer, data, val, adamw(base, 4e-3, weight_decay=.05), BASE_STEPS, seed, False)
     out, steps = {}, {}
-    for name, what in dict(rival=None, model='all', alone='side').items():
+    for name, what in arms.items():
         one = copy.deepcopy(base)
         if what: set_trainable(one.add_side(side_spec(table)), what)
         own = dict(apart=list(one.side.parameters()), apart_lr=3e-2) if what else {}
@@ -160,7 +161,7 @@ def trained(bars, table, L, seed):
 
 
 # judging
-def found_effect(kind, forecaster, test, table, L, seed, dates=24, paths=200):
+def found_effect(kind, forecaster, test, table, L, seed, dates=16, paths=150):
     "Return the size of the effect that forecasts of one bar show, and its standard error over dates"
     g, sizes = np.random.default_rng(seed), []
     t = test.timestamps.to_numpy()
@@ -209,10 +210,11 @@ def trial(kind, seed, folder, origins):
     began, L = time.process_time(), LOOKBACK.get(kind, 8)
     bars, x = pairs(folder, ('ETHUSDT', 'SOLUSDT', 'XRPUSDT')) if kind in LOOKBACK else simulated(kind, seed)
     table = covariate_table(parse_covariates(DECLARED[kind]), [x])
-    found, steps, data, test = trained(bars, table, L, seed)
+    planted = kind in ('volatility', 'drift')
+    found, steps, data, test = trained(bars, table, L, seed, ARMS | (dict(alone='side') if planted else {}))
     row = dict(kind=kind, seed=seed) | {f'step_{k}': n for k, n in steps.items()}
     row |= judged(found['rival'], found['model'], bars, test, L, origins, seed)
-    if kind in ('volatility', 'drift'):
+    if planted:
         row['tokens'] = size_in_tokens(kind, found['model'].tokenizer, data, x.x.to_numpy(), L)
         for name in ('model', 'alone'):
             row[f'size_{name}'], row[f'se_{name}'] = found_effect(kind, found[name], test, table, L, seed)
@@ -230,7 +232,7 @@ def plan(seeds, folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, default=20, help='of the noise')
-    p.add_argument('--origins', type=int, default=48)
+    p.add_argument('--origins', type=int, default=40)
     p.add_argument('--pairs', help='folder of NAME_1h.parquet files, beside one of BTCUSDT')
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
     a = p.parse_args()

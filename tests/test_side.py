@@ -247,7 +247,8 @@ def good():
 
 
 BAD = dict(   # the table, and what an error must name
-    early=(lambda x: x[(x.symbol != 'B') | (x.timestamps < x.timestamps.max() - pd.Timedelta('5D'))], 'B at .*(funding|release)'),
+    early=(lambda x: x[(x.symbol != 'B') | (x.timestamps < x.timestamps.max() - pd.Timedelta('5D'))],
+           'B at .*(funding|release)'),
     twice=(lambda x: pd.concat([x, x.iloc[5:6]]), 'A at .*funding'),
     text=(lambda x: x.astype(dict(funding=object)).assign(funding=lambda o: o.funding.where(o.index != 9, 'n/a?')),
           'A at .*funding'),

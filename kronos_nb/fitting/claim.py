@@ -48,7 +48,7 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+_MAY_DIFFER = ['data.source', 'data.covariates_source', *(f'runtime.{name}' for name in _FREE),
                *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015

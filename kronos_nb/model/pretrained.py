@@ -134,67 +134,6 @@ def copy_model(
         else: (folder/file.name).unlink(missing_ok=True)
     return folder
 
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #382acddd
-def split_side(
-    state: dict, # Weights by name
-) -> tuple: # Those of the model, those of the channel without prefix
-    "Divide the weights of a predictor"
-    own = {k: v for k, v in state.items() if not k.startswith(PREFIX)}
-    return own, {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #16b810b3
-def _as_bytes(state): # No header, as in released files
-    from safetensors.torch import save
-    return save({k: t.detach().cpu().contiguous().clone() for k, t in state.items()})
-
-def _as_json(d): return json.dumps(d, indent=2, sort_keys=True).encode()
-
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #8250c855
-def model_contents(
-    config: dict | None, # Of `config.json`; `side` describes the channel
-    state: dict,         # Weights, those of the channel under `side.`
-) -> dict: # Name -> bytes
-    "Return the files of a model"
-    (own, side), config = split_side(state), config and dict(config)
-    spec, weights = (config or {}).pop('side', None), _as_bytes(own)
-    files = {'config.json': _as_json(config)} if config else {}
-    files['model.safetensors'] = weights
-    if not side: return files
-    channel = _as_bytes(side)
-    spec = dict(spec or {}, predictor=hashlib.sha256(weights).hexdigest(), hash=hashlib.sha256(channel).hexdigest())
-    return files | dict(zip(SIDE_FILES, (_as_json(spec), channel)))
-
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #012ae827
-def write_model(folder, contents: dict):
-    "Replace the files of a model; a channel that it does not have goes"
-    write_model_files(folder, contents)
-    for name in SIDE_FILES:
-        if name not in contents: (Path(folder)/name).unlink(missing_ok=True)
-
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #88230e93
-def _check_channel(spec, paths, model):
-    "Raise unless a channel is whole and belongs to the model beside it"
-    own, told = (hashlib.sha256(o.read_bytes()).hexdigest() for o in (paths[1], model))
-    if spec.pop('hash', None) != own:
-        raise ModelError(f"{paths[1]} is not the file that {paths[0].name} describes. Copy the model again")
-    if spec.pop('predictor', None) != told:
-        raise ModelError(f"{paths[1]} was trained with other weights than those of {model.name} beside it. Copy both "
-                         "from one run, or delete the side files to go without covariates")
-
-# %% ../../nbs/api/3_model/31_pretrained.ipynb #5379395b
-def read_side(
-    model, # Path of `model.safetensors`
-) -> tuple: # What describes its channel, and the weights, with prefix; (None, {}) where there is none
-    "Return the channel beside a model"
-    model, paths = Path(model), [Path(model).with_name(o) for o in SIDE_FILES]
-    if model.name != _FILES[1] or not any(o.is_file() for o in paths): return None, {}
-    for o in paths:
-        if not o.is_file(): raise ModelError(f"{o} is missing, and the other side file is there. Copy the model again")
-    check_sums(*paths)
-    spec = _read_config(paths[0])
-    _check_channel(spec, paths, model)
-    return spec, {PREFIX + k: t for k, t in _read_weights(paths[1]).items()}
-
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #e20edea8
 def check_finite(
     tensors: dict, # Name -> tensor
@@ -307,6 +246,67 @@ def _read_weights(path):
     try: return load_file(path)
     except Exception as e:
         raise ModelError(f"{path} cannot be read as safetensors: {e}. Is the file complete?") from e
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #382acddd
+def split_side(
+    state: dict, # Weights by name
+) -> tuple: # Those of the model, those of the channel without prefix
+    "Divide the weights of a predictor"
+    own = {k: v for k, v in state.items() if not k.startswith(PREFIX)}
+    return own, {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #16b810b3
+def _as_bytes(state): # No header, as in released files
+    from safetensors.torch import save
+    return save({k: t.detach().cpu().contiguous().clone() for k, t in state.items()})
+
+def _as_json(d): return json.dumps(d, indent=2, sort_keys=True).encode()
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #8250c855
+def model_contents(
+    config: dict | None, # Of `config.json`; `side` describes the channel
+    state: dict,         # Weights, those of the channel under `side.`
+) -> dict: # Name -> bytes
+    "Return the files of a model"
+    (own, side), config = split_side(state), config and dict(config)
+    spec, weights = (config or {}).pop('side', None), _as_bytes(own)
+    files = {'config.json': _as_json(config)} if config else {}
+    files['model.safetensors'] = weights
+    if not side: return files
+    channel = _as_bytes(side)
+    spec = dict(spec or {}, predictor=hashlib.sha256(weights).hexdigest(), hash=hashlib.sha256(channel).hexdigest())
+    return files | dict(zip(SIDE_FILES, (_as_json(spec), channel)))
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #012ae827
+def write_model(folder, contents: dict):
+    "Replace the files of a model; a channel that it does not have goes"
+    write_model_files(folder, contents)
+    for name in SIDE_FILES:
+        if name not in contents: (Path(folder)/name).unlink(missing_ok=True)
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #88230e93
+def _check_channel(spec, paths, model):
+    "Raise unless a channel is whole and belongs to the model beside it"
+    own, told = (hashlib.sha256(o.read_bytes()).hexdigest() for o in (paths[1], model))
+    if spec.pop('hash', None) != own:
+        raise ModelError(f"{paths[1]} is not the file that {paths[0].name} describes. Copy the model again")
+    if spec.pop('predictor', None) != told:
+        raise ModelError(f"{paths[1]} was trained with other weights than those of {model.name} beside it. Copy both "
+                         "from one run, or delete the side files to go without covariates")
+
+# %% ../../nbs/api/3_model/31_pretrained.ipynb #5379395b
+def read_side(
+    model, # Path of `model.safetensors`
+) -> tuple: # What describes its channel, and the weights, with prefix; (None, {}) where there is none
+    "Return the channel beside a model"
+    model, paths = Path(model), [Path(model).with_name(o) for o in SIDE_FILES]
+    if model.name != _FILES[1] or not any(o.is_file() for o in paths): return None, {}
+    for o in paths:
+        if not o.is_file(): raise ModelError(f"{o} is missing, and the other side file is there. Copy the model again")
+    check_sums(*paths)
+    spec = _read_config(paths[0])
+    _check_channel(spec, paths, model)
+    return spec, {PREFIX + k: t for k, t in _read_weights(paths[1]).items()}
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-033
 @patch(cls_method=True)
