@@ -77,7 +77,8 @@ def _hub_files(repo, revision):
         found = tuple(map(get, _FILES))
         if repo not in PUBLISHED:   # those came without hashes
             with contextlib.suppress(EntryNotFoundError):
-                if SIDE_FILES[0] in get(SUMS).read_text(errors='replace'): list(map(get, SIDE_FILES))
+                sums = get(SUMS)
+                if sums.is_file() and SIDE_FILES[0] in sums.read_text(errors='replace'): list(map(get, SIDE_FILES))
         return found
     except Exception as e:
         why = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
