@@ -282,6 +282,12 @@ def test_what_is_missing_is_masked_where_that_is_asked_for(name):
     assert torch.isfinite(side).all() and 0 < float(side[..., 2].mean()) <= 1
 
 
+def test_a_column_that_is_nowhere_is_an_error_in_training_even_where_values_may_be_masked():
+    found, rest = parse_covariates(dict(funding='past')), good().drop(columns='funding')
+    with pytest.raises(DataError, match='funding'): covariate_table(found, [rest], missing='mask')
+    assert covariate_table(found, [rest], missing='mask', labels={}).series == {}
+
+
 @pytest.mark.parametrize('change', [
     {'data.covariates': {'funding': 'tomorrow'}}, {'data.covariates': {'close': 'past'}},
     {'data.covariates': {'x': 'future lag 1h'}}, {'data.covariates_source': 'x.csv'},
