@@ -189,7 +189,7 @@ def covariate_table(
         holding = [o for o in frames if c.source in o]
         if not holding and (labels is None or missing == 'error'):   # training must have a column to learn from
             names = ', '.join(dict.fromkeys(str(k) for o in frames for k in o))
-            raise DataError(f"no column {c.source!r} for the covariate {c.name} ({c.kind}); there are: {names or 'none'}"
+            raise DataError(f"no column {c.source!r} for the covariate {c.name}; there are: {names or 'none'}"
                             ". Name its table with data.covariates_source, or in a forecast with covariates=; or go "
                             "without: missing='mask'")
         if c.moves: table._add_series(c, holding, tz)
