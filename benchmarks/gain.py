@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/gain.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
     OMP_NUM_THREADS=1 python benchmarks/gain.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
-    OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv
+    OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv   # after the pairs, whose base it takes
 
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
 on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
-the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that was best on validation.
+the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that is best on the judged bars.
 Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
 """
 import argparse
@@ -20,8 +20,8 @@ from kronos_nb.config import Config
 from kronos_nb.data.read import read_klines
 from kronos_nb.data.repair import repair_klines
 from kronos_nb.evaluate import evaluate
-from kronos_nb.decode.calibration import NAIVE
 from kronos_nb.forecast import Forecaster
+from kronos_nb.judging.baselines import default_baselines
 from kronos_nb.judging.calibrate import calibrate
 from kronos_nb.train import fit
 
@@ -36,12 +36,13 @@ class Market:
     begin: str       # Of validation; the base sees nothing later
     test: str        # Begin of the judged bars
     steps: tuple     # Of tokenizer and predictor
+    base: str = ''   # Market whose base is fine-tuned; by default one of its own
 
 
 MARKETS = dict(
     shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800)),
     pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800)),
-    currency=Market(('EURUSD_1h',), (120, 24), '', '', (400, 800)))
+    currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), 'pairs'))
 
 
 def config(market, seed, normalizer, steps, lr, val) -> Config:
@@ -61,8 +62,10 @@ def train(market, bars, seed, normalizer, out) -> dict:
     mine = bars.symbol.isin(market.targets)
     early = bars.timestamps < market.begin
     base = out/'base'
-    whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
-    fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
+    if market.base: base = out.parent/f'{market.base}-{normalizer}-{seed}'/'base'
+    else:
+        whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
+        fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1).replace(**{
         'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
@@ -87,7 +90,7 @@ def judge(market, bars, folder, seed) -> list:
     rows = []
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
-                     baselines=list(NAIVE.values()), progress=False)
+                     baselines=default_baselines(mine, L), progress=False)
         pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
         naive = e.best_naive
         first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
@@ -96,7 +99,7 @@ def judge(market, bars, folder, seed) -> list:
             cover_80=pooled['cover_80'], first_bar=first.crps.mean(),
             jump=(abs(first.q50 - first['last'])/first.scale).mean(),
             calibration=getattr(f.calibration, 'sentence', '')))
-        for q in ('range', 'volatility', 'volume'):
+        for q in ('range', 'volatility', 'volume', 'direction'):
             o = e.quantities.loc[q]
             rows[-1] |= {f'{q}_naive': o.against, f'{q}_skill': o.skill, f'{q}_low': o.low, f'{q}_high': o.high}
     return rows

@@ -96,8 +96,8 @@ def load(p, port, clients, seconds, paths):
     return dict(paths=paths, clients=clients, seconds=round(spent), answers=len(took), wrong=sum(c.wrong for c in team),
         lost=len(lost), per_second=round(len(took)/spent, 1), p50=round(cuts[49], 2), p95=round(cuts[94], 2),
         p99=round(cuts[98], 2), cpu_ms_per_answer=round(1000*(sum(process.cpu_times()[:2]) - cpu)/len(took), 1),
-        mib_start=round(memory[0]), mib_first_quarter=round(statistics.mean(memory[:quarter])),
-        mib_last_quarter=round(statistics.mean(memory[-quarter:])))
+        mib_start=round(memory[0]), mib_by_quarter=' '.join(
+            f'{statistics.mean(memory[i*quarter:(i + 1)*quarter]):.0f}' for i in range(4)), mib_end=round(memory[-1]))
 
 
 if __name__ == '__main__':
@@ -115,4 +115,4 @@ if __name__ == '__main__':
     print('| ' + ' | '.join(rows[0]) + ' |')
     print('|' + ' --- |'*len(rows[0]))
     for row in rows:
-        print('| ' + ' | '.join(f'{v:,}' for v in row.values()) + ' |')
+        print('| ' + ' | '.join(v if isinstance(v, str) else f'{v:,}' for v in row.values()) + ' |')

@@ -5,7 +5,8 @@ OMP_NUM_THREADS=1 python benchmarks/verdict_error_rate.py --walks 400
 
 import argparse, time
 import numpy as np, pandas as pd
-from kronos_nb.judging.baselines import Baseline, EWMA, GeometricBrownian, LastValue, log_returns, random_walks
+from kronos_nb.judging.baselines import (Baseline, EWMA, GeometricBrownian, LastValue, NaivePool, log_returns,
+    random_walks)
 from kronos_nb.data.window import split_by_time
 from kronos_nb.evaluate import control, evaluate
 from kronos_nb.judging.calibrate import calibrate
@@ -56,7 +57,8 @@ def delivered(walks, signal) -> dict:
     for seed in range(walks):
         parts = split_by_time(random_walks(4000, signal=signal, seed=5000 + seed), .5, .25, .25)
         model, base = (Delivered(o, parts.val) for o in (Linear(parts.train), Linear()))
-        e = evaluate(model, parts.test, 200, 5, base=base, used=parts.val, paths=50, baselines=few, progress=False)
+        e = evaluate(model, parts.test, 200, 5, base=base, used=parts.val, paths=50, baselines=[*few, NaivePool()],
+                     progress=False)
         better = (e.quantities.finding == 'better').to_dict()
         found.append(dict(verdict=e.verdict == 'helped', any_quantity=any(better.values())) | better)
     return pd.DataFrame(found).mean().round(3).to_dict()

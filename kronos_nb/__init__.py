@@ -7,6 +7,12 @@ The names below are the front door; each loads its module, and torch, only when 
 __version__ = "0.1.0"
 
 import importlib as _importlib
+import os as _os
+import sys as _sys
+
+# Idle threads sleep, unless the user decided otherwise; torch reads this once, when it is imported (see `machine`)
+if 'torch' not in _sys.modules:
+    _os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 _DOOR = dict(
     Config='config', Forecaster='forecast', Studio='panel.studio', average_checkpoints='average',

@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../nbs/api/9_faces/98_cli.ipynb #2674f408
 from . import __version__
 from kronos_nb.core import (
-    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder,
+    FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder, one_line,
     safe_name, write_atomic,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
@@ -137,9 +137,6 @@ _OPTIONS = dict(   # option -> the settings that it sets
     init_from=('runtime.init_from',),
     skip_existing=('runtime.skip_existing',),
     max_time=('runtime.max_time',),
-    covariates=('data.covariates',),
-    covariates_source=('data.covariates_source',),
-    covariates_missing=('data.covariates_missing',),
 )
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #245233df
@@ -155,6 +152,9 @@ _RARE = dict(   # the same, for options that few people need
     enable_compile=('runtime.compile',),
     plot_loss=('runtime.plots',),
     disable_optimizations=('runtime.optimizations',),
+    covariates=('data.covariates',),
+    covariates_source=('data.covariates_source',),
+    covariates_missing=('data.covariates_missing',),
 )
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #c0903fac
@@ -969,11 +969,12 @@ def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
     "Return the windows that the options name, else those of training, else some that suit the bars"
     from kronos_nb.data.window import step_of, wanted_windows
     trained = f.predictor.extra
-    horizon = a.predict_window or trained.get('predict_window')
+    def chosen(name): return trained.get(name) if getattr(a, name) is None else getattr(a, name)
+    horizon, lookback = chosen('predict_window'), chosen('lookback_window')
     if horizon is None:
         horizon = wanted_windows(step_of(bars))[1]
         _say(f'The model records no horizon: {horizon} bars, which suit this interval; --predict-window sets another')
-    return a.lookback_window or trained.get('lookback_window') or max(f.max_context - horizon, 2), horizon
+    return max(f.max_context - horizon, 2) if lookback is None else lookback, horizon
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #529fac2e
 def _read_table(file):
@@ -1397,6 +1398,9 @@ def main(
         return 141
     except OSError as e:   # a folder that cannot be written, a full disk
         _say(f'RunError: {e.strerror or e} ({e.filename})\nTry: {_next_command(a, e)}')
+    except MemoryError as e:
+        _say(f'RunError: not enough memory ({one_line(e)[:120]}); ask for fewer paths, bars or windows\n'
+             f'Try: {_next_command(a, e)}')
     except KeyboardInterrupt:
         _say('Interrupted')
         return 130

@@ -325,9 +325,11 @@ class EvaluateConfig(Settings):
         return Sampling(paths=self.paths, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-037
+_LARGEST_SEED = 2**63 - 1   # torch takes no larger one
+
 @dataclass(frozen=True, kw_only=True)
 class _DeviceConfig(Settings):
-    seed: int = setting(0, "of everything random", lo=0)
+    seed: int = setting(0, "of everything random", lo=0, hi=_LARGEST_SEED)
     device: str = setting('auto', "auto, cpu, cuda, cuda:1, mps")
     precision: str = setting(
         'fp32', "mixed is bf16 where the device has it, else fp16", choices=('fp32', 'bf16', 'fp16', 'mixed'))
@@ -398,8 +400,8 @@ class RuntimeConfig(_RecordsConfig):
     def check(self):
         parse_duration(self.max_time, 'runtime.max_time')
         n = self.seeds
-        if n is not None and (len(n) < 2 or len(set(n)) < len(n) or min(n) < 0):
-            raise ConfigError(f"runtime.seeds must be two or more different numbers of at least 0, got {n}. "
+        if n is not None and (len(n) < 2 or len(set(n)) < len(n) or min(n) < 0 or max(n) > _LARGEST_SEED):
+            raise ConfigError(f"runtime.seeds must be two or more different numbers in 0..{_LARGEST_SEED}, got {n}. "
                               "A single run takes runtime.seed")
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-047
@@ -638,8 +640,9 @@ def load(cls: Config,
 ) -> Config:
     "Read a configuration; one written for the reference is translated"
     d = _read_yaml(source) if isinstance(source, (str, Path)) else source
-    if not isinstance(d, dict):
-        raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {type(d).__name__}")
+    if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
+        got = type(d).__name__ if not isinstance(d, dict) else f"a key {next(k for k in d if not isinstance(k, str))!r}"
+        raise ConfigError(f"a configuration is a mapping of groups such as data and predictor, got {got}")
     d, name = dict(d), d.get('preset')
     d.pop('preset', None)
     if is_foreign(d):

@@ -394,7 +394,8 @@ def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, fu
     "Return checked histories, their scales, stamps (L+H, 5), and (future stamps, note)"
     if isinstance(histories, pd.DataFrame):
         raise ConfigError("predict_many takes a list of frames, one per history, got a frame; use predict")
-    L = lookback_window or self.lookback_window or self.max_context
+    L = (self.lookback_window or self.max_context) if lookback_window is None else lookback_window
+    if L < 1: raise ConfigError(f"lookback_window must be at least 1, got {L}")
     hists = [_as_lookback(o, L, self.features) for o in histories]
     futures = [None]*len(hists) if futures is None else list(futures)
     if len(futures) != len(hists):

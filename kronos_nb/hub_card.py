@@ -10,12 +10,13 @@ import os, re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #c0db9932
 from . import __version__
-from .core import md_code, md_text, public_name, write_atomic
+from .core import md_code, md_text, one_line, public_name, write_atomic
 from .config import Config
 from .display import date_text, interval_text, md_table, name_list
 from .hashes import sha256
@@ -62,17 +63,70 @@ def base(self: _Card) -> str: # A hub id, a folder, 'scratch', or 'base' for a b
     name = cfg.runtime.init_from or getattr(cfg, self.stage).init
     return next((k for k in PUBLISHED if Path(name).name == k.replace('/', '--')), name)
 
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #9f7b8943
+_RESULTS = dict(
+    crps='CRPS of the close, in mean one-bar moves (lower is better)',
+    mase='Error of the median, in mean one-bar moves (lower is better)',
+    cover_80='Share of closes inside the 80 % band (0.8 is right)',
+    direction='Share of right directions (a coin has 0.5)')
+
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #3d530a27
+def _measured(e) -> list: # (name of the metric, what the hub shows, value, low, high)
+    "Return the results of an evaluation that a card lists"
+    found = e.metrics[(e.metrics['model'] == 'model') & (e.metrics['scope'] == 'pooled')].set_index('metric')
+    rows = [(k, text, *found.loc[k, ['value', 'low', 'high']]) for k, text in _RESULTS.items() if k in found.index]
+    rivals = dict(base='the model before fine-tuning') | {e.best_naive: f'the best naive forecast, {e.best_naive}'}
+    for who in (o for o in (e.best_naive, 'base') if o in e.models):
+        text = f'CRPS skill against {rivals[who]} (above 0 is better)'
+        rows.append((f'crps_skill_{who}', text, *e.tests.loc[who, ['skill', 'low', 'high']]))
+    return [o for o in rows if np.isfinite(np.float64(o[2:])).all()]
+
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #ddf51c55
+@patch
+def _judged_on(self: _Card, e) -> dict:
+    "Return what a result was measured on, as the hub names it"
+    rows, s, seeds = e.rows, e.settings, self.run.config.runtime.seeds
+    drawn = f'paths of {len(seeds)} predictors pooled' if seeds else f"{s['paths']} paths"
+    names = name_list(one_line(o) for o in e.symbols)
+    return dict(
+        task_type='time-series-forecasting', task_name=f"Forecast of {s['predict_window']} bars, {drawn}",
+        dataset_type='klines', dataset_split='test',
+        dataset_name=f"{names}, {self.intervals}, {date_text(rows['origin'].min())} to {date_text(rows['end'].max())}",
+        dataset_args=dict(origins=e.n, lookback_window=s['lookback_window'], predict_window=s['predict_window']))
+
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #b3157166
+@patch
+def results(self: _Card) -> list | None: # Of `EvalResult`; None for a tokenizer, or where nothing was judged
+    "Return the evaluation in the form of the hub"
+    from huggingface_hub import EvalResult
+    from kronos_nb.judging.evaluation import Evaluation
+    if self.stage == 'tokenizer' or not (self.run.judged and (self.run.evaluation_folder/'rows.parquet').is_file()):
+        return None
+    e = Evaluation.load(self.run.evaluation_folder)
+    on, level = self._judged_on(e), float(e.settings['level'])
+    return [EvalResult(**on, metric_type=name, metric_name=text, metric_value=round(float(value), 6),
+                       metric_args=dict(low=round(float(low), 6), high=round(float(high), 6), level=level))
+            for name, text, value, low, high in _measured(e)]
+
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #90afe829
+@patch(as_prop=True)
+def name(self: _Card) -> str: # Of the repository, or of the folder and the stage
+    "Return the name of the model"
+    if self.repos: return self.repos[self.stage].partition('/')[2]
+    return f'{self.run.folder.resolve().name}: {self.stage}'
+
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-021
 @patch
 def front_matter(self: _Card) -> str:
     "Return the YAML block that the hub reads"
     from huggingface_hub import ModelCardData
-    base = _hub_id(self.base)
+    base, results = _hub_id(self.base), self.results()
     head = ModelCardData(
         license=self.licence or 'other', license_name=None if self.licence else 'not-stated',
         library_name='kronos_nb', pipeline_tag='time-series-forecasting',
         tags=['kronos', 'kronos_nb', 'finance', 'time-series', 'candlestick', self.stage],
-        base_model=base, base_model_relation='finetune' if base else None)
+        base_model=base, base_model_relation='finetune' if base else None,
+        model_name=one_line(self.name) if results else None, eval_results=results)
     return f'---\n{head.to_yaml()}\n---\n'
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-025
@@ -326,11 +380,9 @@ def versions(self: _Card) -> str:
 def title(self: _Card) -> str:
     "Return heading, summary and verdict"
     c, f = self.run.stage(self.stage).model_config, self.run.facts
-    name = f'{md_text(self.run.folder.resolve().name)}: {self.stage}'
-    if self.repos: name = self.repos[self.stage].partition('/')[2]
     how = 'trained' if self.base == 'scratch' else 'fine-tuned'
     verdict = md_text(self.run.verdict.get('sentence', 'Not judged: no bars were held back.'))
-    return (f"# {name}\n\nA Kronos {self.stage}, {how} with kronos_nb on {f['bars']:,} bars of {self.symbols} "
+    return (f"# {md_text(self.name)}\n\nA Kronos {self.stage}, {how} with kronos_nb on {f['bars']:,} bars of {self.symbols} "
         f"({self.intervals}). Width {c['d_model']}, {c['s1_bits']} + {c['s2_bits']} bits per bar.\n\n> {verdict}\n")
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-067

@@ -98,18 +98,39 @@ class Ledger:
     >>> ledger.grade(bars)
     >>> ledger.show()
     """
-    def __init__(self, folder='ledger'): self.folder = Path(folder)
+    def __init__(self, folder='ledger'):
+        self.folder = Path(folder)
+        if not str(folder) or self.folder.is_file():
+            raise ConfigError(f"a ledger is a folder, got {str(folder)!r}; name another one, such as ledger")
     def __repr__(self): return f'Ledger({str(self.folder)!r})'
     def _file(self, kind, day): return self.folder/kind/f'{day}.parquet'
     def _days(self, kind): return sorted(p.stem for p in (self.folder/kind).glob('????-??-??.parquet'))
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #20675b66
+_TIMES, _TEXTS = ('origin', 'made', 'timestamps'), ('key', 'series', 'model', 'symbol')
+_NUMBERS = ('h', 'last', 'scale', 'p_up', *QUANTILES)
+_KEPT = dict(forecasts=('interval', 'paths', 'mean'), grades=('y', 'y_first', 'revised', 'crps'))   # numbers, too
+_MORE = dict(forecasts=('settings', 'closes', 'seen', 'seen_at'), grades=())
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #26c98c21
+def _check_columns(kind: str, rows, columns=None):
+    "Raise where a column is absent or holds something else"
+    numbers = (*_NUMBERS, *_KEPT[kind])
+    for c in columns or (*_TEXTS, *_TIMES, *numbers, *_MORE[kind]):
+        kinds = 'M' if c in _TIMES else 'iuf' if c in numbers else 'O'
+        if c not in rows: raise DataError(f'it has no column {c}')
+        if rows[c].dtype.kind not in kinds: raise DataError(f'its column {c} holds {rows[c].dtype}')
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #9cb137c5
 @patch
 def _read(self: Ledger, kind, day, columns=None) -> pd.DataFrame:
     "Return the rows of one day; raise `RunError` where the file is damaged"
     file = self._file(kind, day)
-    if not file.is_file(): return pd.DataFrame(columns=columns)
-    try: return pd.read_parquet(file, columns=columns)
+    if not file.exists(): return pd.DataFrame(columns=columns)
+    try:
+        rows = pd.read_parquet(file, columns=columns)
+        _check_columns(kind, rows, columns)
+        return rows
     except Exception as e:   # whatever pyarrow raises
         why = one_line(e)[:200]
         raise RunError(f"{str(file)!r} cannot be read ({why}). Restore it from a backup, or move it away to go on "

@@ -13,11 +13,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #f2956a96
-from .core import ConfigError, DataError, one_line
+from .core import DataError, one_line
 from .settings import Sampling, with_sampling
 from .display import date_text, interval_text
 from .data.parse import bar_interval
-from .data.fetch import fetch_klines
+from .data.fetch import fetch_klines, interval_length
 from .data.read import as_frame
 from .ledger import Graded, Ledger, name_of
 
@@ -50,7 +50,7 @@ def fetch_recent(
 ) -> pd.DataFrame: # Canonical bars
     "Download the bars that a forecast reads"
     now = pd.Timestamp.now('UTC').tz_localize(None) if now is None else pd.Timestamp(now)
-    start = now - 5*lookback_window*_length(interval)
+    start = now - 5*lookback_window*interval_length(interval)
     return fetch_klines(symbol, interval, start if since is None else min(start, since), now, source, **how)
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #1b7b883d
@@ -68,14 +68,6 @@ def fetch_new(
     since = open_.min() if len(open_) else None
     parts = [fetch_recent(s, interval, lookback_window, source, since, now, **how) for s in symbols]
     return pd.concat(parts, ignore_index=True).sort_values(['symbol', 'timestamps'], ignore_index=True)
-
-# %% ../nbs/api/8_share/86_schedule.ipynb #4506e77f
-def _length(interval) -> pd.Timedelta:
-    "Return how long a bar lasts, at most"
-    text = str(interval).replace('mo', 'M')
-    units = dict(s=1, m=60, h=3600, d=86400, w=7*86400, M=31*86400)
-    if text[-1:] in units and text[:-1].isdigit(): return pd.Timedelta(seconds=int(text[:-1])*units[text[-1]])
-    raise ConfigError(f"interval must look like 5m, 1h or 1d, got {interval!r}")
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #daccf19a
 @dataclass

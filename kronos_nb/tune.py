@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'with_params', 'default_space', 'Soup', 'soup_runs', 'TuneResult', 'tune', 'experiments']
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-002
-import math, os, platform, shutil, time
+import contextlib, json, math, os, platform, shutil, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from filelock import FileLock
 # %% ../nbs/api/7_fit/78_tune.ipynb #9d3e3139
 from kronos_nb.core import (
     ConfigError, DataError, KronosError, RunError, callable_module, check_choice, short_repr, stable_key, write_json,
+    writing,
 )
 from .settings import parse_duration
 from .config import SECTIONS, Config, check_keys
@@ -380,6 +381,22 @@ def storage_of(
     path.parent.mkdir(parents=True, exist_ok=True)
     return _journal(path) if path.suffix == '.log' else f'sqlite:///{path}'
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #f463373a
+@contextlib.contextmanager
+def _storing(storage):
+    "Raise `RunError` where the storage of a search is damaged, full or read-only"
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+    damage = (SQLAlchemyError, _optuna().exceptions.StorageInternalError, json.JSONDecodeError)
+    try:
+        yield
+    except damage as e:
+        why = getattr(e, 'orig', None) or getattr(e.__cause__, 'orig', None) or e
+        if '://' in str(storage):
+            storage = make_url(storage).render_as_string()   # without the password
+        raise RunError(f"the storage of the search, {str(storage)!r}, cannot be read or written ({why}). Free some "
+                       "space or bring it back from a copy, and repeat the call; another folder begins anew") from e
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-060
 def is_gone(said: dict) -> bool:
     "Return whether the process of a running trial has ended; call it with the lock of the study held"
@@ -429,8 +446,9 @@ def next_trial(
     S = _optuna().trial.TrialState
     with FileLock(out/'study.lock'):
         reap(study)
-        if len(study.get_trials(deepcopy=False, states=(S.COMPLETE, S.PRUNED, S.RUNNING))) >= trials:
-            return None
+        taken = (S.COMPLETE, S.PRUNED, S.RUNNING)
+        if sum(t.state in taken or 'error' in t.user_attrs for t in study.get_trials(deepcopy=False)) >= trials:
+            return None   # one that failed by an error would fail again
         trial = study.ask()
         trial.set_user_attr('pid', os.getpid())
         trial.set_user_attr('began', psutil.Process().create_time())
@@ -549,6 +567,8 @@ def _run_trial(self: _Search, trial):
         result = fit(self.data, with_params(self.start, params), folder, callbacks=[watch], judge=False)
         value = self._value(result)
     except RunError as e:   # for instance, training diverged
+        if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, ConnectionError):
+            raise   # the disk is full: the trial is not to blame, and the next call repeats it
         trial.set_user_attr('error', str(e))
         study.tell(trial, state=S.FAIL)
         return '' if self.ends > time.monotonic() else _TIME_OVER
@@ -610,6 +630,17 @@ def _folder_for(data, cfg):
     def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
     return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
 
+# %% ../nbs/api/7_fit/78_tune.ipynb #36695c26
+def _searched(data, cfg, space, out, storage, worker, ends, trials) -> tuple: # The study, why it ended early
+    "Run the trials that a study lacks"
+    same_tokens = comparable(space)
+    with writing(out, full=True), _storing(storage):
+        study = open_study(storage, out, cfg.runtime.seed, worker)
+        start = shared_start(data, cfg, out, ends) if same_tokens else cfg
+        why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
+        _check_completed(study, out, why)
+    return study, why
+
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-083
 def tune(
     data=None,           # As for `fit`
@@ -618,8 +649,8 @@ def tune(
     out_dir=None,        # Folder of the search; None: runs/<file>-tune
     trials: int = 20,    # Total number in the study
     timeout: float | str | None = None, # Seconds, or '1h30m'; the next call resumes the trial that it stops
-    storage: str | None = None, # File, or a URL of Optuna; None: OUT/study.db
-    worker: int = 0,     # A different number for each process that shares a storage
+    storage: str | None = None, # File or URL; None: OUT/study.db
+    worker: int = 0,     # Differs between processes that share a storage
     **overrides,         # As for `fit`
 ) -> TuneResult:
     """Search for settings on the validation part; the test part stays untouched
@@ -631,12 +662,8 @@ def tune(
     out, ends = Path(out_dir or _folder_for(data, cfg)), _deadline(timeout)
     _check_validation(cfg.data.val)
     space = _checked_space(data, cfg, space)
-    study = open_study(storage or str(out/'study.db'), out, cfg.runtime.seed, worker)
-    same_tokens = comparable(space)
-    start = shared_start(data, cfg, out, ends) if same_tokens else cfg
-    why = _Search(study, space, start, data, out, same_tokens, ends)._run(trials)
-    _check_completed(study, out, why)
-    return TuneResult(study, cfg, data, out, 'val_loss' if same_tokens else 'CRPS on validation', why)
+    study, why = _searched(data, cfg, space, out, storage or str(out/'study.db'), worker, ends, trials)
+    return TuneResult(study, cfg, data, out, 'val_loss' if comparable(space) else 'CRPS on validation', why)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-085
 @patch

@@ -9,6 +9,7 @@ import torch
 from kronos_nb.core import DataError, RunError
 from kronos_nb.data.read import is_sample
 from kronos_nb.decode.calibration import Calibration
+from kronos_nb.decode.paths import impossible
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.baselines import EWMA, GeometricBrownian, random_walks
 from kronos_nb.judging.calibrate import calibrate
@@ -19,7 +20,8 @@ from kronos_nb.training.run import Run
 from tests.helpers import bars
 
 DRAWN = dict(temperature=1., top_k=0, top_p=.9)
-LEARNT = Calibration(DRAWN, (2., 2.), 4, .3, 'EWMA', (1., 1.), 1., 30)
+ALONE = {'Kronos': 1.}
+LEARNT = Calibration(DRAWN, (2., 2.), 4, 1., {'Kronos': .3, 'EWMA': .7}, ALONE, ALONE, dates=30)
 
 
 @pytest.fixture(scope='module')
@@ -60,9 +62,10 @@ def test_the_choice_travels_with_the_model(model, tmp_path):
     model.save_pretrained(tmp_path)   # over it: a calibration of other choices does not stay behind
     assert Forecaster.from_pretrained(tmp_path).calibration is None
     file = tmp_path/'predictor'/'calibration.json'
-    file.write_text('{"factors": [1, 1, 1], "dates": 30, "before": [1]}')   # of an earlier version
-    with pytest.warns(UserWarning, match='calibration.json'):
-        assert Forecaster.from_pretrained(tmp_path).calibration is None
+    for earlier in ('{"factors": [1, 1, 1], "dates": 30, "before": [1]}', '{"weight": 0.3, "naive": "EWMA"}'):
+        file.write_text(earlier)
+        with pytest.warns(UserWarning, match='calibration.json'):
+            assert Forecaster.from_pretrained(tmp_path).calibration is None
     file.write_text('{"spread": [1, 1]}')
     with pytest.raises(RunError, match='calibration.json'):
         Forecaster.from_pretrained(tmp_path)
@@ -72,21 +75,40 @@ def test_paths_are_spread_and_pooled(model):
     raw, f = model.predict(past(), 4, paths=50), with_calibration(model).predict(past(), 4, paths=50)
     naive, = EWMA().predict_many([past(model.lookback_window)], 4, keys=[past().symbol.iloc[0]],
                                  futures=[f.timestamps], paths=50)
-    closes, mine = f.paths[..., 3], np.diff(np.floor(np.arange(51)*.3 + 1e-9)) > 0
+    closes, mine = f.paths[..., 3], np.arange(50)*(5**.5 - 1)/2 % 1 < .3
+    assert abs(mine.sum() - 15) <= 1
     np.testing.assert_allclose(closes[~mine], naive.paths[~mine][..., 3], rtol=1e-9)
     middle = np.median(np.log(raw.paths[..., 3]), 0)
     np.testing.assert_allclose(np.log(closes[mine]) - middle, 2*(np.log(raw.paths[mine][..., 3]) - middle), atol=1e-9)
     ranges = [np.log(o.paths[..., 1]/o.paths[..., 2]) for o in (raw, f)]
-    np.testing.assert_allclose(*ranges, atol=1e-9)
+    bodies = abs(np.log(f.paths[..., 0]/f.paths[..., 3]))
+    np.testing.assert_allclose(ranges[1], np.maximum(ranges[0], bodies), atol=1e-9)
     np.testing.assert_array_equal(f.paths[..., 4], raw.paths[..., 4])
 
 
-def test_the_shift_fades_as_validation_said(model):
-    whole = model.predict(past(), 4, paths=9, coherent_candles=False)
-    c = dataclasses.replace(LEARNT, spread=(1., 1.), weight=1., kept=.4)
-    f = with_calibration(model, c).predict(past(), 4, paths=9, coherent_candles=False)
-    moved = (f.paths[..., 3] - whole.paths[..., 3])/whole.settings['shift']
-    np.testing.assert_allclose(moved, np.tile([0, -.2, -.4, -.6], (9, 1)), atol=1e-6)
+def test_closes_candles_and_volumes_have_pools_of_their_own(model):
+    "A volume of a past bar, a range of the model times its factor, and the model's closes"
+    c = dataclasses.replace(LEARNT, spread=(1., 1.), close=ALONE, candle=ALONE, range_factor=3.,
+                            volume={'Kronos': .5, 'LastValue': .5}, volume_factor=2.)
+    raw, f = model.predict(past(), 4, paths=40), with_calibration(model, c).predict(past(), 4, paths=40)
+    np.testing.assert_allclose(f.paths[..., [0, 3]], raw.paths[..., [0, 3]], rtol=1e-9)
+    ranges = [np.log(o.paths[..., 1]/o.paths[..., 2]) for o in (raw, f)]
+    np.testing.assert_allclose(ranges[1], 3*ranges[0], rtol=1e-6)
+    mine = np.arange(40)*(5**.5 - 1)/2 % 1 < .5
+    np.testing.assert_allclose(f.paths[mine][..., 4], 2*raw.paths[mine][..., 4])
+    assert np.isin(f.paths[~mine][..., 4], past(20).volume.to_numpy()).all()
+    assert not impossible(f.paths).any()
+
+
+def test_the_median_keeps_what_validation_said_of_its_drift(model):
+    whole = model.predict(past(), 4, paths=9)
+    c = dataclasses.replace(LEARNT, spread=(1., 1.), close=ALONE, drift=.4)
+    f = with_calibration(model, c).predict(past(), 4, paths=9)
+    last = np.log(past().close.iloc[-1])
+    middle = [np.median(np.log(o.paths[..., 3]), 0) - last for o in (whole, f)]
+    np.testing.assert_allclose(middle[1], .4*middle[0], rtol=1e-6)
+    moved = np.log(f.paths[..., 3]) - np.log(whole.paths[..., 3])
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=1e-9)
 
 
 def test_a_calibration_is_for_the_sampling_it_was_learnt_with(model):
@@ -118,9 +140,44 @@ def test_histories_of_odd_prices_are_delivered(model, shift):
     assert np.isfinite(f.paths).all()
 
 
-def test_fewer_than_twenty_dates_are_refused():
+def test_few_dates_are_told_apart_from_none():
+    "Four dates are refused; eight choose little: no factor far from 1, no member left out that is not far off"
     with pytest.raises(DataError, match='origins'):
-        calibrate(GeometricBrownian(), random_walks(200), 60, 10)
+        calibrate(GeometricBrownian(), random_walks(200), 60, 10, origins=4)
+    c = calibrate(GeometricBrownian(), random_walks(200), 60, 10, origins=8)
+    assert c.dates == 8 and all(.7 < f < 1.5 for f in c.spread)
+    assert all(.1 < w < .5 for w in c.close.values()) and sum(c.close.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('scale', [1., 1e-10, 1e10])
+def test_choices_do_not_depend_on_the_currency(scale):
+    walks = random_walks(600)
+    prices = {c: walks[c]*scale for c in ('open', 'high', 'low', 'close')}
+    a, b = (calibrate(GeometricBrownian(), o, 60, 5, origins=20) for o in (walks, walks.assign(**prices)))
+    assert a.close == b.close and a.volume == b.volume and a.spread == pytest.approx(b.spread)
+
+
+def test_few_paths_of_the_verdict_do_not_spoil_the_choices():
+    c, d = (calibrate(GeometricBrownian(), random_walks(600), 60, 5, origins=20, paths=n) for n in (2, 30))
+    assert c == d
+
+
+def test_a_symbol_whose_price_stands_still_is_left_out():
+    walks = random_walks(600)
+    flat = walks.assign(symbol='FLAT', open=100., high=100., low=100., close=100.)
+    both = pd.concat([walks, flat], ignore_index=True)
+    a, b = (calibrate(GeometricBrownian(), o, 60, 5, origins=20) for o in (walks, both))
+    assert a == b
+    with pytest.raises(DataError, match='never moves'):
+        calibrate(GeometricBrownian(), flat, 60, 5)
+
+
+def test_bars_without_volume_and_short_lookbacks_leave_members_out():
+    walks = random_walks(600)
+    c = calibrate(GeometricBrownian(), walks.assign(volume=0., amount=0.), 60, 5, origins=20)
+    assert c.volume == ALONE and 'SeasonalNaive' in c.candle
+    short = calibrate(GeometricBrownian(), walks, 20, 5, origins=20)   # less than a day of hours
+    assert 'SeasonalNaive' not in short.candle and 'SeasonalNaive' not in short.volume
 
 
 def test_symbols_without_room_are_left_out_of_the_choice():
@@ -133,7 +190,7 @@ def test_symbols_without_room_are_left_out_of_the_choice():
 def test_a_run_delivers_what_its_report_says(quickstart):
     r = load(quickstart)
     text = r.run.report_file.read_text()
-    assert r.calibration.sentence in text and r.calibration.naive in ('LastValue', 'EWMA', 'Garch')
+    assert r.calibration.sentence in text and set(r.calibration.close) == {'Kronos', 'LastValue', 'EWMA', 'Garch'}
     assert set(r.calibration.scores) >= {'as drawn', 'spread', 'delivered'}
     card = (quickstart/'predictor'/'best_model'/'README.md').read_text()
     assert r.calibration.sentence in card

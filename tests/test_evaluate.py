@@ -19,7 +19,7 @@ from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.train import fit, load
 
-WIDE = Calibration(dict(temperature=1., top_k=0, top_p=.9), (2., 2.), 5, 1., 'EWMA', (1., 1.), 1., 30)
+WIDE = Calibration(dict(temperature=1., top_k=0, top_p=.9), (2., 2.), 5, 1., *[{'Kronos': 1.}]*3, dates=30)
 quick = dict(lookback_window=60, predict_window=5, origins=16, paths=20, progress=False, baselines=[LastValue()])
 simple = quick | dict(baselines=[Garch()])
 panel = tuple('ABCDEF')

@@ -291,7 +291,7 @@ def test_bars_that_are_over(monkeypatch, name, interval, now, over):
     def clock(zone='UTC'): return pd.Timestamp(now, tz='UTC').tz_convert(zone).tz_localize(None)
     monkeypatch.setattr(fetch, '_now', clock)
     last = pd.Timestamp('2024-03-08 01:00' if interval == '1h' else '2024-03-08')
-    before = last - (pd.Timedelta('31D') if interval == '1mo' else fetch._length(interval))
+    before = last - (pd.Timedelta('31D') if interval == '1mo' else fetch.interval_length(interval))
     assert fetch._over(pd.Series([before, last]), interval, name).tolist() == over
 
 

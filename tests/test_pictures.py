@@ -299,7 +299,8 @@ def test_the_trained_horizon_is_the_default(trained):
     assert len(f) == len(trained.predict_many([walk()], paths=2)[0]) == 4
     assert not of_training(f)
     np.testing.assert_allclose(short.paths, f.paths[:, :3], rtol=1e-5)   # a shorter one needs no warning
-    learnt = Calibration(dict(temperature=1., top_k=0, top_p=.9), (1., 1.), 4, .5, 'EWMA', (1., 1.), 1., 20)
+    learnt = Calibration(dict(temperature=1., top_k=0, top_p=.9), (1., 1.), 4, 1.,
+        {'Kronos': .5, 'EWMA': .5}, *[{'Kronos': 1.}]*2, dates=20)
     wide = Forecaster(trained.tokenizer, trained.predictors, calibration=learnt)
     assert wide.predict_window == 4 and len(wide.predict(walk(), paths=2)) == 4
 

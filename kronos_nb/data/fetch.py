@@ -78,12 +78,13 @@ def _moment(when, name):
         raise ConfigError(f"{name} must be a date such as 2024-01-31, got {when!r}") from e
     return (t.tz_convert('UTC').tz_localize(None) if t.tzinfo else t).to_datetime64()
 
-# %% ../../nbs/api/1_data/19_fetch.ipynb #03fbb232
+# %% ../../nbs/api/1_data/19_fetch.ipynb #86abe4ec
 _LENGTHS = dict(s='1s', m='1min', h='1h', d='1D', w='7D', mo='31D')
 
-def _length(interval):
+# %% ../../nbs/api/1_data/19_fetch.ipynb #03fbb232
+def interval_length(interval) -> pd.Timedelta:
     "Return the length of a bar; of a month, the longest"
-    found = re.fullmatch(r'(\d+)(mo|[smhdw])', str(interval))
+    found = re.fullmatch(r'([1-9]\d{0,3})(mo|[smhdw])', str(interval), re.ASCII)
     if not found:
         raise ConfigError(f"interval must be a number and s, m, h, d, w or mo, such as 5m or 1d, got {interval!r}")
     return int(found[1]) * pd.Timedelta(_LENGTHS[found[2]])
@@ -356,7 +357,7 @@ def _from_ccxt(symbol, interval, start, end, exchange, progress, **how):
     frame = interval.replace('mo', 'M')
     check_choice('interval', frame, client.timeframes)
     since, last = (int(t.astype('M8[ms]').astype('i8')) for t in (start, end))
-    step, bars = int(_length(interval).total_seconds()*1000), []
+    step, bars = int(interval_length(interval).total_seconds()*1000), []
     with progress_bar(max((last - since)//step, 1), f'{symbol} {interval}', 'bar', progress) as bar:
         def page_at(at, frame=frame):
             bar.update(max((at - since)//step - bar.n, 0))
@@ -374,7 +375,7 @@ _YAHOO = {s: s for s in '1m 2m 5m 15m 30m 1h 1d'.split()} | {'1w': '1wk', '1mo':
 # %% ../../nbs/api/1_data/19_fetch.ipynb #75cb2bc7
 def _yahoo_spans(interval, start, end):
     "Return ranges to ask for: a week of minutes at a time, and a day more on each side of days"
-    pad = _DAY * (_length(interval) >= _DAY)
+    pad = _DAY * (interval_length(interval) >= _DAY)
     edges = np.array([*np.arange(start, end, 7*_DAY), end] if interval == '1m' else [start - pad, end + pad])
     at = pd.DatetimeIndex(edges).tz_localize('UTC')
     return zip(at[:-1], at[1:])
@@ -430,7 +431,8 @@ def _over(t, interval, name):
     for unit, freq in (('mo', 'M'), ('w', 'W')): # some sources stamp a week or a month by its last session
         if interval.endswith(unit) and (unit == 'mo' or name != 'ccxt'):
             return t.dt.to_period(freq) + n <= now.to_period(freq)
-    return t + (_SESSION.get(name, pd.Timedelta('1D')) if day and interval == '1d' else _length(interval)) <= now
+    session = day and interval == '1d'
+    return t + (_SESSION.get(name, pd.Timedelta('1D')) if session else interval_length(interval)) <= now
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #44cc1db1
 def _answer(work, source):
@@ -464,9 +466,9 @@ def cache_folder() -> Path:
 # %% ../../nbs/api/1_data/19_fetch.ipynb #88ffa8e0
 def _begins_late(bars, start, interval, source):
     "Return a note where the first bar is later than asked for"
-    patience = _length(interval) if source in MARKETS or source.startswith('ccxt') else 11*pd.Timedelta('1D')
+    patience = interval_length(interval) if source in MARKETS or source.startswith('ccxt') else 11*pd.Timedelta('1D')
     first = bars.timestamps.iloc[0]
-    if first - pd.Timestamp(start) <= max(patience, _length(interval)): return []
+    if first - pd.Timestamp(start) <= max(patience, interval_length(interval)): return []
     return [f'the first bar is of {first}, asked was {pd.Timestamp(start)}: not traded before, or not kept']
 
 # %% ../../nbs/api/1_data/19_fetch.ipynb #f1f79884
@@ -475,7 +477,7 @@ _CHECK = 'Check symbol and dates; libraries keep minutes for days or weeks only'
 # %% ../../nbs/api/1_data/19_fetch.ipynb #7b76e14c
 def _asked(interval, start, end, source):
     "Return the two moments of the range; raise where something else is no interval or source"
-    _length(interval)
+    interval_length(interval)
     check_choice('source', re.sub('^ccxt:.*', 'ccxt', str(source)), (*MARKETS, *_CLIENTS))
     start, end = _moment(start, 'start'), _moment(_now() if end is None else end, 'end')
     if start >= end: raise ConfigError(f"start must come before end, got {start} and {end}")

@@ -289,6 +289,12 @@ _OFFSET = r':\d\d(?:\.\d+)?' + _ZONE
 
 def _has_offset(text): return text.str.contains(_OFFSET, regex=True).to_numpy(bool)
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #2ae0fa1a
+def _to_ns(s: pd.Series) -> np.ndarray: # (T,) datetime64[ns]
+    "Return stamps without a zone in nanoseconds; NaT beyond the years that they can hold, 1678 to 2261"
+    if s.dtype != 'M8[ns]': s = s.where((s > pd.Timestamp(1678, 1, 1)) & (s < pd.Timestamp(2262, 1, 1)))
+    return s.to_numpy('M8[ns]')
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-046
 def _parse_text(text, **kw):
     "Return datetime64[ns] of text cells, offsets applied; NaT where unreadable"
@@ -296,7 +302,7 @@ def _parse_text(text, **kw):
         warnings.simplefilter('error') # pandas warns where no format fits the first cell and it would guess each one
         try: out = pd.to_datetime(text, errors='coerce', utc=True, **kw)
         except (Warning, ValueError, OverflowError): return np.full(len(text), _NAT)
-    return out.dt.tz_localize(None).to_numpy('M8[ns]').copy()
+    return _to_ns(out.dt.tz_localize(None)).copy()
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #f94e2e3d
 def _cast_iso(s):
@@ -429,8 +435,8 @@ def read_stamps(
     "Return the stamps of a column"
     s = plain_column(s).reset_index(drop=True)
     if isinstance(s.dtype, pd.DatetimeTZDtype):
-        return clock.zoned(*(o.dt.tz_localize(None).to_numpy('M8[ns]') for o in (s.dt.tz_convert('UTC'), s)))
-    if s.dtype.kind == 'M': return clock.stamps(s.to_numpy('M8[ns]'), s.notna().to_numpy())
+        return clock.zoned(*(_to_ns(o.dt.tz_localize(None)) for o in (s.dt.tz_convert('UTC'), s)))
+    if s.dtype.kind == 'M': return clock.stamps(_to_ns(s), s.notna().to_numpy())
     if s.dtype.kind in 'iufb': return clock.stamps(*_from_numbers(s.to_numpy()))
     out = _parse_iso(s)
     return clock.of_text(_text_of(s)) if out is None else clock.stamps(out, np.ones(len(out), bool))
@@ -531,7 +537,8 @@ def to_float(
     "Return a column as floats"
     s = plain_column(s)
     if s.dtype.kind in 'iuf': return s.to_numpy('float64', na_value=np.nan), np.zeros(len(s), bool)
-    plain = pd.to_numeric(s, errors='coerce').astype('float64')
+    try: plain = pd.to_numeric(s, errors='coerce').astype('float64')
+    except OverflowError: plain = pd.to_numeric(s.astype(str), errors='coerce').astype('float64')   # of 310 digits
     lost = np.array(s.notna() & (plain.isna() if decimal == '.' else True), bool)
     if not lost.any(): return plain.to_numpy(), lost
     text, out, bad = s[lost].astype(str).str.strip(), plain.to_numpy().copy(), lost.copy()

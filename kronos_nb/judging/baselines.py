@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_returns', 'Baseline', 'season_of', 'random_walks', 'LastValue', 'Drift', 'GeometricBrownian', 'Fitted', 'AR1',
-           'SeasonalNaive', 'EWMA', 'Garch', 'default_baselines']
+           'SeasonalNaive', 'EWMA', 'Garch', 'NaivePool', 'default_baselines']
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #cell-002
 import numpy as np
@@ -99,19 +99,18 @@ def _odds(self: Baseline, n, season, horizon):
     return np.stack([o/o.sum() if o.any() else np.full(n, 1/n) for o in odds]).cumsum(1)
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #1775079c
-def _stretch_candles(
-    out,  # (S, H, 6) with open and close; changed
-    past, # Frame of one history
-    at,   # (S, H) rows of `past`
+def stretch_candles(
+    out,      # (S, H, 6) with open and close; changed
+    donors,   # (S, H, 4) open, high, low and close of the bars that give range and wicks
     additive, # Ranges are differences
+    factor=1., # Of the range
 ):
-    "Set high and low so that each bar has at least the range of its past bar"
-    o, h, l, c = (past[k].to_numpy(np.float64)[at] if k in past else past['close'].to_numpy(np.float64)[at]
-                  for k in ('open', 'high', 'low', 'close'))
+    "Set high and low so that each bar has at least the range of its donor, in the same shares above and below"
+    o, h, l, c = np.moveaxis(donors, -1, 0)
     top, bottom = np.maximum(out[..., 0], out[..., 3]), np.minimum(out[..., 0], out[..., 3])
     def apart(a, b): return a - b if additive else np.log(a/b)
     upper, lower = apart(h, np.maximum(o, c)), apart(np.minimum(o, c), l)
-    rest = np.maximum(apart(h, l) - apart(top, bottom), 0)
+    rest = np.maximum(factor*apart(h, l) - apart(top, bottom), 0)
     share = np.divide(upper, upper + lower, out=np.full(upper.shape, .5), where=upper + lower > 0)
     if additive: out[..., 1], out[..., 2] = top + rest*share, bottom - rest*(1 - share)
     else: out[..., 1], out[..., 2] = top*np.exp(rest*share), bottom*np.exp(-rest*(1 - share))
@@ -128,7 +127,8 @@ def _candles(self: Baseline, bars, size, rngs, more):
     out[..., 3], out[..., 1:, 0], out[..., :1, 0] = close, close[..., :-1], last
     at = self._past_bars(bars, size, more)
     for o, b, i in zip(out, bars, at):
-        _stretch_candles(o, b, i, self.additive)
+        donors = np.stack([b[k if k in b else 'close'].to_numpy(np.float64) for k in FEATURES[:4]], -1)
+        stretch_candles(o, donors[i], self.additive)
         for k in (4, 5): o[..., k] = b[FEATURES[k]].to_numpy(np.float64)[i] if FEATURES[k] in b else 0.
     return out
 
@@ -269,14 +269,24 @@ class SeasonalNaive(Baseline):
         season = self.season or season
         return (np.arange(n) - n - ahead + 1) % season == 0
     def returns(self, r, size, rngs, bars):
-        m = self.season or season_of(bars[0]['timestamps'])
-        seasons = r.shape[1] // m
-        if seasons < 1:
-            raise ConfigError(f"a season of {m} bars needs a lookback of at least {m + 1} bars, got {r.shape[1] + 1}; "
-                              "pass season= or leave this baseline out")
-        past = r[:, r.shape[1] - seasons * m:].reshape(len(r), seasons, m)
-        at = np.stack([g.integers(seasons, size=size) for g in rngs])
-        return past[np.arange(len(r))[:, None, None], at, np.arange(size[1]) % m]
+        return np.stack([self._returns(o, size, g, b) for o, g, b in zip(r, rngs, bars)])
+
+# %% ../../nbs/api/5_forecast/54_baselines.ipynb #b54c0001
+@patch
+def _returns(self: SeasonalNaive,
+    r,    # (T,) log returns of one history
+    size, # (paths, predict_window)
+    rng: np.random.Generator,
+    bars, # Its bars
+) -> np.ndarray: # (paths, predict_window)
+    "Return the returns of earlier seasons, each drawn at random"
+    m = self.season or season_of(bars['timestamps'])
+    seasons = len(r)//m
+    if seasons < 1:
+        raise ConfigError(f"a season of {m} bars needs a lookback of at least {m + 1} bars, got {len(r) + 1}; "
+                          "pass season= or leave this baseline out")
+    past = r[len(r) - seasons*m:].reshape(seasons, m)
+    return past[rng.integers(seasons, size=size), np.arange(size[1]) % m]
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #cell-045
 class EWMA(Fitted):
@@ -299,6 +309,20 @@ class Garch(Fitted):
         fitted = ZeroMean(r - r.mean(), volatility=GARCH(), rescale=False).fit(disp='off', show_warning=False)
         return fitted if fitted.convergence_flag == 0 else EWMA().fit(r)
 
+# %% ../../nbs/api/5_forecast/54_baselines.ipynb #a0f6476f
+class NaivePool(Baseline):
+    "Equal parts of last value, EWMA and GARCH; ranges and volumes also of the same time in earlier seasons"
+    def weights(self, n, season, ahead):
+        each = [m.weights(n, season, ahead) for m in (LastValue(), EWMA(), Garch(), SeasonalNaive())]
+        return sum(w/w.sum() for w in each if w.any())
+    def returns(self, r, size, rngs, bars):
+        members = LastValue(), EWMA(), Garch()
+        out = np.empty((len(r), *size))
+        for i, m in enumerate(members):
+            n = len(range(i, size[0], len(members)))
+            if n: out[:, i::len(members)] = m.returns(r, (n, size[1]), rngs, bars)
+        return out
+
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #cell-056
 def default_baselines(
     bars: pd.DataFrame,   # Bars to be judged on, one or more symbols
@@ -309,7 +333,7 @@ def default_baselines(
     first = bars[bars['symbol'] == bars['symbol'].iloc[0]] if 'symbol' in bars else bars
     m = season_of(first['timestamps'])
     seasonal = [SeasonalNaive(m)] if m > 1 and lookback_window > 2 * m else []
-    out = [LastValue(), Drift(), AR1(), *seasonal, GeometricBrownian(), EWMA(), Garch()]
+    out = [LastValue(), Drift(), AR1(), *seasonal, GeometricBrownian(), EWMA(), Garch(), NaivePool()]
     if additive:
         for baseline in out: baseline.additive = True
     return out

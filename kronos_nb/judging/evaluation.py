@@ -24,7 +24,7 @@ from kronos_nb.display import (
 from ..hashes import sha256
 from ..training.history import read_json
 from ..training.run import EVALUATION, Run
-from .metrics import LEVELS, directional_accuracy, ic, qlike
+from .metrics import LEVELS, directional_accuracy, ic, pinball, qlike
 from .stats import block_indices, block_length, diebold_mariano, interval, power
 from .origins import BANDS, QUANTILES
 
@@ -34,12 +34,11 @@ _OTHERS = ('crps_range', 'crps_volume', 'crps_volatility') # columns of `forecas
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-007
 def _bar_losses(rows):
     "Return every metric of every bar"
-    from scoringrules import quantile_score
     y, last, scale = rows['y'], rows['last'], rows['scale']
     error, rise = abs(y - rows['q50']), (np.sign(y - last) + 1) / 2
-    pinball = sum(quantile_score(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
+    quantile_loss = sum(pinball(y, rows[c], p) for c, p in zip(QUANTILES, LEVELS)) / len(LEVELS)
     out = dict(crps=rows['crps'], mase=error / scale, mae_pct=100 * error / abs(last), mse_pct=(100 * error / last)**2)
-    out['quantile_loss'] = pinball / scale
+    out['quantile_loss'] = quantile_loss / scale
     for level, lo, hi in BANDS:
         out[f'cover_{level}'] = (rows[lo] <= y) & (y <= rows[hi])
         out[f'width_{level}'] = (rows[hi] - rows[lo]) / scale
@@ -131,6 +130,10 @@ def with_intervals(
     return out.rename(index={'mse_pct': 'rmse_pct'}, level=0 if out.index.nlevels > 1 else None)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-023
+def _relative(loss, other):
+    "Return 1 - loss/other; 0 where both are 0, minus infinity where `other` alone is"
+    with np.errstate(divide='ignore', invalid='ignore'): return np.where(loss == other, 0., 1 - loss / other)
+
 def skill(
     loss,  # (n,) mean loss of the forecaster on each date
     other, # (n,) mean loss of the forecaster it is compared with
@@ -143,10 +146,12 @@ def skill(
     loss, other = np.asarray(loss, np.float64), np.asarray(other, np.float64)
     block = block_length(len(loss), overlap)
     w = _resample_weights(len(loss), block, draws, seed)
-    resampled, value = 1 - (w @ loss) / (w @ other), 1 - loss.mean() / other.mean()
-    low, high = interval(resampled, len(loss) // block, level)
+    resampled, value = _relative(w @ loss, w @ other), float(_relative(loss.mean(), other.mean()))
+    with np.errstate(invalid='ignore'):   # minus infinity in some resamples
+        low, high = interval(resampled, len(loss) // block, level)
+        found = power(value, resampled.std(), len(loss), level)
+    if np.isnan(low) and np.isfinite(high): low = -np.inf
     dm, p = diebold_mariano(loss, other, overlap)
-    found = power(value, resampled.std(), len(loss), level)
     return dict(skill=value, low=low, high=high, dm=dm, p=p, detectable=found.detectable, needed=found.needed)
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-028

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'LeakReport', 'leak_statistics', 'leak_inputs', 'leak_symbols', 'leak_splits', 'leak_tokens',
-           'leak_logits', 'leak_batch', 'leak_covariates', 'leak_evaluation', 'check_leaks']
+           'leak_logits', 'leak_batch', 'leak_covariates', 'leak_evaluation', 'leak_choices', 'check_leaks']
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-002
 import os
@@ -252,6 +252,23 @@ def leak_evaluation(
     origins = f"{rows['origin'].nunique()} origins, all after the last bar of train and val"
     return float(late), '; '.join(said) or origins
 
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #54ddc4eb
+def leak_choices(
+    calibration, # A `Calibration`
+    splits,      # Has `train` and `val`
+):
+    "Count the ends of the validation part beyond which the choices for the paths were made"
+    first, last = pd.Timestamp(calibration.first), pd.Timestamp(calibration.last)
+    trained = splits.train.groupby('symbol', observed=True)['timestamps'].max()
+    left = splits.val[splits.val['timestamps'] > last].groupby('symbol', observed=True).size()
+    said = []
+    if len(trained) and first < trained.min():
+        said.append(f'learnt from {first}, and bars up to {trained.min()} trained the model')
+    if left.max() < calibration.horizon or left.empty:
+        end = splits.val['timestamps'].max()
+        said.append(f'learnt up to {last} and {calibration.horizon} bars, and validation ends {end}')
+    return float(len(said)), '; '.join(said) or f'{calibration.dates} dates, {first} to {last}, all inside validation'
+
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-036
 @dataclass
 class _Target:
@@ -263,6 +280,7 @@ class _Target:
     splits: object
     dataset: Callable
     judged: pd.DataFrame | None = None
+    of_run: bool = False # The splits are those of the training
     table: CovariateTable | None = None
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-037
@@ -287,11 +305,11 @@ def _of_run(folder, bars):
     splits = split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
     judged, table = Evaluation.load(run).rows if run.judged else None, covariates_of_run(bars, d)
     if table is not None: forecaster = forecaster.with_covariates(table)
-    return _Target(forecaster, bars, d.lookback_window, d.predict_window, splits, dataset, judged, table)
+    return _Target(forecaster, bars, d.lookback_window, d.predict_window, splits, dataset, judged, True, table)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-040
 TOLERANCE = dict(statistics=0., inputs=0., symbols=1e-3, splits=0., tokens=1e-4, logits=1e-4, batch=1e-4, evaluation=0.,
-                 covariates=0.)
+    choices=0., covariates=0.)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-041
 def _results(t):
@@ -309,6 +327,9 @@ def _results(t):
         out['batch'] = leak_batch(t.forecaster, *size)
     if t.table is not None:
         out['covariates'] = leak_covariates(t.table, *size)
+    calibration = getattr(t.forecaster, 'calibration', None)
+    if t.of_run and calibration is not None:
+        out['choices'] = leak_choices(calibration, t.splits)
     if t.judged is not None:
         out['evaluation'] = leak_evaluation(t.judged, t.splits)
     return out

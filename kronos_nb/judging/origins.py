@@ -220,7 +220,7 @@ def _summarise(
     return out | {c: q[:, i] for i, c in enumerate(QUANTILES)}
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #85ee2341
-def _ranges(high, low):
+def candle_ranges(high, low):
     "Return the log of high over low; their difference where a price is not positive"
     return np.log(high/low) if (low > 0).all() else np.asarray(high - low, np.float64)
 
@@ -260,7 +260,7 @@ def slice_windows(
     futures = [pd.DatetimeIndex(stamps[s][ahead(i)]) for s, i in at]
     y = np.stack([closes[s][ahead(i)] for s, i in at]).astype(np.float64)
     came = [groups[s].iloc[ahead(i)] for s, i in at]
-    ranges = np.stack([_ranges(o['high'].to_numpy(), o['low'].to_numpy()) for o in came])
+    ranges = np.stack([candle_ranges(o['high'].to_numpy(), o['low'].to_numpy()) for o in came])
     volumes = np.stack([o['volume'].to_numpy(np.float64) if 'volume' in o else np.zeros(len(o)) for o in came])
     return Windows(origins, histories, futures, y, ranges, volumes)
 
@@ -278,10 +278,19 @@ def _paths(forecaster, windows, sampling):
                        "look for NaN in the training loss (kronos-nb monitor)")
     return paths
 
+# %% ../../nbs/api/6_judging/63_origins.ipynb #c63a0001
+def volume_size(windows: Windows) -> np.ndarray: # (N,); 0 where there is none
+    "Return the mean volume of each history"
+    return np.array([h['volume'].mean() if 'volume' in h else 0. for h in windows.histories])
+
+def range_unit(windows: Windows) -> np.ndarray: # (N,)
+    "Return the mean range of each history"
+    return np.array([candle_ranges(h['high'].to_numpy(), h['low'].to_numpy()).mean() for h in windows.histories])
+
 # %% ../../nbs/api/6_judging/63_origins.ipynb #72bccc35
 def _volume_scores(paths, windows):
     "Return the CRPS of log(1 + volume), (N, H); NaN where the history has no volume"
-    means = np.array([h['volume'].mean() if 'volume' in h else 0. for h in windows.histories])[:, None]
+    means = volume_size(windows)[:, None]
     unit = np.where(means > 0, means, np.nan)
     v = np.log1p(np.maximum(paths[..., 4], 0)/unit[..., None])
     return crps(v, np.log1p(windows.volumes/unit))
@@ -289,8 +298,8 @@ def _volume_scores(paths, windows):
 # %% ../../nbs/api/6_judging/63_origins.ipynb #8260ac76
 def _range_scores(paths, windows):
     "Return the CRPS of the range of each bar, in mean ranges of the lookback, (N, H); NaN where there is none"
-    unit = np.array([_ranges(h['high'].to_numpy(), h['low'].to_numpy()).mean() for h in windows.histories])[:, None]
-    x = np.stack([_ranges(p[..., 1], p[..., 2]) for p in paths])
+    unit = range_unit(windows)[:, None]
+    x = np.stack([candle_ranges(p[..., 1], p[..., 2]) for p in paths])
     return crps(x, windows.ranges)/np.where(unit > 0, unit, np.nan)
 
 # %% ../../nbs/api/6_judging/63_origins.ipynb #99cf8861

@@ -98,4 +98,5 @@ def power(
     "Return how many dates a difference of `diff` needs and what `n` dates can detect"
     from scipy.stats import norm
     z = float(norm.ppf((1 + level) / 2) + norm.ppf(wanted))
+    if not math.isfinite(se): return Power(n, math.inf, math.inf)   # a loss is 0 in some resample
     return Power(n, z * se, math.inf if diff == 0 else math.ceil(n * (z * se / diff)**2))

@@ -61,7 +61,7 @@ def json_line(row: dict) -> str:
 # %% ../../nbs/api/4_training/40_history.ipynb #c837d8c0
 _AT = dict(epoch=int, step=int)
 _NUMBERS = {str: (float, bool, None)}
-_LIKE = dict(notes=_AT | dict(text=str), validations=_AT | _NUMBERS, steps=dict(step=int) | _NUMBERS)
+_LIKE = dict(notes=_AT | dict(text=str), validations=_AT | _NUMBERS, steps=_AT | _NUMBERS)
 
 def _read_row(line: bytes, like): # None for a damaged line
     try: row = json.loads(line)

@@ -7,7 +7,7 @@ __all__ = ['SPANS', 'EVENTS', 'CANCELS', 'NOTE_KINDS', 'Batch', 'Source', 'Tenso
            'CancelTrain', 'CancelBatch', 'CancelStep', 'CancelValidate', 'Callback', 'Backend', 'Learner']
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-002
-import contextlib, math
+import contextlib, math, sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -221,6 +221,7 @@ NOTE_KINDS = dict(
     out_of_memory='a batch was halved; `where` is training, validation or encoding',
     resource_guard='the fit paused because the machine was too busy',
     split='training bars of a symbol lie after bars that judge another one',
+    tracker='a tracker failed and is left out from there on',
     update_skipped='loss or gradient was not finite, and the weights were left alone',
     validation_not_finite='the number of a validation was not finite, so it was not the best',
 )
@@ -476,7 +477,7 @@ def allocate_grads(model: nn.Module):
 @patch
 def log(self: Learner, **numbers):
     "Add scalars (floats, or device tensors that are equal on all processes) to the row of this step"
-    self.row.update(numbers)
+    self.row.update({sys.intern(k): v for k, v in numbers.items()})   # a long history holds each name once
 
 # %% ../../nbs/api/4_training/42_learner.ipynb #cell-078
 @patch

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #b29eba1a
-from ..core import ConfigError, check_choice, write_atomic, write_json, writing
+from ..core import ConfigError, check_choice, one_line, write_atomic, write_json, writing
 from ..display import EVERY, clock, current_run, png, progress_bar
 from ..model.tokenizer import KronosTokenizer
 from .history import LINES, json_line, plot_losses, summary_line, write_metrics
@@ -237,6 +237,18 @@ def _write_status(self: RunFiles, state: str, why=None):
     process = dict(pid=os.getpid(), host=platform.node())
     write_json(self.at.status_file, dict(stage=self.at.name, state=state, why=why) | place | clocks | process)
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #e9aeb8af
+class _Allowance:
+    "Know whether pictures have taken more of the time than they may"
+    def __init__(self, first=3., share=.005):   # Seconds that are free, share of the time
+        self.first, self.share, self.spent, self.began = first, share, 0., time.monotonic()
+    def left(self) -> bool: return self.spent <= self.first + self.share*(time.monotonic() - self.began)
+    @contextlib.contextmanager
+    def spend(self):
+        began = time.monotonic()
+        try: yield
+        finally: self.spent += time.monotonic() - began
+
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-043
 class LossPlot(Callback):
     "Saves the loss curves to `OUT/STAGE/plots/`"
@@ -250,12 +262,15 @@ class LossPlot(Callback):
 
     def save(self, learn, *names):
         if not learn.backend.is_main: return
-        picture = png(plot_losses(learn.history, last=self.last, title=f'{self.at.name}, step {learn.step:,}'))
-        for name in names: write_atomic(self.at.loss_plot(name), picture)
+        with self.time.spend():
+            picture = png(plot_losses(learn.history, last=self.last, title=f'{self.at.name}, step {learn.step:,}'))
+            for name in names: write_atomic(self.at.loss_plot(name), picture)
 
+    def before_fit(self, learn): self.time = _Allowance()
     def after_step(self, learn):
         if self.every and learn.step % self.every == 0: self.save(learn, 'latest', f'step_{learn.step}')
-    def after_validate(self, learn): self.save(learn, 'latest')
+    def after_validate(self, learn):
+        if learn.step and self.time.left(): self.save(learn, 'latest')
     def after_fit(self, learn):
         if not learn.interrupted: self.save(learn, 'latest', f'final_step_{learn.step}')
 
@@ -276,12 +291,13 @@ class LivePlot(Callback):
     ): self.every, self.last, self.show = every, last, show
 
     def before_fit(self, learn):
-        self.pictures, self.handle, self.due = _in_notebook() if self.show is None else self.show, None, 0.
+        self.pictures, self.handle = _in_notebook() if self.show is None else self.show, None
+        self.time, self.due = _Allowance(), 0.
     def after_step(self, learn):
-        if self.pictures and time.monotonic() >= self.due: self.draw(learn)
+        if self.pictures and time.monotonic() >= self.due and self.time.left(): self.draw(learn)
     def after_validate(self, learn):
         if not learn.backend.is_main: return
-        if self.pictures: self.draw(learn)
+        if self.pictures: self.after_step(learn)
         else: print(summary_line(learn.history, self.last), flush=True)
     def after_fit(self, learn):
         if self.pictures: self.draw(learn)
@@ -292,11 +308,11 @@ def draw(self: LivePlot, learn):
     "Draw the picture anew"
     if not learn.backend.is_main: return
     from IPython.display import Image, display
-    began = time.monotonic()
-    image = Image(png(plot_losses(learn.history, self.last, f'step {learn.step:,} of {learn.total_steps:,}')))
-    if self.handle is None: self.handle = display(image, display_id=True)
-    else: self.handle.update(image)
-    self.due = time.monotonic() + max(self.every, 20*(time.monotonic()-began))
+    with self.time.spend():
+        image = Image(png(plot_losses(learn.history, self.last, f'step {learn.step:,} of {learn.total_steps:,}')))
+        if self.handle is None: self.handle = display(image, display_id=True)
+        else: self.handle.update(image)
+    self.due = time.monotonic() + self.every
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-053
 def blocks(
@@ -501,13 +517,29 @@ def check_tracker(
     if name in [str(o) for o in get_available_trackers()]: return LOGGER_TYPE_TO_CLASS[name]
     raise ConfigError(f"the tracker {name!r} needs its package: pip install {name}")
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #cd7abfa3
+_RUN_NAME = dict(mlflow='run_name', trackio='name', wandb='name')   # how a tracker calls the name of a run
+
+# %% ../../nbs/api/4_training/46_monitor.ipynb #f7d8e997
+def _run_name(folder, stage: str) -> str: # 'goog predictor', 'goog seed_2 predictor'
+    "Return the name that a tracker shows"
+    folder = Path(folder).resolve()
+    inner = folder.name == 'base' or folder.name.startswith('seed_')
+    return ' '.join((*((folder.parent.name,) if inner else ()), folder.name, stage))
+
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-086
-def _start_tracker(name: str, folder, run: str, project: str, **kw):
+def _start_tracker(name: str, folder: Path, stage: str, project: str, kw: dict):
     "Start the tracker that accelerate knows as `name`"
     cls = check_tracker(name)
-    tracker = cls(run, folder, **kw) if cls.requires_logging_directory else cls(project, **kw)
-    if hasattr(tracker, 'start'): tracker.start()   # newer accelerate
-    return tracker
+    named = {_RUN_NAME[name]: _run_name(folder, stage)} if name in _RUN_NAME else {}
+    files = str(folder/'runs')
+    try:
+        tracker = cls(stage, files, **kw) if cls.requires_logging_directory else cls(project, **named | kw)
+        if hasattr(tracker, 'start'): tracker.start()   # newer accelerate
+        return tracker
+    except Exception as e:   # whatever a tracker raises: no account, no server
+        raise ConfigError(f"the tracker {name!r} does not start: {one_line(e)[:200]}. Set it up for use offline, "
+                          "or leave it out of runtime.trackers") from e
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-087
 class Tracker(Callback):
@@ -521,17 +553,17 @@ class Tracker(Callback):
         project='kronos_nb',   # For trackers that group runs
         **kw,                  # For the tracker itself
     ):
-        self.tracker, self.folder, self.stage = tracker, Path(folder)/'runs', stage
+        self.tracker, self.folder, self.stage = tracker, Path(folder), stage
         self.config, self.project, self.kw = config, project, kw
     @property
     def name(self):
         return f'Tracker({self.tracker if isinstance(self.tracker, str) else type(self.tracker).__name__})'
-    def after_step(self, learn): self._send(learn)
-    def after_validate(self, learn): self._send(learn)
+    def after_step(self, learn): self._try(learn, self._send)
+    def after_validate(self, learn): self._try(learn, self._send)
     def cleanup_fit(self, learn):
         if getattr(self, 'to', None) is None: return
-        self._send(learn)
-        self.to.finish()
+        self._try(learn, self._send)
+        self._try(learn, lambda learn: self.to.finish())
         self.to = None
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-088
@@ -542,17 +574,27 @@ def before_fit(self: Tracker, learn):
     if not learn.backend.is_main: return
     again = dict(purge_step=learn.step+1) if self.tracker == 'tensorboard' and learn.step else {}
     named = isinstance(self.tracker, str)
-    self.to = _start_tracker(self.tracker, str(self.folder), self.stage, self.project, **self.kw, **again) \
+    self.to = _start_tracker(self.tracker, self.folder, self.stage, self.project, self.kw | again) \
         if named else self.tracker
     if not self.config: return
     plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.config.items()}   # no lists, no None
-    self.to.store_init_configuration(plain)
+    self._try(learn, lambda learn: self.to.store_init_configuration(plain))
+
+# %% ../../nbs/api/4_training/46_monitor.ipynb #ea1e4b71
+@patch
+def _try(self: Tracker, learn, f):
+    "Call `f`; where it fails, leave the tracker out from here on"
+    if self.to is None: return
+    try: f(learn)
+    except Exception as e:
+        learn.note('tracker', f"{self.name} failed ({one_line(e)[:200]}): going on without it; the files of the run "
+                              "hold every number")
+        self.to = None
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-089
 @patch
 def _send(self: Tracker, learn):
     "Send what the history has gained"
-    if self.to is None: return
     for k in self.sent:
         for row in getattr(learn.history, k)[self.sent[k]:]:
             values = {_tag(n): v for n, v in row.items() if n not in ('epoch', 'epoch_step', 'step')}

@@ -41,7 +41,7 @@ from tests.helpers import bars, cfg, no_test
 EDGES = dict(first=-1000, last=1000)   # before and after all other callbacks of an event
 SIGNALS = ('SIGKILL', 'SIGTERM', 'SIGINT')
 DISKS = ('ENOSPC', 'EROFS')
-PATIENCE = 120   # seconds until a call counts as stuck
+PATIENCE = 120   # seconds until a call counts as stuck, without those that it stood ready and had no processor
 BY_CLOCK = ('step_seconds', 'data_seconds', 'memory_gb')
 ONE_LAYER = dict(d_model=8, n_heads=2, ff_dim=16, s1_bits=3, s2_bits=3)
 # the last step is no multiple of save_steps, and val_every none of an epoch: every order of step, checkpoint and
@@ -188,11 +188,26 @@ def stop_all(pids, number):
             pass
 
 
+def starved(pid) -> float:
+    "Return how long a process stood ready and had no processor: the longest of its threads, and of its children's"
+    try:
+        tree = [pid, *(p.pid for p in psutil.Process(pid).children(recursive=True))]
+        rows = [t.read_text().split() for p in tree for t in Path(f'/proc/{p}/task').glob('*/schedstat')]
+    except (OSError, psutil.Error):   # it ended meanwhile, or the system keeps no such count
+        return 0.
+    return max((int(row[1])/1e9 for row in rows), default=0.)
+
+
+def is_stuck(began, pids) -> bool:
+    late = time.monotonic() - began - PATIENCE
+    return late > 0 and late > max(map(starved, pids), default=0.)
+
+
 def call(out, log, case=None, judged=False, workers=0, world=1) -> list:
     "Call `fit` on `world` processes as a launcher does; return exit codes, 'stuck' where there is none"
     port, codes, told = free_port(), {}, None
     pids = [child(log, port, out, case, judged, workers, rank, world) for rank in range(world)]
-    ends = time.monotonic() + PATIENCE
+    began = time.monotonic()
     while len(codes) < world:
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -203,7 +218,7 @@ def call(out, log, case=None, judged=False, workers=0, world=1) -> list:
             stop_all(set(pids) - set(codes), signal.SIGTERM)
         if told is not None and time.monotonic() - told > 20:
             stop_all(set(pids) - set(codes), signal.SIGKILL)
-        if time.monotonic() > ends:
+        if is_stuck(began, set(pids) - set(codes)):
             stop_all(set(pids) - set(codes), signal.SIGUSR1)   # say where they stand
             time.sleep(2)
             stop_all(set(pids) - set(codes), signal.SIGKILL)
