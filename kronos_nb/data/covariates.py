@@ -174,6 +174,13 @@ def _add_series(self: CovariateTable, c: Covariate, frames, tz):
         t, cells = (np.concatenate(o) for o in zip(*found))
         if len(t): self.series[symbol, c.name] = _series(symbol, c, t, cells)
 
+# %% ../../nbs/api/1_data/17_covariates.ipynb #c0902676
+def _nowhere(c: Covariate, frames):
+    "Return the error for a covariate without a column"
+    names = ', '.join(dict.fromkeys(str(k) for o in frames for k in o)) or 'none'
+    return DataError(f"no column {c.source!r} for the covariate {c.name}; there are: {names}. Name its table with "
+                     "data.covariates_source, or in a forecast with covariates=; or go without: missing='mask'")
+
 # %% ../../nbs/api/1_data/17_covariates.ipynb #43a147ff
 def covariate_table(
     covariates: tuple, # Of `Covariate`
@@ -188,10 +195,7 @@ def covariate_table(
     for c in table.covariates:
         holding = [o for o in frames if c.source in o]
         if not holding and (labels is None or missing == 'error'):   # training must have a column to learn from
-            names = ', '.join(dict.fromkeys(str(k) for o in frames for k in o))
-            raise DataError(f"no column {c.source!r} for the covariate {c.name}; there are: {names or 'none'}"
-                            ". Name its table with data.covariates_source, or in a forecast with covariates=; or go "
-                            "without: missing='mask'")
+            raise _nowhere(c, frames)
         if c.moves: table._add_series(c, holding, tz)
         else:
             for o in holding: table._add_labels(c, o, tz)
