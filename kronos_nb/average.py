@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'average_checkpoints', 'swapped']
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-002
-import contextlib, fnmatch, json, math, re
+import contextlib, fnmatch, math, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 # %% ../nbs/api/4_training/49_average.ipynb #ceeaf532
 from .core import ConfigError, ModelError, RunError, write_atomic
-from .hashes import check_sums, write_model_files
-from .model.pretrained import check_finite
+from .hashes import check_sums
+from .model.pretrained import check_finite, model_contents, read_side, write_model
 from .training.history import read_json
 from .training.run import RunStage
 from .training.learner import Callback
@@ -43,15 +43,11 @@ def save(self: Weights,
     out, # A name that ends in .safetensors, or a folder
 ) -> Path: # What was written
     "Write the weights, and in a folder the config with their origin"
-    from safetensors.torch import save as as_bytes   # no header, as in released files
     check_finite(self, self.origin)
-    out, data = Path(out), as_bytes({k: t.detach().cpu().contiguous().clone() for k, t in self.items()})
-    if out.suffix == '.safetensors': return write_atomic(out, data)
-    files = {'model.safetensors': data}
-    if self.config is not None:
-        config = self.config | dict(weights_origin=self.origin)
-        files = {'config.json': json.dumps(config, indent=2, sort_keys=True).encode()} | files
-    write_model_files(out, files)
+    out, config = Path(out), self.config and self.config | dict(weights_origin=self.origin)
+    files = model_contents(config, self)
+    if out.suffix != '.safetensors': write_model(out, files)
+    else: write_atomic(out, files['model.safetensors'])
     return out
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-009
@@ -59,7 +55,8 @@ def config_beside(file) -> dict | None:
     "Return the `config.json` beside a `model.safetensors`; a file of another name has none"
     path = Path(file).with_name('config.json')
     if Path(file).name != 'model.safetensors' or not path.is_file(): return None
-    return read_json(path)
+    side = read_side(file)[0]
+    return read_json(path) | (dict(side=side) if side else {})
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-010
 def _module_weights(module):
@@ -82,7 +79,7 @@ def weights_of(
     file = path/'model.safetensors' if path.is_dir() else path
     if file.is_file():
         check_sums(file)
-        try: return Weights(load_file(file), str(path), config_beside(file))
+        try: return Weights(load_file(file) | read_side(file)[1], str(path), config_beside(file))
         except SafetensorError as e: raise ModelError(f"{file} cannot be read as safetensors: {e}") from e
     raise RunError(f"there are no weights at {str(source)!r}; name a .safetensors file, or a folder that holds "
                    "model.safetensors")
@@ -139,9 +136,11 @@ def average_files(
     sums, kinds = {}, {}
     for i, file in enumerate(files):
         with _open_weights(file) as f:
-            names = set(f.keys())
+            side = read_side(file)[1]
+            names = {*f.keys(), *side}
             if i and names != set(sums): _differ(f'names of tensors ({_listed(names ^ set(sums))})', files[0], file)
             for k in f.keys(): _add_tensor(sums, kinds, k, f.get_tensor(k), files[0], file)
+        for k, t in side.items(): _add_tensor(sums, kinds, k, t, files[0], file)
     floating = {k for k, (_, dtype) in kinds.items() if dtype.is_floating_point}
     return {k: (t/len(files)).to(kinds[k][1]) if k in floating else t for k, t in sums.items()}
 

@@ -152,6 +152,9 @@ _RARE = dict(   # the same, for options that few people need
     enable_compile=('runtime.compile',),
     plot_loss=('runtime.plots',),
     disable_optimizations=('runtime.optimizations',),
+    covariates=('data.covariates',),
+    covariates_source=('data.covariates_source',),
+    covariates_missing=('data.covariates_missing',),
 )
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #c0903fac
@@ -266,6 +269,14 @@ def _delivery_options(p):
     p.add_argument('--market-tz', metavar='ZONE',
         help="zone of the clock that the models read, such as Asia/Shanghai; none: as trained, else UTC")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #cc419633
+def _side_options(p):
+    "Add the options that give a model its covariates"
+    p.add_argument('--covariates-source', nargs='+', metavar='FILE', help='tables of the covariates that the model '
+        'reads, with those known ahead at the stamps of the forecast; none: those of the run, and columns of the bars')
+    p.add_argument('--covariates-missing', choices=('error', 'mask'), default='error',
+        help='mask: the model is told that a covariate has no value; error: that is an error')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-027
 def _model_options(p):
     "Add the options that forecasting and judging share"
@@ -276,7 +287,8 @@ def _model_options(p):
         "none: the newest run on these files, else bundled")
     p.add_argument('--tokenizer', metavar='MODEL',
         help='its tokenizer, where MODEL is a predictor outside of its run: a folder or a hub id')
-    _add_settings(p, dict(symbols=_OPTIONS['symbols'], repair=_OPTIONS['repair']))
+    _add_settings(p, {name: _OPTIONS[name] for name in ('symbols', 'repair')})
+    _side_options(p)
     p.add_argument('--lookback-window', type=int, metavar='N',
         help='bars of history to read; none: what the model was trained for')
     p.add_argument('--predict-window', type=int, metavar='N',
@@ -904,6 +916,21 @@ def _data_of(run) -> list: # Empty for the bundled sample
     raise DataError(f"{run} was trained on {', '.join(files[:5])}, and {missing[0]} is not in this folder; "
         "name the bars")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #610a243f
+def _has_column(data, name, layout) -> bool:
+    "Return whether files of bars have a column"
+    from kronos_nb.data.read import read_klines
+    try:
+        read_klines(data, extra_features=(name,), max_rows=1, **layout)
+    except DataError:
+        return False
+    return True
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #dab26af6
+def _side_files(a, cfg) -> list: # Empty where covariates are columns of the bars
+    "Return the files of covariates that the options name, else those of the run"
+    return list(a.covariates_source or cfg.data.covariates_source or ())
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
 def _bars_of(a, cfg: Config, f):
     "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
@@ -915,7 +942,10 @@ def _bars_of(a, cfg: Config, f):
         data, symbols = _data_of(run), symbols or [o['symbol'] for o in run.facts['series']]
     if not data:
         return sample_klines(list(symbols) if symbols else None)
-    how = cfg.data.reading | dict(extra_features=f.features[len(FEATURES):])
+    beside = [] if _side_files(a, cfg) else [c.source for c in f.covariates]
+    if a.covariates_missing == 'mask':
+        beside = [o for o in beside if _has_column(data, o, cfg.data.layout)]
+    how = cfg.data.reading | dict(extra_features=(*f.features[len(FEATURES):], *beside))
     bars = read_klines(data, symbols=symbols, **how)
     if missing := sorted(set(symbols or ()) - set(bars.symbol)):
         raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
@@ -927,7 +957,12 @@ def _model_and_bars(a):
     _choose_model(a)
     run = _run_of(a.model)
     cfg, f = run.config if run else Config(), _forecaster_of(a)
-    return f, _bars_of(a, cfg, f), cfg
+    bars = _bars_of(a, cfg, f)
+    if f.covariates:
+        f = f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
+    elif a.covariates_source:
+        raise ModelError("--covariates-source names covariates, and the model reads none; leave it out")
+    return f, bars, cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
 def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from .core import FEATURES, ConfigError, check_choice, nearest, short_repr, write_atomic
 from .settings import (
     Sampling, Settings, format_setting, parse_duration, read_yaml, setting, span_text)
+from .covariate import parse_covariates
 from .config_compat import as_then, is_foreign, translate
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-006
@@ -42,9 +43,21 @@ class _SourceConfig(Settings):
     extra_features: tuple[str, ...] | None = setting(
         None, "numeric columns read beside the six features, such as trades; for a tokenizer trained from scratch")
 
+# %% ../nbs/api/0_ground/03_config.ipynb #6f5d0815
+@dataclass(frozen=True, kw_only=True)
+class _CovariatesConfig(_SourceConfig):
+    covariates: dict = setting(
+        dict, "side inputs of the predictor, which work with released weights: funding: past lag 8h, release: future, "
+        "sector: static")
+    covariates_source: tuple[str, ...] | None = setting(
+        None, "files with timestamps, symbol (or none: for all symbols) and the covariates; none: columns of the bars")
+    covariates_missing: str = setting(
+        'error', "error stops where a covariate has no value; mask tells the model that there is none", choices=(
+        'error', 'mask'))
+
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-008
 @dataclass(frozen=True, kw_only=True)
-class _WindowConfig(_SourceConfig):
+class _WindowConfig(_CovariatesConfig):
     lookback_window: int = setting(90, "history that the model sees", lo=2, hi=8192, unit='bars')
     predict_window: int = setting(10, "future that it learns to forecast", lo=1, hi=2048, unit='bars')
     max_context: int = setting(
@@ -109,6 +122,7 @@ class DataConfig(_SplitConfig):
         for name in ('tz', 'market_tz'):
             if getattr(self, name) is not None: _check_zone(name, getattr(self, name))
         _check_layout(self.layout)
+        self._check_covariates()
         if len(set(self.features)) < len(self.features) or {'symbol', 'timestamps'} & set(self.features):
             raise ConfigError("data.extra_features must be different columns beside the six features, such as trades; "
                               f"got {format_setting(self.extra_features)}")
@@ -117,11 +131,37 @@ class DataConfig(_SplitConfig):
             shares = f'{self.train} + {self.val} + {self.test} = {total:g}'
             raise ConfigError(f"data.train + data.val + data.test must be 1, got {shares}")
 
+# %% ../nbs/api/0_ground/03_config.ipynb #a110d07f
+@patch(as_prop=True)
+def side(self: DataConfig) -> tuple: return parse_covariates(self.covariates)
+
+# %% ../nbs/api/0_ground/03_config.ipynb #592763cd
+@patch
+def _check_covariates(self: DataConfig):
+    "Raise where the declared covariates do not go with the other settings"
+    inside = sorted({c.source for c in self.side} & {*self.features}) if not self.covariates_source else []
+    if inside:
+        raise ConfigError(f"data.covariates names {', '.join(inside)}, which the model reads already; name another "
+                          "column, or data.covariates_source")
+    static = [c.name for c in self.side if not c.moves]
+    if static and not self.covariates_source:
+        raise ConfigError(f"data.covariates: {', '.join(static)} is static, and labels come from a table of "
+                          "symbols: name it with data.covariates_source")
+    if self.covariates_source and not self.covariates:
+        raise ConfigError("data.covariates_source is given and data.covariates names none: add, for instance, "
+                          "data.covariates=funding: past")
+
 # %% ../nbs/api/0_ground/03_config.ipynb #75f1e2bc
+@patch(as_prop=True)
+def beside(self: DataConfig) -> tuple:
+    "Return the columns of the bars that are read beside the six"
+    mine = () if self.covariates_source else [c.source for c in self.side]
+    return tuple(dict.fromkeys((*(self.extra_features or ()), *mine)))
+
 @patch(as_prop=True)
 def reading(self: DataConfig) -> dict:
     "Return the arguments of `read_klines` that say how files are read"
-    return dict(self.layout, tz=self.tz, extra_features=self.extra_features or ())
+    return dict(self.layout, tz=self.tz, extra_features=self.beside)
 
 @patch(as_prop=True)
 def rules(self: DataConfig) -> dict:
@@ -148,7 +188,7 @@ class _WeightsConfig(Settings):
         'scratch', "weights to begin with: a hub id, a folder, bundled for the small base that ships, or scratch")
     size: str | None = setting(None, "architecture for scratch: a published size such as Kronos-mini, or tiny")
     model: dict = setting(dict, "single settings of the model: any with scratch; dropouts also override loaded ones")
-    trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; or lora")
+    trainable: str = setting('all', "all; heads; last_N blocks, such as last_2; lora; or side, the side channel alone")
     lora_rank: int = setting(8, "rank of the adapters where trainable is lora", lo=1, hi=256)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-020
@@ -212,13 +252,16 @@ class _AveragingConfig(_StoppingConfig):
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(_AveragingConfig):
     "Settings that train one of the two models"
+    @property
+    def _more(self) -> tuple: return ()   # what else can be trained
     def check(self):
         p, last = self.path, self.trainable.removeprefix('last_')
         if self.norm_stopping and self.patience is None:
             raise ConfigError(f"{p('norm_stopping')} is on and {p('patience')} is none: set patience, or turn it off")
         last_n = last != self.trainable and last.isdigit() and int(last)
-        if self.trainable not in ('all', 'heads', 'lora') and not last_n:
-            raise ConfigError(f"{p('trainable')} must be all, heads, lora or last_N, got {self.trainable!r}")
+        if self.trainable not in ('all', 'heads', 'lora', *self._more) and not last_n:
+            names = ', '.join(('all', 'heads', 'lora', *self._more))
+            raise ConfigError(f"{p('trainable')} must be {names} or last_N, got {self.trainable!r}")
         if self.schedule == 'plateau' and self.mode == 'max':
             raise ConfigError(f"{p('schedule')}=plateau waits for a falling number, and {p('mode')} is max: change one")
 
@@ -237,6 +280,13 @@ class PredictorConfig(StageConfig):
     clip_norm: float = setting(3., "gradients are scaled down to this norm", lo=1e-6, hi=1e6, log=True, tune=(.5, 5.))
     monitor: str = setting('val_loss', _MONITOR, choices=('val_loss', 'val_ce_s1', 'val_ce_s2'))
     tokenizer: str | None = setting(None, "tokenizer to use where stage 1 does not run: a hub id or a folder")
+    side_lr: float = setting(
+        1e-3, "learning rate of the side channel (the peak of the schedule)", lo=0., hi=10., log=True)
+    side_dropout: float = setting(
+        .1, "probability that a covariate is left out of a training window, so that a forecast may go without", lo=0.,
+        hi=.9)
+    @property
+    def _more(self) -> tuple: return ('side',)
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-033
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ def fingerprint(
     plain = {k: v for k, v in vars(forecaster).items() if v is None or isinstance(v, (int, float, str))}
     options = sorted((k, v) for k, v in plain.items() if k not in ('source', 'revision'))   # not where weights lie
     how = repr(forecaster.normalizer), repr(getattr(forecaster, 'calibration', None))
+    if getattr(forecaster, 'table', None) is not None: how += (repr(forecaster.table),)
     return _address(options, *how, *(m.weights_hash() for m in models))
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-010

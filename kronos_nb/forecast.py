@@ -26,9 +26,11 @@ from .data.parse import time_stamps, to_utc
 from .data.read import as_frame
 from .data.normalize import ZScore, normalizer_from_dict
 from .data.check import bar_interval
+from .data.covariates import MISSING, CovariateTable, covariate_table, read_table
 from .data.calendar import future_stamps
 from .model.layers import evaluating
 from .model.pretrained import BUNDLED, PUBLISHED
+from .model.side import covariates_of
 from .model.tokenizer import KronosTokenizer
 from .model.predictor import CROSS_ROPE, Kronos
 from .training.run import BEST, Run, RunStage, is_model
@@ -45,6 +47,7 @@ class _Lookback:
     t: pd.DatetimeIndex # (L,) UTC
     x: np.ndarray       # (L, F) float64
     notes: list
+    side: np.ndarray | None = None # (L+H, C) side inputs
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-013
 def _check_columns(bars, features):
@@ -185,6 +188,15 @@ class Forecaster:
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
         self._recall(max_context, lookback_window, market_tz)
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #4254cae7
+@patch(as_prop=True)
+def covariates(self: Forecaster) -> tuple: # Of `Covariate`; empty where no predictor has a side channel
+    "Return the side inputs that the predictors read"
+    specs = [m.extra.get('side') for m in self.predictors]
+    if any(o != specs[0] for o in specs):
+        raise ModelError("the predictors read different covariates; use models of one run")
+    return covariates_of(specs[0]) if specs[0] else ()
+
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #903290bf
 @patch
 def _recall(self: Forecaster, max_context, lookback_window, market_tz):
@@ -199,6 +211,7 @@ def _recall(self: Forecaster, max_context, lookback_window, market_tz):
 def _take(self: Forecaster, tokenizer, predictor, device):
     "Hold the models, on `device` where one is named"
     self.source = self.revision = None   # where the first predictor was loaded from
+    self.table = None   # `CovariateTable`, from `with_covariates`
     self.tokenizer = tokenizer
     self.predictors = list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
     _check_pair(tokenizer, self.predictors)
@@ -265,6 +278,7 @@ class _Batch:
     stamps: torch.Tensor # (B, L+H, 5)
     prefills: dict     # Predictor -> its reading of the histories
     last: torch.Tensor | None = None # (B, F), the last bar of the histories as the tokenizer decodes it
+    side: torch.Tensor | None = None # (B, L+H, C) side inputs
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-049
 @patch
@@ -272,7 +286,8 @@ def _read(self: Forecaster, detokenizer, keys, hists, scales, stamps) -> _Batch:
     "Encode histories of one length"
     z_BLF = np.stack([s.encode(h.x) for h, s in zip(hists, scales)])
     tokens = detokenizer.encode(torch.from_numpy(z_BLF).to(self.device))
-    return _Batch(keys, tokens, torch.from_numpy(np.stack(stamps)).to(self.device), {})
+    side = torch.from_numpy(np.stack([h.side for h in hists])).to(self.device) if self.covariates else None
+    return _Batch(keys, tokens, torch.from_numpy(np.stack(stamps)).to(self.device), {}, side=side)
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-050
 @patch
@@ -285,7 +300,7 @@ def _sample(self: Forecaster, decoders, detokenizer, batch, horizon, paths, samp
         if not mine: continue
         u = np.stack([uniforms(sampling.seed, key, mine, horizon) for key in batch.keys])
         if m not in batch.prefills:
-            batch.prefills[m] = Prefill(decoders[m], *batch.tokens, batch.stamps, self.max_context)
+            batch.prefills[m] = Prefill(decoders[m], *batch.tokens, batch.stamps, self.max_context, batch.side)
         made = generate(batch.prefills[m], torch.from_numpy(u).to(self.device), tick=tick, **how)
         z = decode_tail(detokenizer, batch.tokens, made, self.max_context, self.anchor)
         if self.anchor: z, batch.last = z
@@ -327,6 +342,52 @@ def _notes(self: Forecaster, hist) -> list:
         notes.append(self.normalizer.leaves_reference(hist.x, self.features))
     return [note for note in notes if note]
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #f92e9c01
+@patch
+def with_covariates(self: Forecaster,
+    covariates,    # A `CovariateTable`; or frames or files with timestamps, symbol (or none) and the columns
+    missing: str | None = None, # 'error', or 'mask': a covariate without a value is masked; None: 'error'
+    bars=None,     # Bars with columns of the covariates, used where `covariates` has no row
+) -> Forecaster:
+    "Return this forecaster with the values of its covariates"
+    new = copy.copy(self)
+    if isinstance(covariates, CovariateTable): new.table = covariates
+    else: new.table = _table_of(self, covariates, missing or 'error', bars)
+    return new
+
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #02017ea1
+def _rest_of(bars, frames, names):
+    "Return the rows and columns of bars that hold covariates and that no frame has"
+    rest = bars[[c for c in ('symbol', 'timestamps', *names) if c in bars]]
+    for o in frames:
+        if 'timestamps' not in o or 'timestamps' not in rest: continue
+        given = set(pd.DatetimeIndex(to_utc(o['timestamps'])[0]))
+        rest = rest[~pd.DatetimeIndex(to_utc(rest['timestamps'])[0]).isin(given)]
+    return rest
+
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #40e9c6eb
+def _table_of(forecaster, source, missing, bars):
+    "Return the covariates that a forecaster reads, from tables, and from the columns of bars"
+    found = forecaster.covariates
+    if not found: raise ModelError("covariates were given, and the predictor reads none; leave covariates out")
+    parts = [] if source is None else list(source) if isinstance(source, (list, tuple)) else [source]
+    frames = [read_table(o) if isinstance(o, (str, Path)) else as_frame(o) for o in parts]
+    names = [c.source for c in found]
+    if bars is not None and set(names) & set(bars): frames.append(_rest_of(bars, frames, names))
+    labels = forecaster.predictor.extra['side']['labels']
+    return covariate_table(found, frames, missing, labels)
+
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #c7d76fad
+@patch
+def _join(self: Forecaster, histories, hists, ahead):
+    "Set the side inputs of histories and their futures"
+    for bars, h, (t, _) in zip(histories, hists, ahead):
+        table, n = self.table or _table_of(self, None, 'error', as_frame(bars)), len(h.t)
+        a = table.align(h.symbol, h.t.append(t).to_numpy(), bar_interval(h.t), past=n)
+        h.side = table.inputs(a.v[None], a.there[None], a.age[None], a.codes[None], n)[0]
+        lacking = [c.name for k, c in enumerate(table.moving) if not a.there[:n, k].any()]
+        if lacking: h.notes = [*h.notes, f"forecast without {', '.join(lacking)}: no values"]
+
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-055
 @patch
 def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, futures):
@@ -343,6 +404,7 @@ def _prepare(self: Forecaster, histories, horizon, lookback_window, calendar, fu
     ahead = [future_stamps(h.t, horizon, calendar, f, self.market_tz) for h, f in zip(hists, futures)]
     scales = [self.normalizer.fit(h.x, len(h.x)) for h in hists]
     stamps = [time_stamps(h.t.append(t), tz=self.market_tz) for h, (t, _) in zip(hists, ahead)]
+    if self.covariates: self._join(histories, hists, ahead)
     return hists, scales, stamps, ahead
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #2610046b
@@ -442,6 +504,20 @@ def _calibrated(self: Forecaster, made, keys, sampling):
     note = f'not calibrated: the calibration was learnt for {self.calibration.drawing}'
     return [replace(f, notes=[*f.notes, note]) for f in made]
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #bd23d5d2
+@patch
+def _informed(self: Forecaster, histories, covariates, missing):
+    "Return this forecaster with covariates from tables and from the columns of histories"
+    if covariates is None and missing is None: return self
+    check_choice('missing', missing or 'error', MISSING)
+    if isinstance(covariates, CovariateTable): return self.with_covariates(covariates)
+    own = [c for c in ('symbol', 'timestamps', *(c.source for c in self.covariates))]
+    parts = [as_frame(o) for o in histories]
+    parts = [o[[c for c in own if c in o]] for o in parts]
+    bars = pd.concat(parts, ignore_index=True) if parts else None
+    twice = [c for c in ('symbol', 'timestamps') if bars is not None and c in bars]
+    return self.with_covariates(covariates, missing, bars.drop_duplicates(twice) if twice else bars)
+
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-061
 @patch
 @with_sampling
@@ -458,10 +534,12 @@ def predict_many(self: Forecaster,
     memory=1024,     # MiB for the paths of a batch
     progress=None,   # Show a bar; None: after two seconds
     raw=False,       # No anchor, no calibration: the reference's numbers
+    covariates=None, # As for `with_covariates`; None: columns of the histories
+    missing: str | None = None, # 'mask' lost values; None: raise
     **kwargs,        # Settings of `Sampling`
 ) -> list: # One `Forecast` per history
     "Forecast many histories at once"
-    f = self._raw() if raw else self
+    f = (self._raw() if raw else self)._informed(histories, covariates, missing)
     sampling = Sampling.of(sampling, **kwargs).filled(f.calibration and f.calibration.sampling)
     made, = f._forecast(histories, f._horizon(predict_window), [sampling], keys=keys, futures=futures,
         calendar=calendar, lookback_window=lookback_window, coherent_candles=coherent_candles, memory=memory,

@@ -168,6 +168,18 @@ def _columns(self: _Card):
         "six. The reference implementation can build this tokenizer from `config.json`, but its predictor class passes "
         "six columns, so this pair works with kronos_nb only.\n\n")
 
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #76c77216
+@patch
+def _side(self: _Card):
+    "Describe the covariates of a predictor; nothing where it reads none"
+    d = self.run.config.data
+    if not d.covariates or self.stage != 'predictor': return ''
+    rows = pd.DataFrame([c.to_dict() | dict(lag='' if c.lag is None else f'{c.lag:g} s') for c in d.side]).fillna('')
+    return ("**Covariates:** the predictor reads what stands in the table, from `side.json` and `side.safetensors`. "
+        "Give their values with `predict(..., covariates=frame)`, those that are known ahead up to the last bar of the "
+        "forecast; `missing='mask'` forecasts without. The reference implementation loads the pair without "
+        f"them.\n\n{md_table(rows.map(md_text))}\n\n")
+
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-030
 _PAIR = dict(
     tokenizer='This tokenizer turns bars into tokens and back. The predictor named below was trained on its tokens.',
@@ -186,7 +198,7 @@ def use(self: _Card) -> str:
         f"bars = kn.read_klines('my_bars.csv'{extra})"
         f'   # {self.intervals} bars, at least {d.lookback_window} per symbol\n'
         f'forecast = forecaster.predict(bars, predict_window={d.predict_window}, paths=100)\n'
-        f'forecast.plot()\n```\n\n{self._columns()}{self._normalizer()}{self._calendar()}')
+        f'forecast.plot()\n```\n\n{self._columns()}{self._side()}{self._normalizer()}{self._calendar()}')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-035
 _VERDICTS = {

@@ -238,6 +238,12 @@ def _base_forecaster(data: Prepared, cfg: Config, inits: dict) -> Forecaster | N
     return Forecaster(*models, normalizer=data.train.normalizer, max_context=cfg.data.max_context,
         market_tz=data.train.market_tz)
 
+# %% ../nbs/api/7_fit/77_train.ipynb #568ef06e
+def _informed(result: FitResult, data: Prepared) -> Forecaster:
+    "Return the fine-tuned model with the covariates of the run, where it has any"
+    f = result.forecaster()
+    return f if data.covariates is None else f.with_covariates(data.covariates)
+
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-039
 def _evaluate(result: FitResult, data: Prepared, inits: dict):
     "Judge what the model delivers on the test part, beside what its base delivers"
@@ -245,7 +251,7 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
     if base is not None and result.calibration is not None:
         base.calibration = _chosen(base, data, cfg)
         base.calibration.save(run.base_calibration)   # `kronos-nb evaluate` compares as this does
-    result.evaluation = evaluate(result.forecaster(), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
+    result.evaluation = evaluate(_informed(result, data), data.bars, cfg.data.lookback_window, cfg.data.predict_window,
         base=base, origins=cfg.evaluate.origins, per_date=cfg.evaluate.per_date, start=_test_starts(data, cfg),
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
@@ -273,7 +279,7 @@ def _learn_calibration(result: FitResult, data: Prepared):
         result.not_calibrated = 'evaluate.calibrate=off'
         return
     try:
-        result.calibration = _chosen(result.forecaster(), data, cfg)
+        result.calibration = _chosen(_informed(result, data), data, cfg)
     except DataError as e:   # too few bars, or bands without width
         if cfg.evaluate.calibrate == 'on': raise
         result.not_calibrated = str(e)
@@ -293,7 +299,7 @@ def _keep_calibration(result: FitResult):
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-044
 def _draw_last_forecasts(result: FitResult, data: Prepared, most=3):
     "Save pictures of the last forecasts whose outcome is known"
-    d, sampling, forecaster = result.config.data, result.config.sampling, result.forecaster()
+    d, sampling, forecaster = result.config.data, result.config.sampling, _informed(result, data)
     for symbol in data.bars.symbol.unique()[:most]:
         bars = data.bars[data.bars.symbol == symbol]
         past, truth = bars.iloc[:-d.predict_window].tail(d.lookback_window), bars.tail(d.predict_window)

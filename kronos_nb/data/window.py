@@ -217,8 +217,9 @@ class WindowDataset:
         stride: int = 1,      # Bars from one window to the next inside a segment
         max_gap='auto',       # See `segments`
         statistics='auto',    # 'rolling' (for every bar, once), 'on the fly' (per batch) or 'auto'
-        features=FEATURES,    # The six, and extra columns of `bars` after them
+        features=FEATURES,    # The six, and extra columns after them
         market_tz=None,       # Zone whose clock gives the five time stamps; None is UTC
+        covariates=None,      # `CovariateTable`
     ):
         _check_whole('lookback_window', lookback_window, 1)
         _check_whole('predict_window', predict_window, 0)
@@ -226,7 +227,7 @@ class WindowDataset:
         check_canonical(bars, features)
         self.lookback_window, self.predict_window, self.stride = lookback_window, predict_window, stride
         self.window, self.features = lookback_window + predict_window, tuple(features)
-        self.normalizer, self.market_tz = normalizer or ZScore(), market_tz
+        self.normalizer, self.market_tz, self.covariates = normalizer or ZScore(), market_tz, covariates
         self._find_windows(bars, max_gap)
         self._copy_bars(bars)
         self._keep_statistics(statistics)
@@ -265,6 +266,7 @@ def _copy_bars(self: WindowDataset, bars):
     for s, e in zip(edges, np.r_[edges[1:], len(bars)]):
         t, block = market_clock(self.timestamps[s:e], self.market_tz), 2**16
         for i in range(0, e - s, block): self.stamps[s + i:min(s + i + block, e)] = time_stamps(t[i:i + block], np.int8)
+    if self.covariates is not None: self._align(bars)
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-049
 @patch
@@ -361,6 +363,29 @@ def arrays(self: WindowDataset,
     x = torch.from_numpy(_gather(self.x, at, self.window))
     scale = kept or self.normalizer.fit(x, self.lookback_window)
     return scale.encode(x), stamps, scale
+
+# %% ../../nbs/api/1_data/16_window.ipynb #0a01eb1e
+@patch
+def _align(self: WindowDataset, bars):
+    "Set the covariates of all bars, as of their closes"
+    edges, parts = _symbol_edges(bars), []
+    for s, e in zip(edges, np.r_[edges[1:], len(bars)]):
+        t = self.timestamps[s:e]
+        found = self.covariates.align(str(bars.symbol.iloc[s]), t, bar_interval(t))
+        parts.append((found.v, found.there, found.age, np.tile(found.codes, (e - s, 1))))
+    self._side = [np.concatenate(o) for o in zip(*parts)]
+
+# %% ../../nbs/api/1_data/16_window.ipynb #089fa365
+@patch
+def side(self: WindowDataset,
+    indices,    # (B,) window numbers
+    shift=None, # Bars to move each window by
+) -> torch.Tensor | None: # (B, L+H, 3K+S) float32; None without covariates
+    "Return the side inputs of windows, scaled by their lookbacks"
+    if self.covariates is None: return None
+    at = self.rows(indices, shift)[:, None] + np.arange(self.window)
+    v, there, age, codes = (o[at] for o in self._side)
+    return torch.from_numpy(self.covariates.inputs(v, there, age, codes[:, 0], self.lookback_window))
 
 # %% ../../nbs/api/1_data/16_window.ipynb #cell-064
 @patch

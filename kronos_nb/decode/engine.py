@@ -332,6 +332,7 @@ class Decoder:
         compiler=False,      # Fuse tensor operations with `torch.compile`; a name chooses its backend
     ):
         self.dtype, self.time_emb, self.final_norm = dtype, model.time_emb, model.norm.weight.detach()
+        self.side = model.side
         self.backend, arrange = _Backend(model.device, compiler), partial(Linear, dtype=dtype)
         with torch.no_grad():
             self.stack = Stack(model.transformer, self.backend, dtype)
@@ -366,9 +367,10 @@ def session(self: Decoder, room): # -> Session
     return Session(self.stack.caches(room), self.backend.cache(self.cross_heads, room))
 
 @patch
-def embed_stamps(self: Decoder, stamp): # (B, T, 5) -> (B, T, D)
-    "Return embedded time stamps, for `read`"
-    return self.time_emb(stamp).float()
+def embed_stamps(self: Decoder, stamp, side=None): # (B, T, 5), (B, T, C) -> (B, T, D)
+    "Return embedded time stamps, and what side inputs add to them, for `read`"
+    x = self.time_emb(stamp).float()
+    return x if side is None else x + self.side(side).float()
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-062
 @patch

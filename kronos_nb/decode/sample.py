@@ -73,9 +73,10 @@ class Prefill:
         s1, s2, # (B, L) tokens
         stamp,  # (B, L+H, 5) time stamps of history and future
         max_context: int, # Most bars that one draw reads
+        side=None,        # (B, L+H, C) side inputs, where the predictor has a channel
     ):
         self.decoder, self.s1, self.s2, self.max_context = decoder, s1, s2, max_context
-        (self.B, self.L), self.stamps = s1.shape, decoder.embed_stamps(stamp)
+        (self.B, self.L), self.stamps = s1.shape, decoder.embed_stamps(stamp, side)
         self.start, self.H = max(0, self.L - max_context), stamp.shape[1] - self.L
         self.session, self.context = self.read(self.start, self.L)
 

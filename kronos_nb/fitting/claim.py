@@ -48,7 +48,7 @@ def run_facts(
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-014
 _FREE = ('device threads workers max_time max_cpu max_memory max_gpu max_gpu_memory progress plots live_plot '
          'save_steps keep_last skip_existing only micro_batch cache_tokens persistent_workers prefetch find_lr').split()
-_MAY_DIFFER = ['data.source', *(f'runtime.{name}' for name in _FREE),
+_MAY_DIFFER = ['data.source', 'data.covariates_source', *(f'runtime.{name}' for name in _FREE),
                *(name for name in Config().flat() if name.startswith('evaluate.'))] # judging changes no weights
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #cell-015
@@ -151,7 +151,7 @@ def base_config(
         raise ConfigError(f"base.symbols holds {', '.join(own)}, and so do the bars of the run. Name other symbols")
     ends = [first for first, _ in data.span('val').values()]
     bars = dict(symbols=b.symbols, end=str(min(ends)) if ends else str(cfg.data.end), train=.9, val=.1, test=0.,
-        windows_per_epoch=b.windows_per_epoch)
+        windows_per_epoch=b.windows_per_epoch, covariates={}, covariates_source=None)
     runtime = dict(only=None, init_from=None, skip_existing=False, seeds=None)
     tokenizer = _from_scratch(b.tokenizer_epochs, b.tokenizer_lr)
     predictor = _from_scratch(b.predictor_epochs, b.predictor_lr)

@@ -17,9 +17,10 @@ from ..core import ConfigError, DataError
 from ..config import Config
 from ..display import name_list
 from ..data.read import is_canonical, read_klines, read_log, sample_klines
-from ..data.check import RULES, KlineReport, ReportSection, check_klines
+from ..data.check import RULES, KlineReport, ReportSection, bar_interval, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import NORMALIZERS, with_scales
+from ..data.covariates import CovariateTable, covariates_of_run
 from ..data.window import Split, WindowDataset, find_room, fitting_windows, split_by_time
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #a3cc1669
@@ -27,7 +28,7 @@ def _is_read(data, d) -> bool:
     "Return whether `data` came out of `read_klines` and holds just what `d` asks for"
     if not isinstance(data, pd.DataFrame) or read_log(data) is None: return False
     limits = (d.symbols, d.start, d.end, d.max_rows)
-    return all(o is None for o in limits) and set(data) == {'symbol', 'timestamps', *d.features}
+    return all(o is None for o in limits) and set(data) == {'symbol', 'timestamps', *d.features, *d.beside}
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-007
 def load_bars(
@@ -40,7 +41,7 @@ def load_bars(
     if isinstance(data, str) and data == 'sample':
         data, how = sample_klines(list(d.symbols) if d.symbols else None), dict(extra_features=how['extra_features'])
     if _is_read(data, d): return data
-    how = dict(extra_features=d.extra_features) if is_canonical(data) else d.reading # such a frame is in UTC
+    how = dict(extra_features=d.beside) if is_canonical(data) else d.reading # such a frame is in UTC
     return read_klines(data, symbols=d.symbols, start=d.start, end=d.end, max_rows=d.max_rows, **how)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #ebf1fb5c
@@ -188,20 +189,20 @@ def _no_window(split, part, d):
         f"{offer(bars, d)}", options='--preset own')
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-023
-def cut_windows(split, part, d, stride, statistics='auto'):
+def cut_windows(split, part, d, stride, statistics='auto', covariates=None):
     "Return the windows of one part"
     bars, normalizer = getattr(split, part), NORMALIZERS[d.normalizer](clip=d.clip)
     try:
         return WindowDataset(bars, d.lookback_window, d.predict_window, normalizer, stride, d.max_gap,
-                             statistics=statistics, features=d.features, market_tz=d.clock)
+                             statistics=statistics, features=d.features, market_tz=d.clock, covariates=covariates)
     except DataError as e: raise _no_window(split, part, d) from e
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-025
-def _cut_validation(split, d):
+def _cut_validation(split, d, covariates=None):
     "Return the validation windows; None without a validation part"
     if not d.val: return None
     n = len(cut_windows(split, 'val', d, 1, 'on the fly')) if d.val_windows else 0
-    return cut_windows(split, 'val', d, max(-(-n//(d.val_windows or 1)), 1))
+    return cut_windows(split, 'val', d, max(-(-n//(d.val_windows or 1)), 1), covariates=covariates)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-028
 def _check_no_validation(cfg):
@@ -226,12 +227,14 @@ class Prepared:
     train: WindowDataset
     val: WindowDataset | None # None without a validation part
     notes: list = field(default_factory=list) # Arguments of `Learner.note`
+    covariates: CovariateTable | None = None
     @property
     def hash(self) -> str:
-        "Return the SHA-256 of features, timestamps and symbols"
+        "Return the SHA-256 of features, timestamps and symbols, and of covariates"
         h = hashlib.sha256(self.bars[list(self.train.features)].to_numpy('float64').tobytes())
         h.update(self.bars.timestamps.to_numpy('M8[ns]').tobytes())
         h.update('\n'.join(self.bars.symbol.astype(str)).encode())
+        if self.covariates is not None: h.update(self.covariates.digest.encode())
         return h.hexdigest()
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #20d90a7e
@@ -266,6 +269,30 @@ def _notes(report, split, d):
         yield dict(kind='context', text=f"data.lookback_window is {d.lookback_window} and data.max_context is "
                    f"{d.max_context}: forecasts read the last {d.max_context} bars of a lookback")
 
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #0d084f1b
+def _check_covered(table, split: Split):
+    "Raise for a bar without a covariate that it must have, or a covariate without meaning"
+    if table is None: return
+    table.check_useful()
+    for part in (split.train, split.val, split.test):
+        for symbol, rows in part.groupby('symbol', sort=False, observed=True):
+            t = rows.timestamps.to_numpy('M8[ns]')
+            table.align(str(symbol), t, bar_interval(t))
+
+# %% ../../nbs/api/7_fit/72_prepare.ipynb #857e7fc1
+def _side_section(table, bars) -> ReportSection:
+    "Return what the covariates of a run are, for the data report"
+    rows = []
+    for c in table.covariates:
+        own = [o for (_, name), o in table.series.items() if name == c.name]
+        ends = [pd.Timestamp(o.t[i]) for o in own for i in (0, -1)]
+        lag = '' if c.kind != 'past' else 'its interval' if c.lag is None else str(pd.Timedelta(seconds=c.lag))
+        rows.append(dict(covariate=c.name, kind=c.kind, scale=c.scale if c.moves else '', known_after=lag, unit=c.unit,
+                         series=len(own) or len(table.labels.get(c.name, ())), first=min(ends, default=''),
+                         last=max(ends, default='')))
+    text = f'Joined to {len(bars):,} bars as of their closes. A missing value: {table.missing}.'
+    return ReportSection('Covariates', text, pd.DataFrame(rows), name='covariates')
+
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-032
 def prepare(
     data,        # As in `load_bars`
@@ -276,8 +303,11 @@ def prepare(
     _add_sections(report, changes, d)
     notes = list(_notes(report, split, d))
     if notes: report.sections.append(ReportSection('Notes', '\n'.join(f"- {o['text']}" for o in notes), name='notes'))
-    train = cut_windows(split, 'train', d, d.stride)
-    return Prepared(bars, changes, report, split, train, _cut_validation(split, d), notes)
+    side = covariates_of_run(bars, d)
+    _check_covered(side, split)
+    if side is not None: report.sections.append(_side_section(side, bars))
+    train = cut_windows(split, 'train', d, d.stride, covariates=side)
+    return Prepared(bars, changes, report, split, train, _cut_validation(split, d, side), notes, side)
 
 # %% ../../nbs/api/7_fit/72_prepare.ipynb #cell-034
 @patch

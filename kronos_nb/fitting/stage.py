@@ -20,6 +20,7 @@ from ..config import Config
 from ..machine import COMPILE_MODES, Machine, machine_for
 from ..display import COLORS, figure, save_figure
 from ..data.augment import Augment
+from ..model.side import side_spec
 from ..training.run import RunStage
 from ..training.learner import Backend, Learner, allocate_grads, halve_on_oom
 from kronos_nb.training.task import (
@@ -104,14 +105,20 @@ def machine(self: Stage) -> Machine:
     "Return the threads, loader processes and compiler that this stage uses"
     return machine_for(self.cfg.runtime, cached=self.token_place != 'off', device=self.backend.device)
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #9a3424e6
+@patch(as_prop=True)
+def reads_side(self: Stage) -> bool:
+    "Return whether the model of this stage reads covariates"
+    return self.name == 'predictor' and self.data.covariates is not None
+
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-017
 def _sources(stage: Stage):
     "Return the training source and the validation source; None without a validation part"
     d, k, e, data = stage.cfg.data, stage.settings, stage.backend, stage.data
     share = dict(rank=e.rank, world=e.world)
     train = dict(batch_size=k.batch_size*k.accumulation_steps, seed=stage.cfg.runtime.seed, mode=d.sampling,
-        samples_per_epoch=d.windows_per_epoch, **share)
-    val = dict(batch_size=k.batch_size, mode='sequential', **share)
+        samples_per_epoch=d.windows_per_epoch, side=k.side_dropout if stage.reads_side else None, **share)
+    val = dict(batch_size=k.batch_size, mode='sequential', side=0. if stage.reads_side else None, **share)
     if stage.token_place != 'off':
         return _token_source(stage, data.train, **train), data.val and _token_source(stage, data.val, **val)
     loader = stage.machine.loader
@@ -239,7 +246,8 @@ def _learner(
     task = _task(stage, set_trainable(model, k.trainable, k.lora_rank).to(stage.backend.device))
     source, valid = _sources(stage)
     refused = _try_compile(stage, task, source)
-    opt = adamw(task, k.lr, (k.beta1, k.beta2), k.weight_decay)
+    own = dict(apart=list(model.side.parameters()), apart_lr=k.side_lr) if stage.reads_side else {}
+    opt = adamw(task, k.lr, (k.beta1, k.beta2), k.weight_decay, **own)
     own = [*_training_callbacks(stage), *_measuring_callbacks(stage), *_writing_callbacks(stage, deadline)]
     learn = Learner(task, source, valid, opt, callbacks=[*own, *callbacks], backend=stage.backend,
         micro_batch=min(r.micro_batch or k.batch_size, k.batch_size), log_every=r.log_every, val_every=k.val_every,
@@ -278,10 +286,15 @@ def _averages(stage: Stage, learn: Learner) -> dict: # Name -> Weights
     if n > 1: found['average'] = average_checkpoints(stage.files, n)
     return found
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #4dbe6930
+def _alike(model):
+    "Return a model of the same shape without adapters, with fresh weights"
+    return type(model)(**model.config, extra={k: v for k, v in model.extra.items() if k == 'side'})
+
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-050
 def _validator(stage: Stage, learn: Learner):
     "Return a function from weights to the numbers of a validation, in a model without adapters"
-    plain = type(learn.model.model)(**learn.model.model.config)
+    plain = _alike(learn.model.model)
     backend = Backend(stage.backend.device, stage.backend.precision)
     judge = Learner(_task(stage, plain), learn.source, learn.valid, backend=backend)
     judge.valid_batch = learn.valid_batch
@@ -337,7 +350,7 @@ def _outputs(model, t, tokenizer):
     "Return both reconstructions of a batch, or the logits of both levels"
     if tokenizer is None: return model(t['x'])[0]
     s1, s2 = (o.long() for o in _tokens(tokenizer, t, model.device))
-    return model(s1, s2, t['stamp'], s1_targets=s1.roll(-1, 1))
+    return model(s1, s2, t['stamp'], s1_targets=s1.roll(-1, 1), side=t.get('side'))
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-058
 def _check_reload(
@@ -347,7 +360,7 @@ def _check_reload(
 ):
     "Raise unless best_model, read back, computes what `weights` compute"
     folder, device = stage.files.best_model, stage.backend.device
-    kept, read = type(learn.model.model)(**learn.model.model.config), build_model(stage.name, str(folder))
+    kept, read = _alike(learn.model.model), build_model(stage.name, str(folder))
     kept.load_state_dict(weights)
     batch = next((learn.valid or learn.source).load(0, 0).split(8)).tensors
     batch = {k: v.to(device) for k, v in batch.items()}
@@ -363,7 +376,7 @@ def _measure_rotation(stage: Stage, learn: Learner) -> dict:
     if stage.tokenizer is None or learn.valid is None: return {}
     model = build_model(stage.name, str(stage.files.best_model)).to(stage.backend.device)
     batches = (learn.on_device(o) for b in learn.valid.stream(0) for o in b.split(learn.valid_batch or len(b)))
-    tokens = [(*_tokens(stage.tokenizer, t, model.device), t['stamp']) for t in batches]
+    tokens = [(*_tokens(stage.tokenizer, t, model.device), t['stamp'], t.get('side')) for t in batches]
     losses = model.pick_cross_rope(tokens, start=stage.cfg.data.lookback_window-1)
     save_model(model, stage.files.best_model)
     write_json(stage.files.cross_rope_file, losses)
@@ -420,6 +433,7 @@ def run_stage(
     seed_everything(r.seed)
     model = build_model(stage.name, stage.init, k.size, k.model, data.train.features)
     if stage.tokenizer is not None: check_bits(stage.tokenizer, model)
+    if stage.reads_side: model.add_side(side_spec(data.covariates))
     learn = _learner(stage, model, deadline, callbacks)
     if resume: _resume(stage, learn)
     _add_notes(stage, learn)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'LeakReport', 'leak_statistics', 'leak_inputs', 'leak_symbols', 'leak_splits', 'leak_tokens',
-           'leak_logits', 'leak_batch', 'leak_evaluation', 'leak_choices', 'check_leaks']
+           'leak_logits', 'leak_batch', 'leak_covariates', 'leak_evaluation', 'leak_choices', 'check_leaks']
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-002
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,9 +22,10 @@ from ..core import FEATURES, DataError, np_rng, torch_rng
 from ..settings import Sampling
 from ..display import md_table
 from ..data.read import read_klines, sample_klines
-from ..data.check import check_klines
+from ..data.check import bar_interval, check_klines
 from ..data.repair import repair_klines
 from ..data.normalize import ZScore
+from ..data.covariates import CovariateTable, closes, covariates_of_run
 from ..data.window import WindowDataset, split_by_time
 from ..training.run import Run
 from ..forecast import Forecaster
@@ -204,6 +205,30 @@ def leak_batch(forecaster, bars, lookback_window, predict_window):
     said = f'{lookback_window} bars forecast alone, and beside the {lookback_window} that end {predict_window} later'
     return moved, said
 
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #6d3c70ec
+def _changed_after(table, close):
+    "Return `table` with all values of past covariates that become known after `close` replaced"
+    past = {c.name for c in table.covariates if c.kind == 'past'}
+    def changed(name, s): return replace(s, v=np.where(s.known > close, 3*s.v + 7, s.v)) if name in past else s
+    return replace(table, series={key: changed(key[1], s) for key, s in table.series.items()})
+
+# %% ../../nbs/api/6_judging/67_leaks.ipynb #37786adf
+def leak_covariates(table, bars, lookback_window, predict_window):
+    "Return by how much side inputs move with what becomes known after the last bar of a lookback"
+    one, L, H = _first_symbol(bars), lookback_window, predict_window
+    symbol, t = str(one['symbol'].iloc[0]), one['timestamps'].to_numpy('M8[ns]')
+    step, worst = bar_interval(t), 0.
+    for n in np.unique(np.linspace(L, len(t) - H, 20).astype(int)):
+        other = _changed_after(table, closes(t.view('i8'), step)[n - 1])
+        inputs = []
+        for o in (table, other):
+            ahead = o.align(symbol, t[n - L:n + H], step, past=L)
+            whole = o.align(symbol, t, step)
+            for a, at in ((ahead, slice(None)), (whole, slice(n - L, n + H))):
+                inputs.append(o.inputs(a.v[None, at], a.there[None, at], a.age[None, at], a.codes[None], L))
+        worst = max(worst, _moved(inputs[0], inputs[2]), _moved(inputs[1], inputs[3]))
+    return worst, 'past covariates replaced from the close of 20 bars on; the inputs of windows that end there compared'
+
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-034
 def leak_evaluation(
     rows: pd.DataFrame, # Of an `Evaluation`
@@ -256,6 +281,7 @@ class _Target:
     dataset: Callable
     judged: pd.DataFrame | None = None
     of_run: bool = False # The splits are those of the training
+    table: CovariateTable | None = None
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-037
 def _bars_of(run, d):
@@ -277,12 +303,13 @@ def _of_run(folder, bars):
                       normalizer=forecaster.normalizer, max_gap=d.max_gap, features=d.features,
                       market_tz=d.clock)
     splits = split_by_time(bars, d.train, d.val, d.test, d.embargo, d.split)
-    judged = Evaluation.load(run).rows if run.judged else None
-    return _Target(forecaster, bars, d.lookback_window, d.predict_window, splits, dataset, judged, True)
+    judged, table = Evaluation.load(run).rows if run.judged else None, covariates_of_run(bars, d)
+    if table is not None: forecaster = forecaster.with_covariates(table)
+    return _Target(forecaster, bars, d.lookback_window, d.predict_window, splits, dataset, judged, True, table)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-040
 TOLERANCE = dict(statistics=0., inputs=0., symbols=1e-3, splits=0., tokens=1e-4, logits=1e-4, batch=1e-4, evaluation=0.,
-    choices=0.)
+    choices=0., covariates=0.)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-041
 def _results(t):
@@ -298,6 +325,8 @@ def _results(t):
         out[f'logits {i + 1}' if i else 'logits'] = leak_logits(p)
     if hasattr(t.forecaster, 'predict_many'):
         out['batch'] = leak_batch(t.forecaster, *size)
+    if t.table is not None:
+        out['covariates'] = leak_covariates(t.table, *size)
     calibration = getattr(t.forecaster, 'calibration', None)
     if t.of_run and calibration is not None:
         out['choices'] = leak_choices(calibration, t.splits)
@@ -317,7 +346,8 @@ def _target_of(forecaster, bars, lookback_window, predict_window, splits, datase
                       normalizer=getattr(forecaster, 'normalizer', None), max_gap=None,
                       features=getattr(forecaster, 'features', FEATURES))
     splits = splits or split_by_time(bars)
-    return _Target(forecaster, bars, lookback_window, predict_window, splits, dataset or windows)
+    table = getattr(forecaster, 'table', None)
+    return _Target(forecaster, bars, lookback_window, predict_window, splits, dataset or windows, table=table)
 
 # %% ../../nbs/api/6_judging/67_leaks.ipynb #cell-043
 def check_leaks(

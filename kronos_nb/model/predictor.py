@@ -18,6 +18,7 @@ from ..kernels.autograd import Dropout, cross_entropy
 from ..kernels.parallel import map_pieces
 from .layers import Attention, Block, RMSNorm, causal_mask, evaluating, run_blocks
 from .pretrained import Pretrained
+from .side import channel_of
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-007
 class TokenEmbedding(nn.Module):
@@ -120,6 +121,7 @@ class Kronos(Pretrained):
         self.s1_bits, self.s2_bits = s1_bits, s2_bits
         self._build(**self.config)
         self.apply(self._init_weights)
+        self.side = channel_of(self.extra['side'], d_model) if 'side' in self.extra else None
 
     @property
     def cross_rope(self): return self.extra.get('cross_rope', CROSS_ROPE[0])
@@ -146,12 +148,35 @@ def _init_weights(self: Kronos, m):
     elif isinstance(m, nn.Embedding) and m.weight.requires_grad:
         nn.init.normal_(m.weight, std=self.config['d_model']**-.5)
 
+# %% ../../nbs/api/3_model/33_predictor.ipynb #c6372696
+@patch
+def channel(self: Kronos, side_BTC): # (B, T, D)
+    "Return what side inputs add to embedded bars"
+    if self.side is not None: return self.side(side_BTC)
+    raise ModelError("side inputs were given, and this predictor has no side channel; leave side out, or train one "
+                     "with data.covariates")
+
+# %% ../../nbs/api/3_model/33_predictor.ipynb #cd62225a
+@patch
+def add_side(self: Kronos,
+    spec: dict, # From `side_spec`
+) -> Kronos: # Itself
+    "Give a predictor a side channel whose gate is closed; keep one that reads the same covariates"
+    if self.side is not None:
+        if self.extra['side'] == spec: return self
+        raise ModelError("the predictor has a side channel for other covariates or labels than data.covariates; set "
+                         "them to those of its side.json, or begin with a predictor that has none")
+    self.extra['side'] = spec
+    self.side = channel_of(spec, self.config['d_model']).to(self.device)
+    return self
+
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-027
 @patch
-def _contexts(self: Kronos, s1_BT, s2_BT, stamp_BT5=None, mask=None):
+def _contexts(self: Kronos, s1_BT, s2_BT, stamp_BT5=None, mask=None, side_BTC=None):
     "Return what is known after each bar, (B, T, D)"
     x_BTD = self.embedding(s1_BT, s2_BT)
     if stamp_BT5 is not None: x_BTD = x_BTD + self.time_emb(stamp_BT5)
+    if side_BTC is not None: x_BTD = x_BTD + self.channel(side_BTC)
     checkpointing = self.gradient_checkpointing and self.training
     return self.norm(run_blocks(self.transformer, self.token_drop(x_BTD), mask, checkpointing))
 
@@ -163,13 +188,14 @@ def forward(self: Kronos,
     padding_mask=None, # (B, T) bool, True = padding, on the left
     s1_targets=None,   # (B, T) `s1` of the bar after each position
     sample_s1=False,   # Draw it from the model instead, with torch's global generator
+    side=None,         # (B, T, C) side inputs of the same bars, where the model has a channel
 ) -> tuple: # s1_logits (B, T, V1), s2_logits (B, T, V2)
     "Return the logits of the bar after each position"
     if (s1_targets is None) != bool(sample_s1):
         raise ModelError("s2 needs the s1 of the following bar: pass either s1_targets (s1 shifted by one bar) "
                          "or sample_s1=True to draw it")
     mask = None if padding_mask is None else causal_mask(padding_mask)
-    x_BTD = self._contexts(s1_ids, s2_ids, stamp, mask)
+    x_BTD = self._contexts(s1_ids, s2_ids, stamp, mask, side)
     s1_logits = self.head.proj_s1(x_BTD)
     if sample_s1:
         p_NV = s1_logits.detach().float().softmax(-1).flatten(0, 1)
@@ -178,11 +204,11 @@ def forward(self: Kronos,
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-032
 @patch
-def _loss_sums(self: Kronos, s1, s2, stamp, padding_mask, sample_s1):
+def _loss_sums(self: Kronos, s1, s2, stamp, padding_mask, side, sample_s1):
     "Return the cross-entropies of both levels, summed over bars and windows, (2,)"
     before = lambda o: None if o is None else o[:, :-1]
     pad_BT, targets = before(padding_mask), None if sample_s1 else s1[:, 1:]
-    logits = self(before(s1), before(s2), before(stamp), pad_BT, targets, sample_s1)
+    logits = self(before(s1), before(s2), before(stamp), pad_BT, targets, sample_s1, before(side))
     real = lambda o_N: o_N if pad_BT is None else o_N[~pad_BT.flatten()]
     pairs = zip(logits, (s1[:, 1:], s2[:, 1:]))
     return torch.stack([cross_entropy(real(l.flatten(0, 1)), real(t.flatten())) for l, t in pairs])
@@ -194,13 +220,14 @@ def loss(self: Kronos,
     stamp=None,        # (B, T, 5)
     padding_mask=None, # (B, T) bool, True = padding, on the left: no loss there
     sample_s1=False,   # See `forward`
+    side=None,         # (B, T, C)
 ) -> dict: # loss; detached: ce_s1, ce_s2
     "Return the cross-entropy of the next bar"
     n = s1[:, 1:].numel() if padding_mask is None else (~padding_mask[:, :-1]).sum()
     piece = lambda *o: self._loss_sums(*o, sample_s1)[None] / n
     alone = sample_s1 or padding_mask is not None or self.gradient_checkpointing
     values = s1[0].numel()*self.config['d_model']
-    ce_s1, ce_s2 = map_pieces(piece, (s1, s2, stamp, padding_mask), list(self.parameters()), values, alone).sum(0)
+    ce_s1, ce_s2 = map_pieces(piece, (s1, s2, stamp, padding_mask, side), list(self.parameters()), values, alone).sum(0)
     return dict(loss=(ce_s1 + ce_s2)/2, ce_s1=ce_s1.detach(), ce_s2=ce_s2.detach())
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-042
@@ -209,9 +236,10 @@ def decode_s1(self: Kronos,
     s1_ids, s2_ids,    # (B, T) tokens of the bars so far
     stamp=None,        # (B, T, 5)
     padding_mask=None, # (B, T) bool, True = padding, on the left
+    side=None,         # (B, T, C)
 ) -> tuple: # s1_logits (B, T, V1), context (B, T, D)
     "Return the logits of the `s1` after each position, and the contexts"
-    x_BTD = self._contexts(s1_ids, s2_ids, stamp, None if padding_mask is None else causal_mask(padding_mask))
+    x_BTD = self._contexts(s1_ids, s2_ids, stamp, None if padding_mask is None else causal_mask(padding_mask), side)
     return self.head.proj_s1(x_BTD), x_BTD
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-043
@@ -240,9 +268,10 @@ def decode_s2(self: Kronos,
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-049
 @patch
-def _ce_by_rope(self: Kronos, s1, s2, stamp=None, start=0):
+def _ce_by_rope(self: Kronos, s1, s2, stamp=None, side=None, start=0):
     "Return the cross-entropy of `s2` in nats for both rotations"
-    x_BTD = self._contexts(s1[:, :-1], s2[:, :-1], None if stamp is None else stamp[:, :-1])
+    before = lambda o: None if o is None else o[:, :-1]
+    x_BTD = self._contexts(before(s1), before(s2), before(stamp), side_BTC=before(side))
     sibling_BTD, targets_N = self.embedding.emb_s1(s1[:, 1:]), s2[:, 1+start:].flatten()
     def ce(way):
         logits = self.head.proj_s2(self.dep_layer.attend(x_BTD, sibling_BTD, self.rotates(way)))[:, start:]
@@ -252,7 +281,7 @@ def _ce_by_rope(self: Kronos, s1, s2, stamp=None, start=0):
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-050
 @patch
 def pick_cross_rope(self: Kronos,
-    batches, # Held-out windows: (s1, s2, stamp) each
+    batches, # Held-out windows: (s1, s2, stamp) each, or with side inputs behind them
     start=0, # First position that counts: the last bar of the lookback
 ) -> dict:   # Rotation -> mean cross-entropy of s2 in nats
     "Measure both rotations in eval mode and record the better one in `extra`"

@@ -24,15 +24,19 @@ def adamw(
     betas=(.9, .95),
     weight_decay=.1,      # For matrices of linear layers
     fused: bool | None = None, # One kernel for all parameters; None: where torch has one (CPU, CUDA)
+    apart=(),             # Parameters with a rate of their own, without decay
+    apart_lr: float = 0.,
 ) -> torch.optim.AdamW:
     "Return AdamW with decay on the weights of linear layers, not on norms, biases and embeddings"
+    own = {id(p) for p in apart}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params: raise ConfigError("no parameter is trainable; set trainable to all, last_N or lora")
+    params = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    if not params and not own: raise ConfigError("no parameter is trainable; set trainable to all, last_N or lora")
     decay = [p for p in params if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in params if p.ndim < 2 or id(p) in embeddings]
     groups = [dict(params=p, weight_decay=w) for p, w in ((decay, weight_decay), (rest, 0.)) if p]
-    if fused is None: fused = all(p.device.type in ('cpu', 'cuda') for p in params)
+    if own: groups.append(dict(params=list(apart), weight_decay=0., lr=apart_lr))
+    if fused is None: fused = all(p.device.type in ('cpu', 'cuda') for p in (*params, *apart))
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=fused)
 
 # %% ../../nbs/api/4_training/44_optim.ipynb #cell-012

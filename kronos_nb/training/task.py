@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/api/4_training/43_task.ipynb #604bfcee
-from ..core import FEATURES, ConfigError, ModelError, writing
+from ..core import FEATURES, ConfigError, ModelError, stable_key, writing
 from ..display import progress_bar
 from ..data.window import BatchSampler, WindowDataset
 from ..data.augment import Augment
+from ..model.pretrained import PREFIX
 from ..model.tokenizer import KronosTokenizer
 from ..model.predictor import Kronos
 from .run import answers, watch
@@ -103,6 +104,9 @@ _LORA_TARGETS = ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'w1', 'w2', 'w3']
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-016
 def _trained_prefixes(model, what):
     "Return the name prefixes of the heads and of the last N blocks"
+    if what == 'side':
+        if getattr(model, 'side', None) is not None: return ()
+        raise ConfigError("trainable=side trains the side channel alone, and the model has none: name data.covariates")
     tokenizer = isinstance(model, KronosTokenizer)
     name, blocks = ('decoder', model.decoder) if tokenizer else ('transformer', model.transformer)
     n = 0 if what == 'heads' else int(what[5:])
@@ -118,16 +122,23 @@ def _add_lora(model, rank):
     except ImportError as e: raise ConfigError("trainable=lora needs peft: pip install 'kronos_nb[lora]'") from e
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules=_LORA_TARGETS), model)
 
+# %% ../../nbs/api/4_training/43_task.ipynb #b0542d5f
+def _thaw_side(model):
+    "Train the side channel beside adapters"
+    for name, p in model.named_parameters():
+        if name.startswith(PREFIX): p.requires_grad_(True)
+    return model
+
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-018
 def set_trainable(
     model: nn.Module,  # A tokenizer or a predictor; changed in place
-    what: str = 'all', # 'all', 'heads', 'last_N' or 'lora'
+    what: str = 'all', # 'all', 'heads', 'last_N', 'lora' or 'side'; a side channel is trained with any of them
     lora_rank: int = 8,
 ) -> nn.Module:
     "Freeze what is not to be trained"
     if what == 'all': return model
-    if what == 'lora': return _add_lora(model, lora_rank)
-    prefixes = _trained_prefixes(model, what)
+    if what == 'lora': return _thaw_side(_add_lora(model, lora_rank))
+    prefixes = (PREFIX, *_trained_prefixes(model, what))
     for name, p in model.named_parameters():   # what was frozen before, such as fixed time embeddings, stays frozen
         p.requires_grad_(p.requires_grad and name.startswith(prefixes))
     return model
@@ -188,10 +199,10 @@ class PredictorTask(nn.Module):
         super().__init__()
         if tokenizer is not None: check_bits(tokenizer, model)
         self.model, self._tokenizer = model, (tokenizer,)   # a tuple: neither trained nor saved nor synchronised here
-    def forward(self, stamp, x=None, s1=None, s2=None) -> dict:
+    def forward(self, stamp, x=None, s1=None, s2=None, side=None) -> dict:
         if s1 is None:
             with torch.no_grad(): s1, s2 = self._tokenizer[0].to(x.device).eval().encode(x, half=True)
-        return self.model.loss(s1.long(), s2.long(), stamp)
+        return self.model.loss(s1.long(), s2.long(), stamp, side=side)
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-033
 class _Plan(torch.utils.data.Sampler):
@@ -214,13 +225,14 @@ class SampledSource(Source):
         workers=0,                # Loader processes
         prefetch=4,               # Batches that each keeps ready
         persistent=True,          # They live as long as the source; otherwise each epoch starts new ones
+        side=None,                # Dropout of whole covariates; None: windows come without side inputs
     ):
         def sampler(rank):
             return BatchSampler(dataset, batch_size, seed, mode, samples_per_epoch, drop_last=False, rank=rank,
                                 world_size=world)
         self.dataset, self.sampler, self.first = dataset, sampler(rank), sampler(0)
         self.workers, self.prefetch, self.persistent = workers, prefetch, persistent
-        self._loader = self._running = None
+        self.side, self.seed, self._loader, self._running = side, seed, None, None
     def __len__(self): return len(self.sampler)
     def tensors(self, rows, epoch) -> dict: raise NotImplementedError
 
@@ -293,18 +305,40 @@ def stream(self: SampledSource, epoch, start=0):
     self._running = iter(self._loader)
     with _watched(self._running._workers): yield from self._running
 
+# %% ../../nbs/api/4_training/43_task.ipynb #a3d98859
+def drop_covariates(
+    side,       # (B, T, C) from `WindowDataset.side`
+    moving: int, # K of the covariates that have three columns
+    p: float,   # Chance of each covariate
+    seed: int, epoch: int, rows, # The address; rows (B,)
+):  # A new tensor; `side` where `p` is 0
+    "Return side inputs in which whole covariates of some windows are masked"
+    if not p: return side
+    static, key = side.shape[-1] - 3*moving, stable_key(seed, 'covariates', epoch)
+    draws = (np.random.Generator(np.random.Philox(key=[key, int(i)])).random(moving + static) for i in rows)
+    keep = torch.from_numpy(np.stack(list(draws)) >= p)
+    return side*torch.cat([keep[:, :moving]]*3 + [keep[:, moving:]], 1)[:, None]
+
+# %% ../../nbs/api/4_training/43_task.ipynb #86f1b2b1
+@patch
+def side_of(self: SampledSource, rows, epoch, shift=None) -> dict: # side (B, T, C), or nothing
+    "Return the side inputs of windows"
+    if self.side is None: return {}
+    side, moving = self.dataset.side(rows, shift), len(self.dataset.covariates.moving)
+    return dict(side=drop_covariates(side, moving, self.side, self.seed, epoch, rows))
+
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-037
 class WindowSource(SampledSource):
     "Normalised bars and stamps, augmented where asked"
     def __init__(self, dataset, batch_size, seed=0, augment: Augment | None = None, **kw):
         super().__init__(dataset, batch_size, seed, **kw)
-        self.augment, self.seed = augment if augment is not None and augment.on else None, seed
+        self.augment = augment if augment is not None and augment.on else None
     def __getstate__(self): return self.__dict__ | dict(_loader=None, _running=None)
     def tensors(self, rows, epoch):
         shift = self.augment and self.augment.shifts(self.seed, epoch, rows)
         x, stamp, _ = self.dataset.arrays(rows, shift)
         if self.augment is not None: x = self.augment.values(x, self.seed, epoch, rows)
-        return dict(x=x, stamp=stamp)
+        return dict(x=x, stamp=stamp) | self.side_of(rows, epoch, shift)
 
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-041
 @contextlib.contextmanager
@@ -373,4 +407,5 @@ class TokenSource(SampledSource):
     def tensors(self, rows, epoch):
         t = torch.from_numpy(np.asarray(self.tokens[rows]).astype(np.int64))
         stamps = self.dataset.stamps[self.dataset.rows(rows)[:, None] + np.arange(self.dataset.window)]
-        return dict(s1=t[..., 0], s2=t[..., 1], stamp=torch.from_numpy(stamps.astype(np.int64)))
+        found = dict(s1=t[..., 0], s2=t[..., 1], stamp=torch.from_numpy(stamps.astype(np.int64)))
+        return found | self.side_of(rows, epoch)
