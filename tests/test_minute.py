@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kronos_nb.training import monitor
+from kronos_nb.training.history import read_json
 from kronos_nb.training.learner import Learner, TensorSource
 
 root = Path(__file__).resolve().parents[1]
@@ -67,3 +68,16 @@ def test_loss_plots_take_three_seconds_and_little_more(tmp_path, monkeypatch):
     often = fitted(tmp_path, monkeypatch, 0)
     assert often == ['latest']*3 + ['latest', 'step_15'] + ['latest']*2 + ['latest', 'final_step_20']
     assert fitted(tmp_path, monkeypatch, 4) == ['latest', 'latest', 'step_15', 'latest', 'final_step_20']
+
+
+def test_weights_that_are_there_twice_are_validated_once(tmp_path, monkeypatch):
+    from kronos_nb.train import fit
+    counted, validate = [], Learner.validate
+    monkeypatch.setattr(Learner, 'validate', lambda *a: counted.append(1) or validate(*a))
+    small = {'data.windows_per_epoch': 64, 'data.val_windows': 16, 'runtime.only': 'tokenizer', 'tokenizer.epochs': 2}
+    small |= {'tokenizer.average_last': 1, 'tokenizer.init': 'scratch', 'runtime.plots': False}
+    small |= {'runtime.progress': False}
+    fit('sample', 'quickstart', tmp_path/'run', judge=False, **small)
+    best, last = read_json(tmp_path/'run'/'tokenizer'/'weights.json')['table']
+    assert (best['candidate'], last['candidate'], best['val_loss']) == ('best', 'last', last['val_loss'])
+    assert len(counted) == 3   # after each epoch, and of the best weights

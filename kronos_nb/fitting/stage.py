@@ -323,13 +323,20 @@ def _kept_best(stage: Stage, best: Best) -> Weights:
     kept.origin = 'the best validation'   # no path: cards quote it
     return kept
 
+# %% ../../nbs/api/7_fit/73_stage.ipynb #fca1f5b6
+def _same_weights(a, b):
+    "Return whether two sets of weights have the same values"
+    return a.keys() == b.keys() and all(torch.equal(v, b[k].to(v.device)) for k, v in a.items())
+
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-053
 def _choose(stage: Stage, learn: Learner, best: Best):
     "Return the choice among all candidates, by the monitored number"
-    k, sign, seen = stage.settings, 1. if stage.settings.mode == 'min' else -1., []
+    k, sign, tried, seen = stage.settings, 1. if stage.settings.mode == 'min' else -1., [], []
     validate = _validator(stage, learn)
     def score(weights):
-        seen.append(validate(weights))
+        known = next((m for w, m in zip(tried, seen) if _same_weights(w, weights)), None)
+        tried.append(weights)
+        seen.append(known or validate(weights))
         return sign*seen[-1][k.monitor]
     kept = _kept_best(stage, best)
     candidates = dict(best=kept, last=plain_state(learn.model.model), **_averages(stage, learn))
