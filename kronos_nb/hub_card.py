@@ -383,7 +383,8 @@ def title(self: _Card) -> str:
     how = 'trained' if self.base == 'scratch' else 'fine-tuned'
     verdict = md_text(self.run.verdict.get('sentence', 'Not judged: no bars were held back.'))
     return (f"# {md_text(self.name)}\n\nA Kronos {self.stage}, {how} with kronos_nb on {f['bars']:,} bars of "
-        f"{self.symbols} ({self.intervals}). Width {c['d_model']}, {c['s1_bits']} + {c['s2_bits']} bits per bar.\n\n> {verdict}\n")
+        f"{self.symbols} ({self.intervals}). Width {c['d_model']}, {c['s1_bits']} + {c['s2_bits']} bits per bar."
+        f"\n\n> {verdict}\n")
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-067
 def model_card(
