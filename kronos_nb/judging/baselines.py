@@ -7,6 +7,8 @@ __all__ = ['log_returns', 'Baseline', 'season_of', 'random_walks', 'LastValue', 
            'SeasonalNaive', 'EWMA', 'Garch', 'NaivePool', 'default_baselines']
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #cell-002
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -76,7 +78,9 @@ def season_of(
     "Return the bars of a day for intraday bars, of a trading week for daily bars, and 1 for slower ones"
     t = pd.DatetimeIndex(timestamps)
     interval = pd.Timedelta(bar_interval(t), unit='ns')
-    if interval < pd.Timedelta('1D'): return int(pd.Series(1, t).groupby(t.normalize()).sum().mode().iloc[-1])
+    if interval < pd.Timedelta('1D'):
+        sizes, days = np.unique(np.unique(t.normalize(), return_counts=True)[1], return_counts=True)
+        return int(sizes[days == days.max()].max())
     if interval >= pd.Timedelta('5D'): return 1
     return 7 if (t.day_of_week >= 5).any() else 5
 
@@ -299,15 +303,24 @@ class EWMA(Fitted):
     def weights(self, n, season, ahead): return self.decay**np.arange(n)[::-1]
     def fit(self, r):
         from arch.univariate import EWMAVariance, ZeroMean
-        return ZeroMean(r - r.mean(), volatility=EWMAVariance(self.decay), rescale=False).fit(disp='off')
+        return ZeroMean(r - r.mean(), volatility=EWMAVariance(self.decay), rescale=False).fix([]) # nothing to fit
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #cell-049
+@lru_cache(4096)
+def _garch_parameters(returns: bytes) -> tuple: # Empty where the fit does not converge
+    "Return the parameters of a GARCH(1,1) of float64 returns with mean 0; an evaluation asks several times"
+    from arch.univariate import GARCH, ZeroMean
+    fitted = ZeroMean(np.frombuffer(returns), volatility=GARCH(), rescale=False).fit(disp='off', show_warning=False)
+    return tuple(fitted.params) if fitted.convergence_flag == 0 else ()
+
+# %% ../../nbs/api/5_forecast/54_baselines.ipynb #7b29481f
 class Garch(Fitted):
     "GARCH(1,1) volatility; standardised returns are resampled. RiskMetrics where the fit does not converge"
     def fit(self, r):
         from arch.univariate import GARCH, ZeroMean
-        fitted = ZeroMean(r - r.mean(), volatility=GARCH(), rescale=False).fit(disp='off', show_warning=False)
-        return fitted if fitted.convergence_flag == 0 else EWMA().fit(r)
+        moves = np.asarray(r - r.mean(), np.float64)
+        found = _garch_parameters(moves.tobytes())
+        return ZeroMean(moves, volatility=GARCH(), rescale=False).fix(found) if found else EWMA().fit(r)
 
 # %% ../../nbs/api/5_forecast/54_baselines.ipynb #a0f6476f
 class NaivePool(Baseline):
