@@ -36,13 +36,16 @@ class Market:
     begin: str       # Of validation; the base sees nothing later
     test: str        # Begin of the judged bars
     steps: tuple     # Of tokenizer and predictor
+    dates: tuple     # Of validation and of the judged bars, at most
     base: str = ''   # Market whose base is fine-tuned; by default one of its own
 
 
 MARKETS = dict(
-    shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800)),
-    pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800)),
-    currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), 'pairs'))
+    shares=Market(('AAPL', 'BA', 'IBM', 'JPM', 'KO', 'MSFT', 'XOM'), (60, 10), '2013-02-01', '2014-06-01', (500, 800),
+                  (64, 90)),
+    pairs=Market(('BTCUSDT', 'DOGEUSDT', 'SOLUSDT', 'MATICUSDT'), (120, 24), '2023-01-01', '2023-07-01', (400, 800),
+                 (90, 200)),
+    currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), (64, 64), 'pairs'))
 
 
 def config(market, seed, normalizer, steps, lr, val) -> Config:
@@ -79,8 +82,16 @@ def ways(f, market, bars, seed):
     known = bars[bars.timestamps < market.test].reset_index(drop=True)
     yield 'raw', f._raw()
     yield 'anchored', f
-    cal = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=48, seed=seed)
+    cal = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=market.dates[0], seed=seed)
     yield 'delivered', Forecaster(f.tokenizer, f.predictors, calibration=cal)
+
+
+def on_validation(calibration) -> dict:
+    "Return the skill of the close on the bars that it was calibrated on"
+    scores = dict(calibration.scores)
+    drawn, alone, pool = (scores.pop(k) for k in ('as drawn', 'spread', 'delivered'))
+    naive = min(scores.values())
+    return dict(val_drawn=1 - drawn/naive, val_alone=1 - alone/naive, val_pool=1 - pool/naive)
 
 
 def judge(market, bars, folder, seed) -> list:
@@ -89,8 +100,8 @@ def judge(market, bars, folder, seed) -> list:
     L, H = market.windows
     rows = []
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
-        e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
-                     baselines=default_baselines(mine, L), progress=False)
+        e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=market.dates[1], paths=100, seed=seed,
+                     used={}, baselines=default_baselines(mine, L), progress=False)
         pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
         naive = e.best_naive
         first = e.rows[(e.rows.model == 'model') & (e.rows.h == 1)]
@@ -98,7 +109,8 @@ def judge(market, bars, folder, seed) -> list:
         rows.append(dict(way=name, crps=pooled['crps'], naive=naive, skill=t['skill'], low=t['low'], high=t['high'],
             cover_80=pooled['cover_80'], first_bar=first.crps.mean(),
             jump=(abs(first.q50 - first['last'])/first.scale).mean(),
-            calibration=getattr(f.calibration, 'sentence', '')))
+            dates=first.date.nunique(), calibration=getattr(f.calibration, 'sentence', '')))
+        if f.calibration: rows[-1] |= on_validation(f.calibration)
         for q in ('range', 'volatility', 'volume', 'direction'):
             o = e.quantities.loc[q]
             rows[-1] |= {f'{q}_naive': o.against, f'{q}_skill': o.skill, f'{q}_low': o.low, f'{q}_high': o.high}
