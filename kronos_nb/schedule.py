@@ -154,6 +154,14 @@ def _drawn_each(draw, groups, failed) -> dict:
     parts = dict(list(groups.items())[:half]), dict(list(groups.items())[half:])
     return {s: f for part in parts for s, f in _drawn_each(draw, part, failed).items()}
 
+# %% ../nbs/api/8_share/86_schedule.ipynb #f4dc5155
+def _forecasts(draw, groups, failed) -> dict:
+    "Return the forecasts that a ledger takes; raise where there is none"
+    made = _drawn_each(draw, groups, failed)
+    kept = _each(check_forecast, made, failed)
+    if not kept: _raise(failed)
+    return {s: made[s] for s in kept}
+
 # %% ../nbs/api/8_share/86_schedule.ipynb #0cca78e0
 @with_sampling
 def run_once(
@@ -179,9 +187,7 @@ def run_once(
     groups = _sound(as_frame(bars), now, failed)
     graded = _grade(ledger, groups, baselines, now)
     how = dict(lookback_window=lookback_window, sampling=Sampling.of(sampling, **kwargs), calendar=calendar)
-    made = _drawn_each(lambda some: _drawn(model, some, predict_window, **how), groups, failed)
-    made = {s: f for s, f in made.items() if s in _each(check_forecast, made, failed)}
-    if not made: _raise(failed)
+    made = _forecasts(lambda some: _drawn(model, some, predict_window, **how), groups, failed)
     new = ledger.append(made, model, now)
     return Turn(new, made, graded, _late_sources(groups, now), _report_of(ledger, model), failed)
 
