@@ -494,7 +494,9 @@ def _ledger_parser(sub):
 def _run_parser(sub):
     "Add the command `run`"
     text = 'fetch or read bars, grade, forecast, store: one turn, for cron or a systemd timer; twice does no harm'
-    p = _command(sub, 'run', run_turn, text, '[DATA ...]')
+    p = _command(sub, 'run', run_turn, text, '[DATA ...]', description=f'{text[0].upper()}{text[1:]}. Exit code 0: '
+        'every symbol had its turn; 1: some failed, each named with its error, and the others are stored; 2: nothing '
+        'could be forecast.')
     _model_options(p)
     _ledger_option(p)
     p.add_argument('--calendar', metavar='NAME', help="when the next bars come: 24/7, or an exchange's code such as "
@@ -931,11 +933,33 @@ def _side_files(a, cfg) -> list: # Empty where covariates are columns of the bar
     "Return the files of covariates that the options name, else those of the run"
     return list(a.covariates_source or cfg.data.covariates_source or ())
 
-# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
-def _bars_of(a, cfg: Config, f):
-    "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
-    from kronos_nb.data.read import read_klines, sample_klines
+# %% ../nbs/api/9_faces/98_cli.ipynb #715f3b0a
+def _read_named(data, symbols, failed, **how):
+    "Return the bars of files; raise for a symbol that they lack, or put it into `failed`"
+    from kronos_nb.data.read import read_klines
+    from kronos_nb.schedule import read_each
+    bars, bad = (read_klines(data, symbols=symbols, **how), {}) if failed is None else \
+        read_each(data, symbols=symbols, **how)
+    missing = sorted(set(symbols or ()) - set(bars.symbol))
+    wrong = DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
+    if missing and (failed is None or not len(bars)):
+        raise wrong
+    if failed is not None:
+        failed |= bad | dict.fromkeys(missing, wrong)
+    return bars
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #9da772f8
+def _repaired(a, cfg, f, bars):
+    "Return the bars, repaired where the options ask for it"
     from kronos_nb.data.repair import repair_klines
+    return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
+def _bars_of(a, cfg: Config, f,
+    failed=None, # Takes the errors of single files and symbols; None: they are raised
+):
+    "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
+    from kronos_nb.data.read import sample_klines
     symbols = _settings_of(a, dict(symbols=_OPTIONS['symbols'])).get('data.symbols')
     data, run = a.data, _run_of(a.model)
     if not data and run:
@@ -946,18 +970,21 @@ def _bars_of(a, cfg: Config, f):
     if a.covariates_missing == 'mask':
         beside = [o for o in beside if _has_column(data, o, cfg.data.layout)]
     how = cfg.data.reading | dict(extra_features=(*f.features[len(FEATURES):], *beside))
-    bars = read_klines(data, symbols=symbols, **how)
-    if missing := sorted(set(symbols or ()) - set(bars.symbol)):
-        raise DataError(f"the bars have no symbol {', '.join(missing)}; kronos-nb check lists those that they have")
-    return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
+    bars = _read_named(data, symbols, failed, **how)
+    return _repaired(a, cfg, f, bars)
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #432f1ba1
+def _config_of_model(a) -> Config:
+    "Return the configuration of the run that the model belongs to, else the defaults"
+    run = _run_of(a.model)
+    return run.config if run else Config()
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-089
-def _model_and_bars(a):
+def _model_and_bars(a, failed=None):
     "Return forecaster, bars and the configuration of the run, if the model has one"
     _choose_model(a)
-    run = _run_of(a.model)
-    cfg, f = run.config if run else Config(), _forecaster_of(a)
-    bars = _bars_of(a, cfg, f)
+    cfg, f = _config_of_model(a), _forecaster_of(a)
+    bars = _bars_of(a, cfg, f, failed)
     if f.covariates:
         f = f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
     elif a.covariates_source:
@@ -1300,12 +1327,13 @@ def _show_ledger(a, ledger) -> int:
     return 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #bad596ff
-def _turn_inputs(a):
-    "Return forecaster and bars of a turn"
+def _turn_inputs(a, failed: dict):
+    "Return forecaster and bars of a turn; errors of single symbols go into `failed`"
     if not a.fetch:
-        return _model_and_bars(a)[:2]
-    if a.data:
-        raise ConfigError(f"--fetch {a.fetch[0]} and {a.data[0]} both name bars; give one of them")
+        return _model_and_bars(a, failed)[:2]
+    beside = [f'--symbols {a.symbols[0]}'] if a.symbols else a.data[:1]
+    if beside:
+        raise ConfigError(f"--fetch {a.fetch[0]} and {beside[0]} both name bars; give one of them")
     if not a.interval:
         raise ConfigError("--fetch needs --interval, such as --interval 1h")
     from kronos_nb.ledger import Ledger
@@ -1313,18 +1341,25 @@ def _turn_inputs(a):
     _choose_model(a)
     f = _forecaster_of(a)
     lookback = a.lookback_window or f.lookback_window or f.max_context
-    return f, fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)
+    bars, bad = fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)
+    failed |= bad
+    return f, _repaired(a, _config_of_model(a), f, bars)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #283cd312
 def run_turn(a):
     "Run `kronos-nb run`"
+    from kronos_nb.display import name_list
     from kronos_nb.schedule import run_once
-    f, bars = _turn_inputs(a)
+    failed = {}
+    f, bars = _turn_inputs(a, failed)
     lookback, horizon = _windows(a, f, bars)
-    done = run_once(f, bars, a.ledger, horizon, lookback, sampling=_sampling_of(a), calendar=a.calendar)
+    how = dict(failed=failed, sampling=_sampling_of(a), calendar=a.calendar)
+    done = run_once(f, bars, a.ledger, horizon, lookback, **how)
     print(done)
     print(f"Ledger: {a.ledger}; kronos-nb ledger show --ledger {a.ledger}")
-    return 0
+    if done.failed:
+        _say(f"{len(done.failed)} failed, {name_list(done.failed, 5)}: see above; the next turn tries again")
+    return 1 if done.failed else 0
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #a704f103
 def run_serve(a):
@@ -1380,7 +1415,7 @@ def _on_a_run(a) -> str:
 # %% ../nbs/api/9_faces/98_cli.ipynb #f0bf554b
 def main(
     argv=None, # Default: the command line's
-) -> int: # Exit code: 0 done, 1 found errors in bars, 2 wrong use, 130 interrupted, 141 nobody reads
+) -> int: # Exit code: 0 done, 1 errors in bars or symbols, 2 wrong use, 130 interrupted, 141 nobody reads
     "Run the command line of `kronos-nb`"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):

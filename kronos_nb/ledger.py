@@ -45,7 +45,7 @@ def _series_settings(forecast) -> str:
 def _refuse(forecast, why): raise DataError(f"{one_line(forecast.symbol) or 'the forecast'}: {why}")
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #87565b08
-def _check_forecast(f):
+def check_forecast(f):
     "Raise for a forecast that could not be graded"
     if not isinstance(f, Forecast): raise ConfigError(f"a ledger keeps forecasts, got {type(f).__name__}")
     if not f.symbol: _refuse(f, "it has no symbol, and a ledger needs one; add a column symbol to the bars")
@@ -81,7 +81,7 @@ def _rows(
     made,       # When it was made, UTC
 ) -> pd.DataFrame: # One row per bar
     "Return a forecast as rows of the ledger"
-    _check_forecast(f)
+    check_forecast(f)
     interval, origin = bar_interval(f.history.index)/1e9, f.history.index[-1]
     settings = _series_settings(f)
     series = _digest(model, settings, interval, len(f))
@@ -220,7 +220,7 @@ def __str__(self: Graded):
     return '; '.join([f"{_many(self.graded, 'forecast')} graded, {self.open:,} open", *more])
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #63610376
-def _outcomes(
+def outcomes_of(
     bars: pd.DataFrame, # One or more symbols, in any order
     now,                # UTC
 ) -> tuple: # Series of closes by (symbol, timestamps), and how many rows were repeated
@@ -235,8 +235,8 @@ def _outcomes(
         raise DataError(f"{one_line(a.symbol)} at {a.timestamps} occurs twice, with closes {a.close:g} and "
                         f"{b.close:g}; remove the wrong one")
     once = once.sort_values(['symbol', 'timestamps'])
-    step = once.groupby('symbol')['timestamps'].transform(lambda t: pd.Timedelta(bar_interval(t)))
-    over = once['timestamps'] + step <= now
+    steps = {s: bar_interval(t) for s, t in once.groupby('symbol')['timestamps']}
+    over = once['timestamps'] + pd.to_timedelta(once['symbol'].map(steps)) <= now
     return once[over].set_index(['symbol', 'timestamps'])['close'], len(bars) - len(once)
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #375954c9
@@ -368,7 +368,7 @@ def grade(self: Ledger,
     now=None,           # UTC; None is now
 ) -> Graded:
     "Grade every forecast whose bars are over, and those again whose bars changed"
-    closes, repeated = _outcomes(as_frame(bars), _utc_now() if now is None else pd.Timestamp(now))
+    closes, repeated = outcomes_of(as_frame(bars), _utc_now() if now is None else pd.Timestamp(now))
     ends, found = closes.reset_index().groupby('symbol')['timestamps'].max(), Graded(repeated=repeated)
     if not self._days('forecasts'):
         raise RunError(f"there is no forecast in {str(self.folder)!r}; store one with "
@@ -378,16 +378,34 @@ def grade(self: Ledger,
     return found
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #310c73fc
-@patch(as_prop=True)
-def pending(self: Ledger) -> pd.DataFrame: # key, symbol, origin, last
-    "Return the forecasts that are not graded"
-    columns = ['key', 'symbol', 'origin', 'timestamps']
-    parts = [pd.DataFrame(columns=columns)]
+@patch
+def _begun(self: Ledger) -> pd.DataFrame: # key, series, symbol, origin, last, graded
+    "Return where each forecast begins and ends, and whether it is graded"
+    columns = ['key', 'series', 'symbol', 'origin', 'timestamps']
+    parts = [pd.DataFrame(columns=[*columns, 'graded']).astype(dict(graded=bool))]
     for day in self._days('forecasts'):
         rows, old = self._read('forecasts', day, columns), self._read('grades', day, ['key'])
-        parts.append(rows[~rows['key'].isin(set(old['key']))])
+        parts.append(rows.assign(graded=rows['key'].isin(set(old['key']))))
     rows = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
-    return rows.groupby(['key', 'symbol', 'origin'])['timestamps'].max().rename('last').reset_index()
+    by = ['key', 'series', 'symbol', 'origin', 'graded']
+    return rows.groupby(by)['timestamps'].max().rename('last').reset_index()
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #dd90d6aa
+@patch(as_prop=True)
+def pending(self: Ledger) -> pd.DataFrame: # key, series, symbol, origin, last
+    "Return the forecasts that are not graded"
+    begun = self._begun()
+    return begun[~begun['graded']].drop(columns='graded').reset_index(drop=True)
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #ca8a323d
+@patch(as_prop=True)
+def awaited(self: Ledger) -> dict: # Symbol -> origin
+    "Return where the oldest forecast of each symbol began that new bars can still grade"
+    begun = self._begun()
+    done = begun[begun['graded']].groupby(['series', 'symbol'])['origin'].max().rename('newest')
+    open_ = begun[~begun['graded']].join(done, on=['series', 'symbol'])
+    open_ = open_[~(open_['origin'] <= open_['newest'])]
+    return open_.groupby('symbol')['origin'].min().to_dict()
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #3a9126eb
 @patch(as_prop=True)

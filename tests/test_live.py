@@ -178,13 +178,18 @@ def test_a_killed_turn_leaves_nothing_to_clean_up(exchange, tmp_path):
 
 
 def test_one_symbol_that_fails_costs_nothing(exchange, capsys):
-    "The exchange does not know it: an error that names it, and the ledger is as it was"
-    before = content(turn())
+    "The exchange does not know it: the others have their turn, and the exit code is 1 until it is known"
+    turn()
     exchange.behind = 6
-    turn('AAA', 'NOPE', code=2)
-    said = capsys.readouterr().err
-    assert 'NOPE' in said and 'Traceback' not in said
-    for got, wanted in zip(content(Ledger('book')), before): pd.testing.assert_frame_equal(got, wanted)
+    before = content(turn('AAA', 'NOPE', 'BBB', code=1))
+    out, err = capsys.readouterr()
+    assert 'NOPE failed: RunError: ' in out and 'NOPE' in err and 'Traceback' not in err
+    for got, wanted in zip(content(turn()), before): pd.testing.assert_frame_equal(got, wanted)   # nothing was left
+    for got, wanted in zip(content(turn('AAA', 'NOPE', code=1)), before): pd.testing.assert_frame_equal(got, wanted)
+    exchange.rows['NOPE'] = exchange.rows['AAA']
+    assert set(turn('AAA', 'NOPE').pending['symbol']) == {'AAA', 'BBB', 'NOPE'}
+    turn('NEVER', code=2)
+    assert 'NEVER' in capsys.readouterr().err
 
 
 def test_an_exchange_that_is_gone_is_one_error(exchange, capsys, monkeypatch):

@@ -64,6 +64,11 @@ def _plain_symbol(symbol):
         raise ConfigError(f"symbol must be a pair such as BTCUSDT or BTC/USDT, got {symbol!r}")
     return name
 
+# %% ../../nbs/api/1_data/19_fetch.ipynb #478cd718
+def symbol_of_bars(symbol, source) -> str:
+    "Return the name of a symbol in the bars of a source"
+    return _plain_symbol(symbol) if source in MARKETS else str(symbol)
+
 # %% ../../nbs/api/1_data/19_fetch.ipynb #54ac53f9
 _DATE = r'\s*(\d{4}-.*|\d{4}|\d{8})\s*'
 

@@ -233,7 +233,7 @@ _OTHER_PRICE = r'-(?:mark|index|premiumIndex|funding_rate|open_interest)$' # fre
 _ENDING = r'(\.(csv|txt|tsv|json|jsonl|gz|zip|parquet|feather|pq))+$'
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cf0c58de
-def _symbol_of(
+def symbol_of_file(
     name: str,  # File name
     bare=False, # Whether the table has no header: then the minutes of a bar may end the name
 ) -> str:
@@ -294,7 +294,7 @@ def _text_tables(path, options, limits):
         how |= _csv_columns(parser, how['names'], sniffed.commas or options.decimal == ',')
         how |= dict(chunksize=limits.chunk, low_memory=False, index_col=False, skipinitialspace=True)
         if bare and how['sep'] == ';' and options.tz is None: notes.append(_HISTDATA)
-        symbol = sniffed.symbol or _symbol_of(name, bare)
+        symbol = sniffed.symbol or symbol_of_file(name, bare)
         pieces = _text_pieces(stream, how, raw, parser, notes)
         yield _Table(name, symbol, parser, pieces, notes, bare)
 
@@ -373,7 +373,7 @@ def _json_tables(path, options, limits):
         bars = _bars_in(found)
         if not bars:
             raise DataError(f"{name} holds no list of bars, such as [[ms, open, high, low, close, volume], ...]")
-        yield _bars_table(bars, name, _symbol_of(name), options, path.stat().st_size)
+        yield _bars_table(bars, name, symbol_of_file(name), options, path.stat().st_size)
 
 # %% ../../nbs/api/1_data/11_read.ipynb #ecb8a4ee
 def _is_qlib(folder): return (folder/'calendars').is_dir() and (folder/'features').is_dir()
@@ -436,9 +436,9 @@ def _in_folder(folder):
     return [f for f in sorted(folder.rglob('*')) if _ENDINGS.search(f.name) and not f.name.startswith('.')]
 
 # %% ../../nbs/api/1_data/11_read.ipynb #cell-041
-def _files(source):
+def files_of(source):
     "Return the files of a path, glob, list or folder, in order"
-    if isinstance(source, (list, tuple)): return [f for o in source for f in _files(o)]
+    if isinstance(source, (list, tuple)): return [f for o in source for f in files_of(o)]
     p = Path(source)
     found = _in_folder(p) if p.is_dir() else [Path(f) for f in sorted(glob.glob(str(source), recursive=True))]
     files = [p] if p.is_file() else [f for f in found if f.is_file() or _is_qlib(f)]
@@ -457,7 +457,7 @@ def _tables_of(path, options, limits):
     if path.is_dir() or path.parent.name == 'calendars' and _is_qlib(path.parents[1]):
         yield from _qlib_tables(path, options, limits)
     elif pieces := _BINARY.get(path.suffix.lower()):
-        yield _framed(path.name, _symbol_of(path.name), pieces(path, limits), options)
+        yield _framed(path.name, symbol_of_file(path.name), pieces(path, limits), options)
     elif kind in ('json', 'jsonl'): yield from _json_tables(path, options, limits)
     else: yield from _text_tables(path, options, limits)
 
@@ -552,7 +552,7 @@ def _sources(source, options):
     if _is_frame(source) or _is_bars(source): return [(source, options)]
     if isinstance(source, (list, tuple)) and any(_is_frame(o) or isinstance(o, (list, tuple, dict)) for o in source):
         return [part for o in source for part in _sources(o, options)]
-    return [(file, options) for file in _files(source)]
+    return [(file, options) for file in files_of(source)]
 
 # %% ../../nbs/api/1_data/11_read.ipynb #8e9f4d68
 def _pieces(sources, limits):
