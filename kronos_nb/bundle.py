@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 import kronos_nb
-from .core import ConfigError, RunError, md_text, write_atomic, write_json
+from .core import ConfigError, RunError, md_text, replacing, write_atomic, write_json
 from .model.pretrained import copy_model
 from .training.run import STAGES, Run
 from .place import model_folder
@@ -222,14 +222,7 @@ def _replaced(out):
     "Give an empty folder that becomes `out` unless an error occurs"
     if out.is_dir() and any(out.iterdir()) and not (out/'bundle.json').is_file():
         raise RunError(f'out={str(out)!r} is not empty and holds no bundle. Choose another folder')
-    work = out.with_name(f'.{out.name}.part')
-    shutil.rmtree(work, ignore_errors=True)
-    try: yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    work.rename(out)
+    with replacing(out) as work: yield work
 
 # %% ../nbs/api/8_share/82_bundle.ipynb #cell-040
 def bundle(

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from kronos_nb.core import (
     FEATURES, ConfigError, DataError, KronosError, ModelError, RunError, check_choice, nearest, next_folder, one_line,
-    safe_name, write_atomic,
+    safe_name, write_atomic, write_together, writing,
 )
 from .settings import Sampling, format_setting, parse_setting, read_untyped, span_text
 from .config import PRESET_NAMES, SECTIONS, VARIANTS, Config
@@ -849,14 +849,23 @@ def _reads(run, data: list) -> bool:
     from glob import glob
     named = [Path(f) for o in data for f in (glob(o, recursive=True) or [o])]
     names = {f.name for o in named for f in (o.iterdir() if o.is_dir() else [o])}
-    return run.facts_file.is_file() and bool(names.intersection(run.facts['files']))
+    try: return bool(names.intersection(run.facts['files']))
+    except RunError: return False
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8c717841
+def _finished_runs() -> list: # Newest first
+    "Return the finished runs in runs/; say which cannot be read"
+    from kronos_nb.training.run import find_runs
+    found = []
+    for run in find_runs('runs'):
+        try: found += [run] if run.finished and run.stage('predictor').has_model else []
+        except KronosError as e: _say(f'Left out: {e}')
+    return found
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #f75ea2ec
 def _newest_run(data: list):
     "Return the newest finished run on the data; None where there is none"
-    from kronos_nb.training.run import find_runs
-    done = (r for r in find_runs('runs') if r.finished and r.stage('predictor').has_model)
-    return next((r for r in done if not data or _reads(r, data)), None)
+    return next((r for r in _finished_runs() if not data or _reads(r, data)), None)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #fb296f7b
 def _choose_model(a):
@@ -1040,31 +1049,36 @@ def _close_quantiles(forecast, symbol: str):
     return q.rename_axis('timestamps').reset_index().assign(symbol=symbol)
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e2d69c24
+def _symbols_in(file) -> set:
+    "Return whose forecasts a file holds; raise where it is none of ours"
+    import pandas as pd
+    try: return set(pd.read_csv(file, usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
+    except ValueError as e:   # also no UTF-8, and what the parser raises
+        raise RunError(f"{str(file)!r} is damaged, or no forecast ({one_line(e)[:100]}). Delete it, or choose another "
+            "folder with --out", options=f'--out {next_folder(file.parent)}') from e
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #8099975b
 def _forecast_folder(a, symbols) -> Path:
     "Return the folder for the forecasts; raise where it holds those of other symbols"
-    import pandas as pd
     stem = Path(a.data[0]).name.partition('.')[0] if a.data else 'sample'
     out = Path(a.out or Path('forecast')/(stem or 'bars'))
-    if (out/'forecast.csv').is_file():
-        there = set(pd.read_csv(out/'forecast.csv', usecols=['symbol'], dtype=str, keep_default_na=False).symbol)
-        if others := sorted(there - set(symbols)):
-            raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
-                "choose another folder with --out", options=f'--out {next_folder(out)}')
+    there = _symbols_in(out/'forecast.csv') if (out/'forecast.csv').is_file() else set()
+    if others := sorted(there - set(symbols)):
+        raise RunError(f"{str(out)!r} holds forecasts of {', '.join(others[:5])}, which this one would overwrite; "
+            "choose another folder with --out", options=f'--out {next_folder(out)}')
     return out
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-092
 def _write_forecasts(found: dict, out: Path):
-    "Write forecast.csv, paths.parquet and the pictures, and return the table of quantiles"
+    "Write forecast.csv, paths.parquet and the pictures, all or none, and return the table of quantiles"
     import pandas as pd
-    from kronos_nb.display import save_figure
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for symbol, forecast in found.items():
-        rows.append(_close_quantiles(forecast, symbol))
-        save_figure(forecast.plot(), out/f'forecast_{safe_name(symbol)}.png')
-    table = pd.concat(rows, ignore_index=True)
-    table.to_csv(out/'forecast.csv', index=False)
-    pd.concat([o.to_frame() for o in found.values()], ignore_index=True).to_parquet(out/'paths.parquet')
+    from kronos_nb.display import png
+    from kronos_nb.judging.evaluation import parquet_bytes
+    table = pd.concat([_close_quantiles(f, symbol) for symbol, f in found.items()], ignore_index=True)
+    paths = pd.concat([o.to_frame() for o in found.values()], ignore_index=True)
+    files = {'forecast.csv': table.to_csv(index=False), 'paths.parquet': parquet_bytes(paths)}
+    files |= {f'forecast_{safe_name(symbol)}.png': png(f.plot()) for symbol, f in found.items()}
+    write_together({out/name: content for name, content in files.items()})
     return table
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #3bf1dd22
@@ -1260,7 +1274,6 @@ def _fetched_file(a):
 # %% ../nbs/api/9_faces/98_cli.ipynb #d4cc279f
 def _write_bars(bars, out):
     "Write bars beside their place, then put them there"
-    from kronos_nb.core import writing
     part = out.with_name(f'.{out.name}{out.suffix}')
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -1408,9 +1421,22 @@ def _next_command(a, e) -> str:
 # %% ../nbs/api/9_faces/98_cli.ipynb #3491ac9e
 def _on_a_run(a) -> str:
     "Return a command that has a run to work on"
-    from kronos_nb.training.run import find_runs
-    runs = [str(r) for r in find_runs('runs') if r.finished]
+    runs = _finished_runs()
     return f'kronos-nb report {runs[0]}' if runs else 'kronos-nb fit --preset quickstart'
+
+# %% ../nbs/api/9_faces/98_cli.ipynb #31efa9df
+def _os_error(e: OSError) -> str:
+    "Return what an error of the system means"
+    where = e.filename or 'the output'
+    try:
+        with writing(where, full=True): raise e
+    except KronosError as full: return f'RunError: {full}'
+    except OSError: return f'RunError: {e.strerror or e} ({where})'
+
+def _close_output():
+    "Write nothing more to standard output, so that Python does not complain of it when it ends"
+    with contextlib.suppress(OSError, ValueError):   # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #f0bf554b
 def main(
@@ -1429,10 +1455,11 @@ def main(
     except KronosError as e:
         _say(f'{type(e).__name__}: {e}\nTry: {_next_command(a, e)}')
     except BrokenPipeError:   # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # nor does Python complain when it ends
+        _close_output()
         return 141
     except OSError as e:   # a folder that cannot be written, a full disk
-        _say(f'RunError: {e.strerror or e} ({e.filename})\nTry: {_next_command(a, e)}')
+        _say(f'{_os_error(e)}\nTry: {_next_command(a, e)}')
+        if e.filename is None: _close_output()
     except MemoryError as e:
         _say(f'RunError: not enough memory ({one_line(e)[:120]}); ask for fewer paths, bars or windows\n'
              f'Try: {_next_command(a, e)}')

@@ -7,7 +7,7 @@ __all__ = ['PRICES', 'FEATURES', 'STAMPS', 'GLOSSARY', 'KronosError', 'ConfigErr
            'seed_everything', 'pick_device', 'safe_name', 'symbol_of']
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-002
-import contextlib, difflib, errno, hashlib, inspect, json, os, random, re, reprlib, sys, tempfile, types
+import contextlib, difflib, errno, hashlib, inspect, json, os, random, re, reprlib, shutil, sys, tempfile, time, types
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +176,7 @@ def _disk_says(e, full) -> str:
     if isinstance(e, OSError): return '' if full and e.errno not in _FULL else e.strerror or str(e)
     return str(e) if type(e).__name__ == 'SafetensorError' and 'os error' in str(e) else ''
 
-# %% ../nbs/api/0_ground/00_core.ipynb #edb46126
+# %% ../nbs/api/0_ground/00_core.ipynb #6f1089de
 @contextlib.contextmanager
 def writing(
     path,       # What is being written, for the message
@@ -190,24 +190,77 @@ def writing(
             "run the same command again: what was written before is whole") from e
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-039
+def _stage(path, content) -> str: # The hidden file
+    "Write `content` to a hidden file beside `path`"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    try:
+        _write_flushed(fd, content.encode() if isinstance(content, str) else content)
+        os.chmod(tmp, 0o644)
+    except BaseException:
+        with contextlib.suppress(OSError): os.unlink(tmp)
+        raise
+    return tmp
+
+# %% ../nbs/api/0_ground/00_core.ipynb #e4abb8a3
+LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')   # as `_stage` names its files
+_DEAD = 600   # seconds after which nobody writes any more
+
+def _sweep(folder):
+    "Remove the hidden files of writers that were killed"
+    for path in folder.glob('.*.tmp'):
+        with contextlib.suppress(OSError):   # another process removes it, too
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > _DEAD: path.unlink()
+
+# %% ../nbs/api/0_ground/00_core.ipynb #5d969910
+def write_together(
+    contents: dict, # Target file -> text, which becomes UTF-8, or bytes; folders are made if needed
+):
+    "Write files that belong together: where the disk is full, all of them stay as they were"
+    staged = {}
+    try:
+        for path, content in contents.items():
+            with writing(path): staged[Path(path)] = _stage(Path(path), content)
+        for path, tmp in staged.items():
+            with writing(path): os.replace(tmp, path)
+    except BaseException:
+        for tmp in staged.values():
+            with contextlib.suppress(OSError): os.unlink(tmp)
+        raise
+    for folder in {path.parent for path in staged}:
+        _sweep(folder)
+        with writing(folder): fsync_folder(folder)
+
+# %% ../nbs/api/0_ground/00_core.ipynb #bbf89020
 def write_atomic(
     path,                # Target file; its folder is made if needed
     content: str | bytes # Text is written as UTF-8
 ) -> Path: # The target
     "Write `content` to `path` by temporary file, flush and rename"
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    write_together({path: content})
+    return Path(path)
+
+# %% ../nbs/api/0_ground/00_core.ipynb #6cbb5180
+@contextlib.contextmanager
+def replacing(
+    folder, # What is there goes away in the end
+):
+    "Give an empty folder that becomes `folder` unless an error occurs"
+    folder = Path(folder)
+    work, old = (folder.with_name(f'.{folder.name}.{end}') for end in ('part', 'old'))
+    with writing(folder, full=True):
+        if old.exists() and not folder.exists(): old.rename(folder)   # a kill between two renames
+        for left in (work, old): shutil.rmtree(left, ignore_errors=True)
+        work.mkdir(parents=True)
         try:
-            _write_flushed(fd, content.encode() if isinstance(content, str) else content)
-            os.chmod(tmp, 0o644)
-            os.replace(tmp, path)
+            yield work
+            if folder.exists(): folder.rename(old)
+            work.rename(folder)
         except BaseException:
-            with contextlib.suppress(OSError): os.unlink(tmp)
+            if old.exists() and not folder.exists(): old.rename(folder)
+            shutil.rmtree(work, ignore_errors=True)
             raise
-        fsync_folder(path.parent)
-    return path
+        shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #95b210f9
 def next_folder(folder) -> Path:
@@ -225,9 +278,13 @@ def jsonable(o):
     return o if o is None or isinstance(o, (str, int, bool)) else str(o)
 
 # %% ../nbs/api/0_ground/00_core.ipynb #cell-044
+def json_text(o, indent=1) -> str:
+    "Return `o` as strict JSON"
+    return json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n'
+
 def write_json(path, o, indent=1) -> Path:
     "Write `o` to `path` as strict JSON, atomically"
-    return write_atomic(path, json.dumps(jsonable(o), indent=indent, allow_nan=False, ensure_ascii=False) + '\n')
+    return write_atomic(path, json_text(o, indent))
 
 # %% ../nbs/api/0_ground/00_core.ipynb #e11d5320
 def cache_root() -> Path:

@@ -6,7 +6,7 @@
 __all__ = ['evaluate', 'control']
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-002
-import hashlib, shutil, time
+import contextlib, hashlib, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #c803ea3d
-from .core import ConfigError, DataError, callable_module
+from .core import ConfigError, DataError, RunError, callable_module
 from .settings import Sampling, with_sampling
 from .display import progress_bar
 from .data.window import split_by_time
 from .judging.baselines import Baseline, default_baselines, random_walks
 from .judging.origins import check_untouched, forecast_rows, pick_origins, slice_windows
-from .judging.evaluation import Evaluation, write_parquet
+from .judging.evaluation import Evaluation, read_parquet, write_parquet
 
 # %% ../nbs/api/6_judging/65_evaluate.ipynb #cell-006
 _ROWS_VERSION = 3 # raise it when the same settings give other rows, so that old parts are not read
@@ -65,7 +65,8 @@ class _Parts:
     def rows(self, stem, i, forecaster, windows, sampling):
         "Return the rows of part `i`: read them, or forecast and keep them"
         file = None if stem is None else self.folder/'parts'/f'{stem}-{i:05d}.parquet'
-        if file is not None and file.exists(): return pd.read_parquet(file)
+        with contextlib.suppress(RunError):   # damaged: forecast again
+            if file is not None and file.exists(): return read_parquet(file)
         rows = forecast_rows(forecaster, windows, sampling)
         if file is not None: write_parquet(file, rows)
         return rows

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/api/8_share/80_hub.ipynb #f2556df3
 from . import __version__
-from .core import ConfigError, ModelError, RunError, check_choice, write_atomic
+from .core import ConfigError, ModelError, RunError, check_choice, replacing, write_atomic
 from .display import md_table
 from .model.pretrained import copy_model
 from .training.run import CALIBRATION, STAGES, Run
@@ -54,12 +54,11 @@ def _write_folder(run, stage, repos, licence, data_licence):
     model, pictures = run.stage(stage).model(), pictures_of(run, stage)
     card = model_card(run, stage, repos, licence, data_licence, {k: f'{k}.png' for k in pictures})
     folder = run.folder/'hub'/repos[stage].partition('/')[2]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    copy_model(model, folder)
-    if _is_calibrated(run, model): shutil.copyfile(model/CALIBRATION, folder/CALIBRATION)
-    for k, picture in pictures.items(): shutil.copyfile(picture, folder/f'{k}.png')
-    write_atomic(folder/'README.md', card)
+    with replacing(folder) as new:
+        copy_model(model, new)
+        if _is_calibrated(run, model): shutil.copyfile(model/CALIBRATION, new/CALIBRATION)
+        for k, picture in pictures.items(): shutil.copyfile(picture, new/f'{k}.png')
+        write_atomic(new/'README.md', card)
     return folder
 
 # %% ../nbs/api/8_share/80_hub.ipynb #cell-015

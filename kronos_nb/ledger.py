@@ -26,7 +26,7 @@ from .forecast import Forecast
 from .judging.metrics import LEVELS, prob_up, quantiles
 from .judging.baselines import default_baselines
 from .judging.origins import BANDS, QUANTILES, Windows, forecast_rows
-from .judging.evaluation import Evaluation, write_parquet
+from .judging.evaluation import Evaluation, read_parquet, write_parquet
 from .evaluate import fingerprint, overlap_of
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #83d926ab
@@ -128,13 +128,12 @@ def _read(self: Ledger, kind, day, columns=None) -> pd.DataFrame:
     file = self._file(kind, day)
     if not file.exists(): return pd.DataFrame(columns=columns)
     try:
-        rows = pd.read_parquet(file, columns=columns)
+        rows = read_parquet(file, columns)
         _check_columns(kind, rows, columns)
         return rows
-    except Exception as e:   # whatever pyarrow raises
-        why = one_line(e)[:200]
-        raise RunError(f"{str(file)!r} cannot be read ({why}). Restore it from a backup, or move it away to go on "
-                       "without that day") from e
+    except RunError as e: why = str(e)
+    except DataError as e: why = f'{str(file)!r} cannot be read ({e})'
+    raise RunError(f"{why}. Restore it from a backup, or move it away to go on without that day")
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #66016f9f
 def _day_of(origin) -> str: return f'{pd.Timestamp(origin):%Y-%m-%d}'

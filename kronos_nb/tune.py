@@ -27,7 +27,6 @@ from .config import SECTIONS, Config, check_keys
 from .display import COLORS, figure
 from .data.read import extra_columns
 from .model.pretrained import copy_model
-from .training.history import read_json
 from .training.run import Run
 from .training.learner import Callback, Learner
 from .training.task import PredictorTask, WindowSource, build_model
@@ -622,12 +621,17 @@ def _checked_space(data, cfg, space):
 _QUIET = {'runtime.progress': False, 'runtime.plots': False}
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #94e2083a
+def _is_on(run, bars) -> bool:
+    "Return whether a run was trained on the bars with this hash; False for a damaged one"
+    try: return run.facts['data'] == bars
+    except RunError: return False
+
 def _folder_for(data, cfg):
     "Return the folder of a search that names none: a new one, or that of a search on the same bars"
     data = data if data is not None else list(cfg.data.source or ()) or 'sample'
     if isinstance(data, str) and data == 'sample': return Path('runs')/'tune'
     bars = prepare(data, cfg).hash
-    def ours(folder): return any(read_json(f)['data'] == bars for f in folder.glob('**/run.json'))
+    def ours(folder): return any(_is_on(Run(f.parent), bars) for f in folder.glob('**/run.json'))
     return free_folder(Path('runs')/f'{name_of(data)}-tune', ours)[0]
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #36695c26

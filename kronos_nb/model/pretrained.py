@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import KronosError, ModelError, check_choice, nearest, short_repr
+from ..core import KronosError, ModelError, check_choice, nearest, short_repr, writing
 from ..hashes import SUMS, check_sums, write_model_files
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #cell-006
@@ -129,10 +129,11 @@ def copy_model(
     files, folder = find_files(source, kind=kind), Path(folder)
     beside = [files[0].parent/o for o in SIDE_FILES]
     check_sums(*files, *(o for o in beside if o.is_file()))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (*files, *beside, files[0].parent/SUMS):
-        if file.is_file(): shutil.copyfile(file, folder/file.name)
-        else: (folder/file.name).unlink(missing_ok=True)
+    with writing(folder, full=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (*files, *beside, files[0].parent/SUMS):
+            if file.is_file(): shutil.copyfile(file, folder/file.name)
+            else: (folder/file.name).unlink(missing_ok=True)
     return folder
 
 # %% ../../nbs/api/3_model/31_pretrained.ipynb #e20edea8

@@ -17,7 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #eead58f6
-from ..core import RunError
+from ..core import KronosError, RunError
 from ..display import clock, figure
 from ..training.checkpoint import Interrupts
 from ..training.diagnose import diagnose
@@ -161,8 +161,8 @@ def _stop_at_exit():
 def _is_ours(folder, cfg) -> bool:
     "Return whether a folder holds a run whose settings differ at most in how it runs"
     run = Run(folder)
-    if not run.exists: return False
-    return all(path.startswith(('runtime.', 'data.source')) for path in cfg.diff(run.config).index)
+    try: return run.exists and all(o.startswith(('runtime.', 'data.source')) for o in cfg.diff(run.config).index)
+    except KronosError: return False   # damaged
 
 # %% ../../nbs/api/9_faces/92_train.ipynb #cell-021
 def plot_run(

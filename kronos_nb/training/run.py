@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/api/4_training/41_run.ipynb #b47135da
-from ..core import ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
+from ..core import LEFTOVER, ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
 from ..config import Config
 from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
@@ -405,14 +405,12 @@ def _try_lock(folder, wait):
     return lock
 
 # %% ../../nbs/api/4_training/41_run.ipynb #268a1044
-_LEFT = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')   # as `write_atomic` names them
-
 def remove_leftovers(
     folder, # Of a run, with its lock held
 ):
     "Remove the temporary files of processes that were killed"
     for path in list(Path(folder).rglob('.*.tmp')):
-        if _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
+        if LEFTOVER.fullmatch(path.name): path.unlink(missing_ok=True)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #eee9460a
 def _busy(folder):

@@ -1,0 +1,147 @@
+"Commands beside damaged files, and on disks that are full or read-only"
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kronos_nb import evaluate as evaluate_module
+from kronos_nb.cli import main
+from kronos_nb.core import RunError, write_atomic
+from kronos_nb.evaluate import evaluate
+from kronos_nb.judging.baselines import GeometricBrownian, LastValue, random_walks
+from kronos_nb.judging.evaluation import Evaluation
+from kronos_nb.ledger import Ledger
+from kronos_nb.training.run import Run
+from kronos_nb.tune import _is_on
+from tests.faults.damage import make_ledger
+from tests.faults.disks import Disk, attempt, is_wrong
+from tests.helpers import bars
+
+FEW = ['--paths', '2', '--predict-window', '4', '--lookback-window', '32']
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bars.to_csv('goog.csv', index=False)
+    return tmp_path
+
+
+def said(capsys, *argv) -> tuple:
+    code = main(list(map(str, argv)))
+    out = capsys.readouterr()
+    assert 'Traceback' not in out.out + out.err
+    return code, out.out + out.err
+
+
+# runs that are damaged, beside what is asked for
+@pytest.mark.parametrize('content', ['', 'data: [', '- 1', 'data: {stride: 0}'])
+def test_a_damaged_run_beside_stops_no_command(here, capsys, one_epoch_run, content):
+    whole, other = (Path(shutil.copytree(one_epoch_run, Path('runs')/name)) for name in ('whole', 'other'))
+    (other/'config.yaml').write_text(content)
+    os.utime(whole/'config.yaml', (0, 0))   # the other one is newer
+    code, text = said(capsys, 'forecast', '--out', 'f', '--paths', '2')
+    assert code == 0 and f'Model: {whole}' in text and str(other) in text
+    code, text = said(capsys, 'report', 'nowhere')
+    assert code == 2 and f'Try: kronos-nb report {whole}' in text
+
+
+@pytest.mark.parametrize('content', ['', '{}', '{"data": 1}'])
+def test_a_damaged_run_is_no_search_on_these_bars(tmp_path, content):
+    (tmp_path/'run.json').write_text(content)
+    assert not _is_on(Run(tmp_path), 'a hash')
+
+
+@pytest.mark.parametrize('content', [b'', b'a,b\n1,2\n', b'\xff\xfe\0symbol', b'"', b'symbol\n"'])
+def test_a_forecast_is_not_written_over_what_is_none(here, capsys, content):
+    Path('f').mkdir()
+    Path('f/forecast.csv').write_bytes(content)
+    code, text = said(capsys, 'forecast', 'goog.csv', '--model', 'bundled', '--out', 'f', *FEW)
+    assert code == 2 and 'forecast.csv' in text and Path('f/forecast.csv').read_bytes() == content
+
+
+# tables
+@pytest.mark.parametrize('at', [.1, .3, .5, .7, .9])
+def test_a_flipped_bit_in_a_ledger_is_found(tmp_path, at):
+    ledger = Ledger(make_ledger(tmp_path/'ledger'))
+    file = next((ledger.folder/'forecasts').iterdir())
+    before = ledger.forecasts
+    data = bytearray(file.read_bytes())
+    data[int(len(data)*at)] ^= 4
+    file.write_bytes(data)
+    try:
+        pd.testing.assert_frame_equal(ledger.forecasts, before)   # a bit that means nothing
+    except RunError as e:
+        assert file.name in str(e)
+
+
+PARTS = dict(cut=lambda d: d[:300], empty=lambda d: b'', json=lambda d: b'{}', bit=lambda d: d[:200] + b'?' + d[201:])
+
+
+@pytest.mark.parametrize('spoil', PARTS.values(), ids=PARTS)
+def test_a_damaged_part_of_an_evaluation_is_made_again(tmp_path, monkeypatch, spoil):
+    walk, how = random_walks(300, seed=1), dict(baselines=[LastValue()], origins=4, paths=4, progress=False)
+    model = GeometricBrownian()
+    monkeypatch.setattr(evaluate_module, 'fingerprint', lambda f: type(f).__name__)
+    monkeypatch.setattr(evaluate_module._Parts, 'drop', lambda self: None)
+    whole = evaluate(model, walk, 32, 4, out_dir=tmp_path, **how)
+    for part in (tmp_path/'parts').iterdir():
+        part.write_bytes(spoil(part.read_bytes()))
+    again = evaluate(model, walk, 32, 4, out_dir=tmp_path, **how)
+    pd.testing.assert_frame_equal(again.rows, whole.rows)
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
+    walk, how = random_walks(300, seed=1), dict(baselines=[LastValue()], origins=4, progress=False)
+    evaluate(GeometricBrownian(), walk, 32, 4, out_dir=tmp_path/'e', paths=4, **how)
+    before, disk = Evaluation.load(tmp_path/'e'), Disk()
+    for at in range(0, 12, 3):
+        with disk.watching(tmp_path/'e', at, 28), pytest.raises(RunError):
+            evaluate(GeometricBrownian(), walk, 32, 4, out_dir=tmp_path/'e', paths=8, **how)
+        pd.testing.assert_frame_equal(Evaluation.load(tmp_path/'e').rows, before.rows)
+
+
+def test_hidden_files_of_writers_that_were_killed_go_away(tmp_path):
+    old, new = tmp_path/'.a.txt.abcd1234.tmp', tmp_path/'.b.txt.abcd1234.tmp'
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    write_atomic(tmp_path/'c.txt', 'c')
+    assert not old.exists() and new.exists()   # another process may be writing
+
+
+# disks
+@pytest.fixture(scope='module')
+def place(tmp_path_factory, one_epoch_run) -> Path:
+    "Return a run beside a ledger"
+    folder = tmp_path_factory.mktemp('disks')
+    shutil.copytree(one_epoch_run, folder/'run')
+    make_ledger(folder/'ledger')
+    return folder/'run'
+
+
+disk = Disk()
+QUICK = ('forecast', 'report', 'push', 'check', 'fetch', 'grade', 'show', 'run')
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_a_command_on_a_disk_that_fails_tears_nothing(place, name, monkeypatch):
+    monkeypatch.setattr(os, 'fsync', lambda fd: None)
+    for how, at in (('ENOSPC', 1), ('EROFS', random.Random(name).randrange(2, 6)), ('EFBIG', 600)):
+        found = attempt(disk, place, name, how, at)
+        assert not is_wrong(found), found
+
+
+def test_a_full_disk_behind_standard_output_is_one_error(one_epoch_run):
+    with open('/dev/full', 'w') as full:
+        p = subprocess.run([sys.executable, '-m', 'kronos_nb.cli', 'monitor', one_epoch_run, '--once'], stdout=full,
+                           stderr=subprocess.PIPE, text=True, timeout=100)
+    assert p.returncode == 2 and p.stderr.startswith('RunError: ') and 'Traceback' not in p.stderr
+    assert len(p.stderr.splitlines()) == 2
+
+
