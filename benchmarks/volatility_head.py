@@ -4,12 +4,12 @@
     OMP_NUM_THREADS=1 python benchmarks/volatility_head.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
     OMP_NUM_THREADS=1 python benchmarks/volatility_head.py currency --data EURUSD_1h.csv
 
-Models, bars and periods are those of gain.py, which must have run before (--runs: where). The head gives 20 quantiles of the log of the
-realised volatility over the horizon, beside that of the lookback. It reads the predictor's state after the last bar
-(`hidden`), a few statistics of the lookback that need no model (`statistics`: the control), or both. It is trained by
-pinball loss on the bars that trained the models; validation chooses its width, its weight decay and its epoch; three
-starts are averaged. The judged bars, dates and the score are those of `evaluate`: the CRPS of the realised volatility
-in mean moves. `raw` and `delivered` are the volatility of the paths themselves.
+Models, bars and periods are those of gain.py, which must have run before (--runs: where). The head gives 20 quantiles of
+the log of the realised volatility over the horizon, beside that of the lookback. It reads the predictor's state after
+the last bar (`hidden`), a few statistics of the lookback that need no model (`statistics`: the control), or both. It is
+trained by pinball loss on the bars that trained the models; validation chooses its width, its weight decay and its
+epoch; three starts are averaged. The judged bars, dates and the score are those of `evaluate`: the CRPS of the realised
+volatility in mean moves. `raw` and `delivered` are the volatility of the paths themselves.
 
 Writes volatility_head.csv beside this file, a row per forecast; models that are there are not judged again.
 """
