@@ -25,6 +25,7 @@ Writes side.csv beside this file, a row per trial. Rows that are there are not r
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,8 @@ from kronos_nb.training.task import drop_covariates, set_trainable
 
 H = 4
 LOOKBACK = dict(btc=24, hours=24)   # of the simulated ones: 8, where a bar moves as much as the level
-EFFECT = .5
-BASE_STEPS, STEPS, LOOK_EVERY, BATCH = 300, 200, 40, 64
+EFFECT, SD = .5, .01   # planted size; standard deviation of a move
+TOKENIZER_STEPS, BASE_STEPS, STEPS, LOOK_EVERY, BATCH = 250, 300, 200, 40, 64
 DECLARED = dict(volatility=dict(x='future'), drift=dict(x='past raw'), noise=dict(x='past raw', y='future'),
                 btc=dict(btc='past change'), hours=dict(weekend='future', new_york='future', funding_hour='future'))
 ARMS = dict(rival=None, model='all')
@@ -62,9 +63,9 @@ def simulated(kind, seed, n=9000):
     "Return bars whose moves depend on a covariate, and the covariates"
     g, bars = np.random.default_rng([seed, len(kind)]), random_walks(n, seed=seed)
     x, y = g.choice([-1., 1.], (2, n))
-    moves = .01*g.standard_normal(n)
-    if kind == 'volatility': moves *= np.exp(EFFECT*x)/np.exp(2*EFFECT**2)**.5
-    if kind == 'drift': moves[1:] += .01*EFFECT*x[:-1]
+    moves = SD*g.standard_normal(n)
+    if kind == 'volatility': moves *= np.exp(EFFECT*x)/np.cosh(2*EFFECT)**.5
+    if kind == 'drift': moves[1:] += SD*EFFECT*x[:-1]
     close = 100*np.exp(np.cumsum(moves))
     opened, reach = np.r_[100., close[:-1]], abs(moves)*g.uniform(.1, .6, (2, n))*close
     bars = bars.assign(open=opened, close=close, high=np.maximum(opened, close) + reach[0],
@@ -95,7 +96,7 @@ def batches(data, seed, steps, size=BATCH):
         yield step, epoch, sampler.batch(epoch, k)
 
 
-def small_tokenizer(data, seed, steps=250):
+def small_tokenizer(data, seed, steps=TOKENIZER_STEPS):
     model = KronosTokenizer(d_in=6, n_enc_layers=2, n_dec_layers=2, beta=.05, gamma0=1., gamma=1.1, zeta=.05,
                             group_size=5, **SMALL)
     opt = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -106,92 +107,119 @@ def small_tokenizer(data, seed, steps=250):
     return model.eval()
 
 
-def tokens_of(tokenizer, data, rows):
-    x, stamp, _ = data.arrays(rows)
-    with torch.no_grad(): s1, s2 = tokenizer.encode(x, half=True)
-    return dict(s1=s1.long(), s2=s2.long(), stamp=stamp)
+@dataclass
+class Known:
+    "What a predictor reads of windows"
+    data: WindowDataset
+    tokens: dict   # s1, s2 and stamp, (N, T) and (N, T, 5)
+    side: torch.Tensor
+
+    def batch(self, rows) -> dict: return {k: v[rows] for k, v in self.tokens.items()}
 
 
 @torch.no_grad()
-def val_loss(model, known, side):
+def known_of(tokenizer, data, rows=None) -> Known:
+    "Return tokens and side inputs of windows, of all by default"
+    rows = np.arange(len(data)) if rows is None else rows
+    parts = []
+    for i in range(0, len(rows), 2048):
+        x, stamp, _ = data.arrays(rows[i:i + 2048])
+        s1, s2 = tokenizer.encode(x, half=True)
+        parts.append((s1.long(), s2.long(), stamp))
+    s1, s2, stamp = (torch.cat(o) for o in zip(*parts))
+    return Known(data, dict(s1=s1, s2=s2, stamp=stamp), data.side(rows))
+
+
+@torch.no_grad()
+def val_loss(model, val, with_side):
     model.eval()
-    loss = float(model.loss(**known, side=side)['loss'])
+    loss = float(model.loss(**val.tokens, side=val.side if with_side else None)['loss'])
     model.train()
     return loss
 
 
-def train(model, tokenizer, data, val, opt, steps, seed, with_side):
+def train(model, known, val, opt, steps, seed, with_side):
     "Train, and leave the model at the look that validation chose; step 0 is one"
-    rows = np.arange(len(val))[::max(1, len(val)//400)]
-    known, side = tokens_of(tokenizer, val, rows), val.side(rows) if with_side else None
-    best = val_loss(model, known, side), 0, copy.deepcopy(model.state_dict())
-    peaks, K = [group['lr'] for group in opt.param_groups], len(data.covariates.moving)
-    for step, epoch, rows in batches(data, seed, steps):
+    best = val_loss(model, val, with_side), 0, copy.deepcopy(model.state_dict())
+    peaks, K = [group['lr'] for group in opt.param_groups], len(known.data.covariates.moving)
+    for step, epoch, rows in batches(known.data, seed, steps):
         for group, peak in zip(opt.param_groups, peaks): group['lr'] = peak*min(1., (steps - step)/(.6*steps))
-        mine = drop_covariates(data.side(rows), K, .1, seed, epoch, rows) if with_side else None
-        model.loss(**tokens_of(tokenizer, data, rows), side=mine)['loss'].backward()
+        side = drop_covariates(known.side[rows], K, .1, seed, epoch, rows) if with_side else None
+        model.loss(**known.batch(rows), side=side)['loss'].backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 3.)
         opt.step()
         opt.zero_grad()
         if (step + 1) % LOOK_EVERY: continue
-        loss = val_loss(model, known, side)
+        loss = val_loss(model, val, with_side)
         if loss < best[0]: best = loss, step + 1, copy.deepcopy(model.state_dict())
     model.load_state_dict(best[2])
     return best[1]
 
 
-def trained(bars, table, L, seed, arms):
+def trained(bars, table, L, seed, arms, longer):
     "Return the arms as forecasters, the steps that validation chose, and the windows and bars that are judged"
     split = split_by_time(bars, .6, .15, .25, H)
     data, val = (WindowDataset(o, L, H, covariates=table) for o in (split.train, split.val))
     seed_everything(seed)
     tokenizer = small_tokenizer(data, seed)
+    known = known_of(tokenizer, data), known_of(tokenizer, val, np.arange(len(val))[::max(1, len(val)//400)])
     base = Kronos(n_layers=2, token_dropout_p=0., learn_te=True, **SMALL)
-    train(base, tokenizer, data, val, adamw(base, 4e-3, weight_decay=.05), BASE_STEPS, seed, False)
+    train(base, *known, adamw(base, 4e-3, weight_decay=.05), BASE_STEPS*longer, seed, False)
     out, steps = {}, {}
     for name, what in arms.items():
         one = copy.deepcopy(base)
         if what: set_trainable(one.add_side(side_spec(table)), what)
         own = dict(apart=list(one.side.parameters()), apart_lr=3e-2) if what else {}
         opt = adamw(one, 1.5e-3, weight_decay=.05, **own)
-        steps[name] = train(one, tokenizer, data, val, opt, STEPS, seed + 1, bool(what))
+        steps[name] = train(one, *known, opt, STEPS*longer, seed + 1, bool(what))
         out[name] = Forecaster(tokenizer, one.eval(), normalizer=data.normalizer, lookback_window=L)
         if what: out[name] = out[name].with_covariates(table)
     return out, steps, data, split.test
 
 
 # judging
-def found_effect(kind, forecaster, test, table, L, seed, dates=16, paths=150):
-    "Return the size of the effect that forecasts of one bar show, and its standard error over dates"
-    g, sizes = np.random.default_rng(seed), []
-    t = test.timestamps.to_numpy()
-    for i in g.choice(np.arange(L, len(test) - 1), dates, replace=False):
-        moves = []
-        for x in (1., -1.):
-            s = table.series['', 'x']
-            v = s.v.copy()
-            at = np.searchsorted(s.t, t[i if kind == 'volatility' else i - 1].astype('M8[ns]').astype('i8'))
-            v[at] = x
-            other = copy.copy(table)
-            other.series = {('', 'x'): type(s)(s.t, s.known, v, s.step)}
-            f = forecaster.with_covariates(other)
-            past = test.iloc[i - L:i]
-            made = f.predict_many([past], 1, futures=[t[i:i + 1]], paths=paths, seed=0, top_p=1., progress=False)[0]
-            moves.append(np.log(made.paths[:, 0, 3]/past.close.iloc[-1]))
-        up, down = moves
-        if kind == 'volatility': sizes.append(.5*np.log(up.std()/down.std()))
-        else: sizes.append(.5*(up.mean() - down.mean())/np.sqrt((up.var() + down.var())/2))
-    return float(np.mean(sizes)), float(np.std(sizes, ddof=1)/len(sizes)**.5)
+def with_values(table, t, value):
+    "Return a table in which the covariate x has one value at some stamps"
+    s = table.series['', 'x']
+    v = s.v.copy()
+    v[np.searchsorted(s.t, t.astype('M8[ns]').astype('i8'))] = value
+    other = copy.copy(table)
+    other.series = {('', 'x'): type(s)(s.t, s.known, v, s.step)}
+    return other
 
 
-def size_in_tokens(kind, tokenizer, data, x, L):
-    "Return the size of the effect in bars that went through the tokenizer"
-    rows = np.arange(len(data))[::5]
-    with torch.no_grad(): z = tokenizer.decode(tokenizer.encode(data.arrays(rows)[0]))[..., 3].numpy()
-    moves, at = z[:, L] - z[:, L - 1], rows + L - (kind == 'drift')
+def found_effect(kind, forecaster, test, table, L, seed, dates=40, paths=100) -> tuple:
+    "Return the size of the effect that forecasts of one bar show, its standard error over dates, and their spread"
+    t, g = test.timestamps.to_numpy(), np.random.default_rng(seed)
+    at = np.sort(g.choice(np.arange(L, len(test) - 1, 2*L), dates, replace=False))   # no history reads another's value
+    histories, futures = [test.iloc[i - L:i] for i in at], [t[i:i + 1] for i in at]
+    moves = []
+    for x in (1., -1.):
+        f = forecaster.with_covariates(with_values(table, t[at - (kind == 'drift')], x))
+        made = f.predict_many(histories, 1, futures=futures, keys=[str(i) for i in at], paths=paths, seed=0, top_p=1.,
+                              progress=False)
+        moves.append(np.stack([np.log(o.paths[:, 0, 3]/o.last_close) for o in made]))
+    up, down = moves
+    if kind == 'volatility': sizes = .5*np.log(up.std(1)/down.std(1))
+    else: sizes = .5*(up.mean(1) - down.mean(1))/SD
+    return sizes.mean(), sizes.std(ddof=1)/len(sizes)**.5, np.sqrt((up.var(1) + down.var(1)).mean()/2)/SD
+
+
+def size_in(kind, z, x, rows, L):
+    "Return the size of the effect in the last known and the first future close of normalised windows (N, T, F)"
+    moves, at = z[:, L, 3] - z[:, L - 1, 3], rows + L - (kind == 'drift')
     up, down = moves[x[at] > 0], moves[x[at] < 0]
     if kind == 'volatility': return float(.5*np.log(up.std()/down.std()))
     return float(.5*(up.mean() - down.mean())/np.sqrt((up.var() + down.var())/2))
+
+
+@torch.no_grad()
+def sizes_in_windows(kind, tokenizer, data, x, L) -> dict:
+    "Return the size of the effect in windows, and in windows that went through the tokenizer"
+    rows = np.arange(len(data))[::2]
+    z = data.arrays(rows)[0]
+    seen = dict(bars=z, tokens=tokenizer.decode(tokenizer.encode(z)))
+    return {k: size_in(kind, v.numpy(), x, rows, L) for k, v in seen.items()}
 
 
 def judged(rival, model, bars, test, L, origins, seed) -> dict:
@@ -205,28 +233,30 @@ def judged(rival, model, bars, test, L, origins, seed) -> dict:
     return out
 
 
-def trial(kind, seed, folder, origins):
+def trial(kind, seed, longer, folder, origins):
     "Return the row of one trial"
     began, L = time.process_time(), LOOKBACK.get(kind, 8)
     bars, x = pairs(folder, ('ETHUSDT', 'SOLUSDT', 'XRPUSDT')) if kind in LOOKBACK else simulated(kind, seed)
     table = covariate_table(parse_covariates(DECLARED[kind]), [x])
     planted = kind in ('volatility', 'drift')
-    found, steps, data, test = trained(bars, table, L, seed, ARMS | (dict(alone='side') if planted else {}))
-    row = dict(kind=kind, seed=seed) | {f'step_{k}': n for k, n in steps.items()}
+    arms = ARMS | (dict(alone='side') if planted else {})
+    found, steps, data, test = trained(bars, table, L, seed, arms, longer)
+    row = dict(kind=kind, seed=seed, longer=longer) | {f'step_{k}': n for k, n in steps.items()}
     row |= judged(found['rival'], found['model'], bars, test, L, origins, seed)
     if planted:
-        row['tokens'] = size_in_tokens(kind, found['model'].tokenizer, data, x.x.to_numpy(), L)
+        row |= sizes_in_windows(kind, found['model'].tokenizer, data, x.x.to_numpy(), L)
         for name in ('model', 'alone'):
-            row[f'size_{name}'], row[f'se_{name}'] = found_effect(kind, found[name], test, table, L, seed)
+            effect = found_effect(kind, found[name], test, table, L, seed)
+            row |= dict(zip((f'size_{name}', f'se_{name}', f'spread_{name}'), effect))
     return row | dict(cpu_s=round(time.process_time() - began, 1))
 
 
 def plan(seeds, folder):
-    "Yield (kind, seed) of every trial"
-    for seed in range(max(seeds, 3)):
-        real = ('btc', 'hours') if folder else ()
-        if seed < 3: yield from ((kind, seed) for kind in ('volatility', 'drift', *real))
-        if seed < seeds: yield 'noise', seed
+    "Yield (kind, seed, longer) of every trial"
+    for seed in range(3):
+        yield from ((kind, seed, 1) for kind in ('volatility', 'drift', *(('btc', 'hours') if folder else ())))
+    yield from ((kind, 0, 4) for kind in ('volatility', 'drift'))
+    yield from (('noise', seed, 1) for seed in range(seeds))
 
 
 def main():
@@ -238,10 +268,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     rows = pd.read_csv(a.out).to_dict('records') if a.out.exists() else []
-    done = {(o['kind'], o['seed']) for o in rows}
-    for kind, seed in plan(a.seeds, a.pairs):
-        if (kind, seed) in done: continue
-        rows.append(trial(kind, seed, a.pairs, a.origins))
+    done = {(o['kind'], o['seed'], o['longer']) for o in rows}
+    for key in plan(a.seeds, a.pairs):
+        if key in done: continue
+        rows.append(trial(*key, a.pairs, a.origins))
         pd.DataFrame(rows).to_csv(a.out, index=False, float_format='%.5g')
         print(rows[-1], flush=True)
 

@@ -33,16 +33,28 @@ def _exchanged(side, k, moving, order):
     return side
 
 # %% ../../nbs/api/6_judging/65_importance.ipynb #683546b9
-def _losses(forecaster, dataset, change=lambda side: side):
-    "Return the loss of every window, (N,), under a change of the side inputs"
-    out, side, L = [], change(dataset.side(range(len(dataset)))), dataset.lookback_window
-    with evaluating(forecaster.tokenizer, *forecaster.predictors):
-        for i in range(0, len(dataset), 64):
-            rows = np.arange(i, min(i + 64, len(dataset)))
-            x, stamp, _ = dataset.arrays(rows)
-            with torch.no_grad(): s1, s2 = forecaster.tokenizer.encode(x.to(forecaster.device), half=True)
-            t = s1.long(), s2.long(), stamp.to(forecaster.device), side[rows].to(forecaster.device)
-            out.append(torch.stack([_future_losses(m, *t, L) for m in forecaster.predictors]).mean(0).cpu())
+_BATCH = 64
+
+@torch.no_grad()
+def _tokens_of(forecaster, dataset, rows) -> list: # (s1, s2, stamp) of each batch
+    "Return what a predictor reads of the candles of windows"
+    out = []
+    with evaluating(forecaster.tokenizer):
+        for i in range(0, len(rows), _BATCH):
+            x, stamp, _ = dataset.arrays(rows[i:i + _BATCH])
+            s1, s2 = forecaster.tokenizer.encode(x.to(forecaster.device), half=True)
+            out.append((s1.long(), s2.long(), stamp.to(forecaster.device)))
+    return out
+
+# %% ../../nbs/api/6_judging/65_importance.ipynb #3523df44
+def _losses(forecaster, tokens, side, lookback_window):
+    "Return the loss of every window, (N,), with side inputs (N, T, C)"
+    out = []
+    with evaluating(*forecaster.predictors):
+        for t, part in zip(tokens, side.split(_BATCH)):
+            part = part.to(forecaster.device)
+            each = [_future_losses(m, *t, part, lookback_window) for m in forecaster.predictors]
+            out.append(torch.stack(each).mean(0).cpu())
     return torch.cat(out).double().numpy()
 
 # %% ../../nbs/api/6_judging/65_importance.ipynb #bc4f9f45
@@ -63,13 +75,17 @@ def importance(
     predict_window: int | None = None,
     draws: int = 5,   # Exchanges that are averaged
     seed: int = 0,
+    most: int | None = None, # Windows that are read, evenly spread; None: all whose futures do not overlap
 ) -> pd.DataFrame: # covariate, importance (nats per bar), low, high, windows
     "Return how much worse a model predicts future bars without what each covariate tells, with 95 % intervals"
     dataset, table, rows = _windows_of(forecaster, bars, lookback_window, predict_window), forecaster.table, []
-    base, K = _losses(forecaster, dataset), len(table.moving)
+    n, K, L = len(dataset), len(table.moving), dataset.lookback_window
+    at = np.unique(np.linspace(0, n - 1, min(n, most or n)).round().astype(int))
+    tokens, side = _tokens_of(forecaster, dataset, at), dataset.side(at)
+    base = _losses(forecaster, tokens, side, L)
     for k, c in enumerate([*table.moving, *table.static]):
-        orders = [np_rng(seed, 'exchange', c.name, d).permutation(len(dataset)) for d in range(draws)]
-        more = [_losses(forecaster, dataset, lambda side, o=o: _exchanged(side, k, K, o)) - base for o in orders]
+        orders = [np_rng(seed, 'exchange', c.name, d).permutation(len(at)) for d in range(draws)]
+        more = [_losses(forecaster, tokens, _exchanged(side, k, K, o), L) - base for o in orders]
         rows.append(dict(covariate=c.name) | _interval_of(np.mean(more, 0), seed))
     return pd.DataFrame(rows).sort_values('importance', ascending=False, ignore_index=True)
 
