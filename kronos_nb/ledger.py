@@ -22,6 +22,7 @@ from .settings import Sampling
 from .data.parse import bar_interval
 from .data.read import as_frame
 from .training.run import only_writer
+from .decode.calibration import pools_text
 from .forecast import Forecast
 from .judging.metrics import LEVELS, prob_up, quantiles
 from .judging.baselines import default_baselines
@@ -36,10 +37,13 @@ _SHARED = (*Sampling.__dataclass_fields__, 'lookback_window', 'max_context', 'pr
            'baseline')   # the other settings of a forecast are numbers of its own
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #ed4a4aec
-def _series_settings(forecast) -> str:
+def _settings_of(
+    forecast,
+    *more, # Names of settings that may differ within a series
+) -> str:
     "Return as JSON what all forecasts of a series share"
-    same = {k: v for k, v in forecast.settings.items() if k in _SHARED}
-    return json.dumps(jsonable(same), sort_keys=True)
+    same = {k: v for k, v in sorted(forecast.settings.items()) if k in (*_SHARED, *more)}
+    return json.dumps(jsonable(same))
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #2e066b6d
 def _refuse(forecast, why): raise DataError(f"{one_line(forecast.symbol) or 'the forecast'}: {why}")
@@ -83,10 +87,9 @@ def _rows(
     "Return a forecast as rows of the ledger"
     check_forecast(f)
     interval, origin = bar_interval(f.history.index)/1e9, f.history.index[-1]
-    settings = _series_settings(f)
-    series = _digest(model, settings, interval, len(f))
+    series = _digest(model, _settings_of(f), interval, len(f))
     head = dict(key=_digest(series, f.symbol, str(origin)), series=series, model=model, symbol=f.symbol,
-                interval=interval, origin=origin, made=made, settings=settings)
+                interval=interval, origin=origin, made=made, settings=_settings_of(f, 'pools'))
     return pd.DataFrame(head | _columns(f))
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #0db845f7
@@ -600,6 +603,7 @@ def sentences(self: LedgerReport) -> list:
                    "these are replays, and prove nothing about the future.")
     if self.revised:
         out.append(f"{_many(self.revised, 'grade')} of a bar changed because it came late or was corrected.")
+    if pools := json.loads(f.settings).get('pools'): out.append(f'As delivered, {pools_text(pools)}.')
     return out
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #56ac03ae

@@ -75,17 +75,48 @@ def test_pythons_and_classifiers(metadata):
 
 def test_the_release_is_checked_and_trusted():
     jobs = yaml.safe_load((root/'.github'/'workflows'/'release.yml').read_text())['jobs']
-    assert jobs['publish']['permissions'] == {'id-token': 'write', 'attestations': 'write', 'contents': 'write'}
+    assert jobs['publish']['permissions'] == {'id-token': 'write', 'attestations': 'write'}
+    assert jobs['announce']['permissions'] == {'contents': 'write'} and jobs['announce']['needs'] == 'publish'
     assert jobs['publish']['needs'] == 'install' and jobs['install']['needs'] == 'build'
     text = (root/'.github'/'workflows'/'release.yml').read_text()
     assert 'password' not in re.sub('#.*', '', text) and 'secrets.' not in text
 
 
-def test_a_tag_agrees_with_the_version():
-    release = tool('release')
-    assert not release.problems(f"v{cfg['version']}") and release.changes(cfg['version'])
+ACTIONS = {   # the first version that runs on Node 24: GitHub took Node 20 off its runners in September 2026
+    'actions/checkout': 5, 'actions/setup-python': 6, 'actions/upload-artifact': 6, 'actions/download-artifact': 7,
+    'actions/upload-pages-artifact': 5, 'actions/deploy-pages': 5, 'actions/attest': 3,
+    'quarto-dev/quarto-actions/setup': 2, 'pypa/gh-action-pypi-publish': None}   # a composite, and a container
+
+
+@pytest.mark.parametrize('name', ['ci.yml', 'release.yml'])
+def test_actions_run_where_runners_are(name):
+    jobs = yaml.safe_load((root/'.github'/'workflows'/name).read_text())['jobs']
+    for used in (step['uses'] for job in jobs.values() for step in job['steps'] if 'uses' in step):
+        action, _, at = used.partition('@')
+        least = ACTIONS[action]
+        assert at == 'release/v1' if least is None else int(at.removeprefix('v')) >= least, used
+
+
+def test_a_tag_agrees_with_the_version(tmp_path, monkeypatch):
+    release, names = tool('release'), ['settings.ini', 'CITATION.cff', 'CHANGELOG.md', 'kronos_nb/__init__.py']
+    for name in names:
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text((root/name).read_text(encoding='utf-8'), encoding='utf-8')
+    monkeypatch.setattr(release, 'root', tmp_path)
+    assert release.changes(cfg['version']) and release.changes('99.0.0') == ''
     assert release.problems('v99') and release.problems(cfg['version'])
-    assert release.changes('99.0.0') == ''
+    kept = release.changes('Unreleased')
+    for old in (cfg['version'], '99'):   # there already, or no version
+        with pytest.raises(SystemExit):
+            release.prepare(old)
+    release.prepare('98.7.6')
+    assert not release.problems('v98.7.6') and release.changes('98.7.6') == kept and not release.changes('Unreleased')
+    changelog = tmp_path/'CHANGELOG.md'
+    changelog.write_text(changelog.read_text().replace('## Unreleased\n', '## Unreleased\n\n- Something.\n'))
+    assert release.problems('v98.7.6')   # what no version names would be in the wheel all the same
+
+
+def test_the_version_is_everywhere_the_same():
     assert f"version: {cfg['version']}\n" in (root/'CITATION.cff').read_text()
 
 
