@@ -23,7 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 from kronos_nb.cli import main
-from tests.faults.damage import make, make_ledger, once, outcome
+from tests.faults.damage import cheaply, make, make_ledger, once, outcome
 
 ERRORS = ('ENOSPC', 'EROFS')
 CHANGES = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'shutil.rmtree')
@@ -199,7 +199,12 @@ def main_():
     p.add_argument('--seed', type=int, default=0, help='of the draw')
     p.add_argument('--only', nargs='*', help='these commands')
     p.add_argument('--seconds', type=float, default=float('inf'), help='begin no case after these')
-    a = p.parse_args()
+    with cheaply():
+        return try_all(p.parse_args())
+
+
+def try_all(a):
+    "Try the cases that have no result yet, and count how all of them ended"
     os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
     os.fsync = lambda fd: None   # slow, and only a power cut needs it
     out, ends, draw = a.out.resolve(), time.monotonic() + a.seconds, random.Random(a.seed)
