@@ -87,17 +87,25 @@ def augment(self: Stage) -> Augment:
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-014
 @patch(as_prop=True)
+def _windows_seen(self: Stage) -> int:
+    "Return how many windows the stage trains on at most, repeats counted"
+    k = self.settings
+    epochs = (self.cfg.data.windows_per_epoch or len(self.data.train))*k.epochs
+    if k.max_steps is None: return epochs
+    return min(epochs, k.max_steps*k.batch_size*k.accumulation_steps*self.backend.world)
+
+# %% ../../nbs/api/7_fit/73_stage.ipynb #d048bdbf
+@patch(as_prop=True)
 def token_place(self: Stage) -> str: # 'memory', 'disk' or 'off'
     "Return where the tokens of all windows are kept"
     if self.tokenizer is None: return 'off'
-    asked, d, windows = self.cfg.runtime.cache_tokens, self.cfg.data, self.data.train
+    asked, windows = self.cfg.runtime.cache_tokens, self.data.train
     if self.augment.on:
         if asked in ('auto', 'off'): return 'off'
         raise ConfigError(f"runtime.cache_tokens={asked} needs windows that stay the same, and augment is on. "
             "Use auto or off")
     if asked != 'auto': return asked
-    seen = (d.windows_per_epoch or len(windows))*self.settings.epochs
-    return 'memory' if len(windows)*windows.window*4 <= 2e9 and seen >= len(windows) else 'off'
+    return 'memory' if len(windows)*windows.window*4 <= 2e9 and self._windows_seen >= len(windows) else 'off'
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-015
 @patch(as_prop=True)
