@@ -627,31 +627,72 @@ def _dates_axis(ax):
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #35b779dd
+_MEAN_OF = 10
+
+@patch
+def _draw_coverage(self: LedgerReport, ax):
+    "Draw the share of closes inside the bands"
+    held, right = 100*self.watched['coverage'], 100*_nominal(self.facts.paths)
+    title = f'closes inside the bands, %: the mean of three bands, {right:.0f} is right'
+    self._draw_rolling(ax, held, held.rolling(_MEAN_OF).mean(), right, title)
+
+@patch
+def _draw_skill(self: LedgerReport, ax):
+    "Draw the CRPS in multiples of the naive one"
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    w, mean = self.watched, self.watched[['crps', 'naive']].rolling(_MEAN_OF).mean()
+    ax.set_yscale('log')
+    self._draw_rolling(ax, w['crps']/w['naive'], mean['crps']/mean['naive'], 1,
+        'CRPS in multiples of that of the naive forecast that was best so far: below 1 is better')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
 # %% ../nbs/api/8_share/84_ledger.ipynb #26ae6b75
 @patch
-def _draw_rolling(self: LedgerReport, ax, values, right, title, n=10):
-    "Draw a value of each date and its mean over the last dates"
-    ax.plot(values.index, 100*values, '.', ms=4, color=COLORS['reference'], label='a date')
-    if len(values) >= n:
-        ax.plot(values.index, 100*values.rolling(n).mean(), color=COLORS['model'], lw=1.5, label=f'mean of {n} dates')
-    ax.axhline(100*right, color=COLORS['history'], lw=.8, ls='--', label='as it should be')
-    ax.set_title(title, fontsize=9)
+def _draw_rolling(self: LedgerReport, ax, values, means, right, title):
+    "Draw a value of each date, and the mean over the last dates where there are enough"
+    ax.plot(values.index, values, '.', ms=4, color=COLORS['light'], label='a date')
+    if means.notna().any():
+        ax.plot(means.index, means, color=COLORS['model'], lw=1.5, label=f'mean of {_MEAN_OF} dates')
+    ax.axhline(right, color=COLORS['reference'], lw=1, ls='--', label='as it should be')
+    ax.set_title(title, fontsize=9, loc='left')
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #fec79e83
+_ALARMS = dict(bands=('recalibrate', COLORS['base']), skill=('stop trusting', COLORS['truth']))
+
+@patch
+def _draw_evidence(self: LedgerReport, ax):
+    "Draw how far each alarm is"
+    w = self.watched
+    for name, (text, color) in _ALARMS.items():
+        ax.semilogy(w.index, w[name], color=color, lw=1.5, marker='.', ms=3, label=text)
+    ax.axhline(ONE_IN, color=COLORS['history'], lw=1, ls='--', label='alarm')
+    ax.set_ylim(top=5*max(ONE_IN, w[list(_ALARMS)].max(axis=None)))
+    ax.set_title(f'evidence of a fault: an alarm from {ONE_IN:,} on', fontsize=9, loc='left')
+
+# %% ../nbs/api/8_share/84_ledger.ipynb #64155ef7
+@patch
+def _mark_alarms(self: LedgerReport, axs):
+    "Draw on every panel since when an alarm holds, and say it on the last one"
+    for name, (text, color) in _ALARMS.items():
+        since = self._since(name)
+        if since is None: continue
+        for ax in axs: ax.axvline(since, color=color, lw=1)
+        axs[-1].annotate(f' {text} since {since:%Y-%m-%d}', (since, .04), xycoords=('data', 'axes fraction'),
+                         color=color, fontsize=9)
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #54626bc4
 @patch
 def plot(self: LedgerReport): # The figure
     "Draw coverage, CRPS and evidence over time"
-    fig, axs = figure(12, 2.8, 1, 3)
-    w, right = self.watched, _nominal(self.facts.paths)
-    self._draw_rolling(axs[0], w['coverage'], right, 'closes inside the bands, %')
-    self._draw_rolling(axs[1], 1 - w['crps']/w['naive'], 0, 'CRPS below the best naive one, %')
-    axs[2].semilogy(w.index, w['bands'], color=COLORS['base'], lw=1.2, label='recalibrate')
-    axs[2].semilogy(w.index, w['skill'], color=COLORS['history'], lw=1.2, label='stop trusting')
-    axs[2].axhline(ONE_IN, color=COLORS['truth'], lw=1, ls='--', label='alarm')
-    axs[2].set_title('evidence of a fault', fontsize=9)
-    axs[2].set_ylim(top=3*max(ONE_IN, w[['bands', 'skill']].max(axis=None)))
-    if len(w) > 1:
-        for ax in axs: _dates_axis(ax)
+    fig, axs = figure(9, 6, 3, 1, sharex=True)
+    self._draw_coverage(axs[0])
+    self._draw_skill(axs[1])
+    self._draw_evidence(axs[2])
+    self._mark_alarms(axs)
+    if len(self.watched) > 1: _dates_axis(axs[2])
     legend_beside(fig)
     return fig
 

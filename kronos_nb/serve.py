@@ -7,7 +7,7 @@ __all__ = ['Limits', 'Refusal', 'parse_bars', 'Batcher', 'Gate', 'Service', 'mak
            'serve']
 
 # %% ../nbs/api/8_share/88_serve.ipynb #a09c214d
-import asyncio, hmac, json, logging, os, secrets, socket, time
+import asyncio, contextlib, hmac, json, logging, os, secrets, socket, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from . import __version__
 from .core import ConfigError, DataError, KronosError, RunError, nearest, one_line, short_repr
 from .settings import Sampling
-from .data.read import read_klines
+from .data.read import read_klines, sample_klines
 from .ledger import name_of
 from .schedule import fetch_recent
 
@@ -382,7 +382,6 @@ def make_app(
 # %% ../nbs/api/8_share/88_serve.ipynb #cd6d509d
 def _lifespan(service):
     "Return what begins and ends with the application"
-    import contextlib
     @contextlib.asynccontextmanager
     async def lifespan(app):
         service.batcher.start()
@@ -406,6 +405,16 @@ def _add_routes(app, service, metrics, ForecastRequest):
 # %% ../nbs/api/8_share/88_serve.ipynb #5442597e
 _log = logging.getLogger('kronos_nb.serve')
 
+# %% ../nbs/api/8_share/88_serve.ipynb #fd6d9576
+_UNREADABLE = "the body cannot be read as JSON; a number may be too long, or lists too deep"
+
+def _wrong_field(request, first) -> Refusal:
+    "Return what is wrong with the first field that is wrong"
+    at = '.'.join(map(str, first['loc'][1:]))
+    if not at and 'json' not in request.headers.get('content-type', ''):
+        return Refusal(415, 'InvalidRequest', "send the body as JSON, with the header Content-Type: application/json")
+    return Refusal(422, 'InvalidRequest', f"{one_line(at or 'the body')[:80]}: {one_line(first['msg'])[:200]}")
+
 # %% ../nbs/api/8_share/88_serve.ipynb #4b45aafc
 def _add_errors(app):
     "Answer errors as JSON"
@@ -416,12 +425,11 @@ def _add_errors(app):
     @app.exception_handler(KronosError)
     async def known(request, e): return answer(_as_refusal(e))
     @app.exception_handler(RequestValidationError)
-    async def invalid(request, e):
-        first = e.errors()[0]
-        at = '.'.join(map(str, first['loc'][1:])) or 'the body'
-        return answer(Refusal(422, 'InvalidRequest', f"{one_line(at)[:80]}: {one_line(first['msg'])[:200]}"))
+    async def invalid(request, e): return answer(_wrong_field(request, e.errors()[0]))
     @app.exception_handler(HTTPException)
-    async def refused(request, e): return answer(Refusal(e.status_code, 'HTTPError', one_line(e.detail)[:200]))
+    async def refused(request, e):
+        if e.status_code == 400: return answer(Refusal(400, 'InvalidRequest', _UNREADABLE))
+        return answer(Refusal(e.status_code, 'HTTPError', one_line(e.detail)[:200]))
     @app.exception_handler(Exception)
     async def unknown(request, e):
         return answer(Refusal(500, 'InternalError', 'the service failed; its log says why'))
@@ -476,6 +484,15 @@ def named_models(
         out[name] = path
     return out
 
+# %% ../nbs/api/8_share/88_serve.ipynb #a4bac661
+def _warm_up(models: dict):
+    "Forecast two bars with each model, with one path and with several, which run in different kernels"
+    bars = sample_klines('DOGEUSDT')[-200:]
+    for f in models.values():
+        for paths in (1, 30):
+            with contextlib.suppress(KronosError):   # it reads more than the six columns: its first request waits
+                f.predict_many([bars], 2, paths=paths, progress=False)
+
 # %% ../nbs/api/8_share/88_serve.ipynb #95933431
 def serve(
     models: dict,    # Name -> forecaster
@@ -490,6 +507,7 @@ def serve(
     """
     uvicorn, (token, new), limits = _need('uvicorn'), take_token(), limits or Limits()
     app, s = make_app(Service(models, limits, tuple(sources)), token), listen(ip, port)
+    _warm_up(models)
     server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='on', ws='none', server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=int(limits.timeout) + 5))
     host = f'[{ip}]' if ':' in ip else ip
