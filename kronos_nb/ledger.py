@@ -646,7 +646,7 @@ def _draw_skill(self: LedgerReport, ax):
     ax.set_yscale('log')
     self._draw_rolling(ax, w['crps']/w['naive'], mean['crps']/mean['naive'], 1,
         'CRPS in multiples of that of the naive forecast that was best so far: below 1 is better')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())
 
