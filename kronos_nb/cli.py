@@ -1370,9 +1370,12 @@ def run_turn(a):
     done = run_once(f, bars, a.ledger, horizon, lookback, **how)
     print(done)
     print(f"Ledger: {a.ledger}; kronos-nb ledger show --ledger {a.ledger}")
-    if done.failed:
-        _say(f"{len(done.failed)} failed, {name_list(done.failed, 5)}: see above; the next turn tries again")
-    return 1 if done.failed else 0
+    if not done.failed:
+        return 0
+    _say(f"{len(done.failed)} failed, {name_list(done.failed, 5)}: see above; the next turn tries again")
+    if mend := next((e for e in done.failed.values() if e.options), None):
+        _say(f'Try: {_next_command(a, mend)}')
+    return 1
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #a704f103
 def run_serve(a):

@@ -637,17 +637,19 @@ def _draw_coverage(self: LedgerReport, ax):
     title = f'closes inside the bands, %: the mean of three bands, {right:.0f} is right'
     self._draw_rolling(ax, held, held.rolling(_MEAN_OF).mean(), right, title)
 
+# %% ../nbs/api/8_share/84_ledger.ipynb #034c81e6
 @patch
 def _draw_skill(self: LedgerReport, ax):
     "Draw the CRPS in multiples of the naive one"
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
     w, mean = self.watched, self.watched[['crps', 'naive']].rolling(_MEAN_OF).mean()
     ax.set_yscale('log')
     self._draw_rolling(ax, w['crps']/w['naive'], mean['crps']/mean['naive'], 1,
         'CRPS in multiples of that of the naive forecast that was best so far: below 1 is better')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5*low else (1, 1.5, 2, 3, 5, 7)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #26ae6b75
 @patch
@@ -667,6 +669,8 @@ def _draw_evidence(self: LedgerReport, ax):
     "Draw how far each alarm is"
     w = self.watched
     for name, (text, color) in _ALARMS.items():
+        since = self._since(name)
+        text = text if since is None else f'{text},\nsince {since:%Y-%m-%d}'
         ax.semilogy(w.index, w[name], color=color, lw=1.5, marker='.', ms=3, label=text)
     ax.axhline(ONE_IN, color=COLORS['history'], lw=1, ls='--', label='alarm')
     ax.set_ylim(top=5*max(ONE_IN, w[list(_ALARMS)].max(axis=None)))
@@ -675,13 +679,11 @@ def _draw_evidence(self: LedgerReport, ax):
 # %% ../nbs/api/8_share/84_ledger.ipynb #64155ef7
 @patch
 def _mark_alarms(self: LedgerReport, axs):
-    "Draw on every panel since when an alarm holds, and say it on the last one"
-    for name, (text, color) in _ALARMS.items():
+    "Draw on every panel since when an alarm holds"
+    for name, (_, color) in _ALARMS.items():
         since = self._since(name)
         if since is None: continue
         for ax in axs: ax.axvline(since, color=color, lw=1)
-        axs[-1].annotate(f' {text} since {since:%Y-%m-%d}', (since, .04), xycoords=('data', 'axes fraction'),
-                         color=color, fontsize=9)
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #54626bc4
 @patch

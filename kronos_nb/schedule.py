@@ -34,15 +34,14 @@ _STALE = 3   # intervals after which a source is called late
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #7173b554
 def _late_sources(groups, now) -> list:
-    "Return a note for each symbol whose newest bar is old"
-    notes = []
+    "Return a note on the symbols whose newest bar is old, one for each such moment"
+    late = {}
     for symbol, bars in groups.items():
-        t = bars['timestamps']
-        step, last = bar_interval(t), t.iloc[-1]
-        if step and now - last > pd.Timedelta(step)*(_STALE + 1):
-            notes.append(f'{one_line(symbol)}: the newest bar is of {date_text(last)}, at an interval of '
-                         f'{interval_text(step/1e9)}; the source is late, or the market is closed')
-    return notes
+        step, last = bar_interval(bars['timestamps']), bars['timestamps'].iloc[-1]
+        if step and now - last > pd.Timedelta(step)*(_STALE + 1): late.setdefault((last, step), []).append(symbol)
+    return [f'{name_list(map(one_line, symbols), 5)}: the newest bar is of {date_text(last)}, at an interval of '
+            f'{interval_text(step/1e9)}; the source is late, or the market is closed'
+            for (last, step), symbols in late.items()]
 
 # %% ../nbs/api/8_share/86_schedule.ipynb #df8c9242
 def fetch_recent(

@@ -134,6 +134,16 @@ def test_one_file_of_several_is_damaged(tmp_path, capsys, monkeypatch):
     assert main(['run', '*.parquet', *OPTIONS, '--symbols', 'A', 'Z']) == 1 and 'Z' in capsys.readouterr().out
 
 
+def test_the_error_of_one_symbol_names_the_option_that_mends_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoilt(until(N), 'a close that is no number').to_parquet('bars.parquet')
+    assert main(['run', 'bars.parquet', *OPTIONS]) == 1
+    out, err = capsys.readouterr()
+    tried = err.split('Try: kronos-nb ')[1].split()
+    assert '--repair' in tried and main(tried) == 0
+    assert out.count('the source is late') == 1   # for all symbols at once
+
+
 def test_parts_of_one_symbol_are_not_read_around_a_damaged_one(tmp_path):
     for i, part in enumerate((walk[:50], walk[50:100], walk[100:150])): part.to_parquet(tmp_path/f'{i}.parquet')
     (tmp_path/'1.parquet').write_bytes(b'PAR1')
