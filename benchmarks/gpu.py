@@ -1,4 +1,4 @@
-"""What a GPU makes of the work: steps, precision, compiler, forecasts and memory, in one table.
+"""What a GPU makes of the work: steps, precision, compiler, forecasts, graphs, waits and memory, in one table.
 
     python benchmarks/gpu.py                        on the first GPU, ten minutes or less
     python benchmarks/gpu.py --sizes Kronos-mini --batch 8 --repeats 3
@@ -10,25 +10,37 @@ synchronisations. Random weights of the published sizes; the tokenizer is Kronos
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kronos_nb.decode import engine
 from kronos_nb.decode.engine import Decoder, Detokenizer
 from kronos_nb.decode.sample import Prefill, decode_tail, generate
+from kronos_nb.decode.static import generate_static
 from kronos_nb.display import md_table
+from kronos_nb.kernels import autograd, parallel
+from kronos_nb.model import layers
 from kronos_nb.model.predictor import Kronos
 from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.training.optim import adamw
 from kronos_nb.training.task import PredictorTask, TokenizerTask
 
-T4 = 15.0  # GB that a card of 16 GB leaves
+G = 2**30
+T4 = 14.5  # GiB that a card of 15 GiB leaves
 SIZES = ('Kronos-mini', 'Kronos-small', 'Kronos-base')
 
 
@@ -106,7 +118,8 @@ def step(task, batch, opt, scaler, device, dtype):
 
 def train_row(size, a, name, dtype, compiled):
     "Return the row of one way to train"
-    row = dict(what=f'step, {name}{", compiled" if compiled else ""}', size=size, ms='', per_s='', peak_GB='')
+    row = dict(what=f'step, {name}{", compiled" if compiled else ""}', size=size)
+    row |= dict(ms='', per_s='', peak_GiB='', waits='')
     try:
         if a.device.startswith('cuda'):
             torch.cuda.empty_cache()
@@ -119,58 +132,140 @@ def train_row(size, a, name, dtype, compiled):
         ms = median_ms(lambda: step(task, batch, opt, scaler, a.device, dtype), a.device, a.repeats)
         row |= dict(ms=f'{ms:.1f}', per_s=f'{1000*a.batch/ms:.0f} windows')
         if a.device.startswith('cuda'):
-            row['peak_GB'] = f'{torch.cuda.max_memory_allocated()/1e9:.2f}'
+            row['peak_GiB'] = f'{torch.cuda.max_memory_allocated()/G:.2f}'
+            row['waits'] = waits(task, batch, opt, scaler, a.device, dtype)
     except (RuntimeError, torch.OutOfMemoryError) as e:
         row['ms'] = f'{type(e).__name__}: {str(e).splitlines()[0][:60]}'
     return row
 
 
-def forecast_row(size, a, paths):
-    "Return the row of a forecast: 400 bars of history and 64 drawn, decoded to bars"
+def waits(task, batch, opt, scaler, device, dtype):
+    "Return how often the processor waited for the GPU in a step, as PyTorch counts it"
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            step(task, batch, opt, scaler, device, dtype)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    return sum('synchroniz' in str(w.message).lower() for w in seen)
+
+
+def forecast_rows(size, a, paths):
+    "Yield a row for each way to forecast: 400 bars of history and 64 drawn, decoded to bars; the tokens must be equal"
     tokenizer, predictor = model_of('Kronos-Tokenizer-base', a.device).eval(), model_of(size, a.device).eval()
     L, H = min(400, a.bars), 64
     x, stamp = torch.randn(1, L, 6, device=a.device), torch.ones(1, L + H, 5, dtype=torch.long, device=a.device)
-    u = torch.rand(1, paths, H, 2, dtype=torch.float64).to(a.device)
+    u, tokens = torch.rand(1, paths, H, 2, dtype=torch.float64).to(a.device), {}
 
-    def call():
+    def call(draw_all):
         with torch.inference_mode():
             history = detokenizer.encode(x)
-            made = generate(Prefill(decoder, *history, stamp, 512), u, 1., 0, .9)
+            made = draw_all(Prefill(decoder, *history, stamp, 512), u, 1., 0, .9)
             decode_tail(detokenizer, history, made, 512)
+        tokens[draw_all] = torch.stack(made)
 
-    with torch.no_grad():
-        decoder, detokenizer = Decoder(predictor), Detokenizer(tokenizer)
-    ms = median_ms(call, a.device, max(1, a.repeats//3))
-    return dict(what=f'forecast, {paths} paths', size=size, ms=f'{ms:.0f}', per_s=f'{1000*H/ms:.0f} bars', peak_GB='')
+    for draw_all, name in ((generate, ''), (generate_static, ', a graph')):
+        # on a CPU, caches of machine code are no tensors
+        with torch.no_grad(), mock.patch.object(engine, 'machine_code', lambda name: None):
+            decoder, detokenizer = Decoder(predictor), Detokenizer(tokenizer)
+            ms = median_ms(lambda: call(draw_all), a.device, max(1, a.repeats//3))
+        row = dict(what=f'forecast, {paths} paths{name}', size=size, ms=f'{ms:.0f}', per_s=f'{1000*H/ms:.0f} bars')
+        yield row | dict(peak_GiB='', waits='')
+    same = (tokens[generate] == tokens[generate_static]).float().mean()
+    print(f'check {size}, {paths} paths: {same:.1%} of the tokens of static steps are those of the usual ones')
 
 
-def kept_bytes(size, batch, bars):
-    "Return the bytes of activations kept for the backward pass, counted on the meta device in float32"
-    (task, x), kept = work(size, batch, bars, 'meta'), {}
+@contextlib.contextmanager
+def as_on_a_gpu(efficient=False):
+    """Let any device do the operations of a GPU: no machine code, no pieces, attention in one call
+
+    `efficient`: attention keeps queries, keys, values, output and one number a row (the fused kernels of a GPU; on
+    `meta` only); otherwise it keeps its weights, too (the plain way, which needs the most)."""
+    def attention(q, k, v, mask=None, dropout_p=0.):
+        if efficient:
+            return Efficient.apply(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None)
+
+    def change(module, name, new):
+        return mock.patch.object(module, name, new)
+
+    with change(autograd, '_has_kernels', lambda *tensors: False), change(parallel, 'training', lambda x: False), \
+         change(autograd.Dropout, 'forward', nn.Dropout.forward), change(layers, 'causal_attention', attention), \
+         sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class Efficient(torch.autograd.Function):
+    "Stand for a fused attention: what it keeps, not what it computes"
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(o) for o in ctx.saved_tensors[:3])
+
+
+def kept_bytes(size, batch, bars, device='meta', dtype=None, efficient=False):
+    "Return the bytes of activations kept for the backward pass"
+    (task, x), kept = work(size, batch, bars, device), {}
 
     def keep(t):
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     own = {p.untyped_storage()._cdata for p in task.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        task.train()(**x)['loss']
+    half = torch.autocast('cpu', dtype) if dtype else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with as_on_a_gpu(efficient), hooks, half:
+        loss = task.train()(**x)['loss']
+    del loss
     return sum(n for at, n in kept.items() if at not in own)
+
+
+def peak_bytes(size, batch, bars, device='meta', efficient=False):
+    "Return the most bytes that live at once in a forward and a backward pass: weights, gradients, kept, temporary"
+    task, x = work(size, batch, bars, device)
+    tracker = MemTracker()
+    tracker.track_external(task.train())
+    with as_on_a_gpu(efficient), tracker:
+        task(**x)['loss'].backward()
+    return max(v['Total'] for v in tracker.get_tracker_snapshot('peak').values())
 
 
 def memory(a):
     "Print weights, gradients, optimizer and activations of each size, and the batch that fits"
-    rows = []
+    small, rows = (2, min(a.bars, 128)), []
     for size in ['Kronos-Tokenizer-base', *a.sizes]:
         n = sum(p.numel() for p in model_of(size, 'meta').parameters())
-        one, two = (kept_bytes(size, b, a.bars) for b in (1, 3))
-        each, fixed = (two - one)/2, 16*n
-        fits = int((T4*1e9 - fixed)/each)
-        whole = dict(fixed_GB=f'{fixed/1e9:.2f}', window_MB=f'{each/1e6:.0f}')
-        whole |= dict(batch_GB=f'{(fixed + a.batch*each)/1e9:.1f}', windows_that_fit=fits)
-        rows.append(dict(size=size, parameters=f'{n/1e6:.1f} M') | whole)
-    print(f'float32, {a.bars} bars, batch {a.batch}; a card that leaves {T4:.0f} GB. Fixed: weights, gradients, both\n'
-          'moments. Counted on the meta device, not measured on a card.')
+        row = dict(size=size, parameters=f'{n/1e6:.1f} M', fixed_GiB=f'{16*n/G:.2f}')
+        half = kept_bytes(size, *small, 'cpu', torch.bfloat16)/kept_bytes(size, *small, 'cpu')
+        ways = {'float32': (16*n, 1., False), 'float32, fused': (16*n, 1., True), 'half, fused': (18*n, half, True)}
+        for name, (fixed, share, efficient) in ways.items():
+            one, three = (peak_bytes(size, b, a.bars, efficient=efficient) for b in (1, 3))
+            each = share*(three - one)/2
+            row[f'{name}: a window, MiB'] = f'{each/2**20:.0f}'
+            row[f'{name}: batch of {a.batch}, GiB'] = f'{(fixed + a.batch*each)/G:.1f}'
+            row[f'{name}: windows that fit'] = int((T4*G - fixed)/each)
+        rows.append(row)
+    print(f'{a.bars} bars; a card that leaves {T4} GiB. Fixed: weights, gradients, both moments; half precision has\n'
+          'a copy of the weights. The most that lives at once, counted on the meta device; not measured on a card.\n')
+    print(md_table(pd.DataFrame(rows).set_index('size').T.rename_axis('').reset_index()))
+    check_memory(a, *small)
+
+
+def check_memory(a, batch, bars):
+    "Print what the CPU keeps and holds in the same operations, beside the meta device"
+    rows = []
+    for size in ['Kronos-Tokenizer-base', *a.sizes]:
+        found = {d: (kept_bytes(size, batch, bars, d), peak_bytes(size, batch, bars, d)) for d in ('meta', 'cpu')}
+        found['cpu, bfloat16'] = kept_bytes(size, batch, bars, 'cpu', torch.bfloat16), None
+        rows.append(dict(size=size) | {f'{what}, {d}': f'{o[i]/2**20:.1f}' for i, what in enumerate(('kept', 'peak'))
+                                      for d, o in found.items() if o[i]})
+    print(f'\nThe same, {batch} windows of {bars} bars, MiB, beside what the CPU keeps and holds:\n')
     print(md_table(pd.DataFrame(rows)))
 
 
@@ -190,8 +285,9 @@ def main():
         for name, dtype in {'fp32': None, **half}.items():
             for compiled in (False, True)[:2 - a.no_compile]:
                 rows.append(train_row(size, a, name, dtype, compiled))
-    rows += [forecast_row(size, a, paths) for size in a.sizes for paths in (1, 30)]
+    rows += [row for size in a.sizes for paths in (1, 30) for row in forecast_rows(size, a, paths)]
     print(md_table(pd.DataFrame(rows)))
+    memory(a)
     root = Path(__file__).resolve().parents[1]
     if a.device.startswith('cuda') and torch.cuda.device_count() > 1:
         subprocess.run([sys.executable, '-m', 'kronos_nb.cli', 'fit', '--preset', 'quickstart', '--num-gpus', '2',

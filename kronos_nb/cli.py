@@ -750,6 +750,21 @@ def _print_machine(cfg: Config, size: int, out: Path):
         raise ConfigError(f"the checkpoints need about {need:.1f} GiB and the disk of {str(out)!r} has {free:.1f} GiB "
             "free; lower runtime.keep_last, or choose another folder")
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #c18f1d8d
+def _print_timings(cfg: Config, prepared, out: Path):
+    "Time what the settings leave to the machine, as a run does when a stage begins, and print it"
+    from kronos_nb.fitting.stage import Stage
+    from kronos_nb.fitting.timing import time_stage
+    from kronos_nb.train import precision_of
+    from kronos_nb.training.learner import Backend
+    from kronos_nb.training.run import Run
+    backend = Backend(cfg.runtime.device, precision_of(cfg))
+    for name in ('tokenizer', 'predictor'):
+        init = 'scratch' if cfg.base.symbols else getattr(cfg, name).init
+        stage = Stage(Run(out).stage(name), cfg, prepared, backend, init=init)
+        stage.timed = time_stage(stage)
+        if stage.timed: print(f'{name.title()}: {stage.machine.text}')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-076
 def dry_run(cfg: Config, data, out: Path,
     beside=None, # Preset or YAML file to show the settings beside; None: the defaults
@@ -766,6 +781,7 @@ def dry_run(cfg: Config, data, out: Path,
     n_windows = cfg.data.windows_per_epoch or len(prepared.train)
     size = sum(_print_stage(stage, cfg, n_windows) for stage in ('tokenizer', 'predictor'))
     _print_machine(cfg, size, out)
+    _print_timings(cfg, prepared, out)
     print('Everything that a run needs is there.')
     return 0
 

@@ -58,7 +58,7 @@ class Cost:
     bytes: float # kept between the two
 
 # %% ../nbs/api/7_fit/75_estimate.ipynb #cell-013
-def _task(stage, model, batch, window, device):
+def random_task(stage, model, batch, window, device='cpu'):
     "Return the task of a stage and a random batch"
     if stage == 'tokenizer':
         return TokenizerTask(model), dict(x=torch.randn(batch, window, model.config['d_in'], device=device))
@@ -71,7 +71,7 @@ def _measure(stage, arch, window, device, precision, checkpointing, batch):
     "Return the cost of one window; the first of three passes counts bytes, the others time"
     model, kind = CLASSES[stage](**json.loads(arch)).to(device), torch.device(device).type
     model.gradient_checkpointing = checkpointing
-    (task, x), kept, best = _task(stage, model, batch, window, device), {}, math.inf
+    (task, x), kept, best = random_task(stage, model, batch, window, device), {}, math.inf
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t

@@ -36,6 +36,7 @@ from .model.predictor import CROSS_ROPE, Kronos
 from .training.run import BEST, Run, RunStage, is_model
 from .decode.engine import Decoder, Detokenizer, arranged
 from .decode.sample import Prefill, decode_tail, generate, uniforms
+from .decode.static import can_be_static, generate_static
 from .decode.paths import Forecast, Forecasts, check_times, coherent, impossible
 from .decode.calibration import Calibration, saved_calibration
 
@@ -176,6 +177,7 @@ class Forecaster:
         lookback_window: int | None = None, # None: as trained, or `max_context`
         cross_rope: str | None = None, # 'reference' or 'trained'; None: from the config
         compile=False, # Compile what lies between matrix products
+        cuda_graph=False, # On CUDA, replay each step as one graph; inside the context
         precision: str = 'float32', # Or 'bfloat16', of the predictor
         market_tz: str | None = None, # None: as trained, or UTC
         anchor: bool | None = None, # Begin at the last close; None: as trained, or True
@@ -184,6 +186,7 @@ class Forecaster:
         _check_options(cross_rope, precision)
         self.anchor, self.calibration = anchor, calibration
         self.cross_rope, self.compile, self.precision = cross_rope, compile, precision
+        self.cuda_graph = cuda_graph
         self._take(tokenizer, predictor, device)
         self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
         self._recall(max_context, lookback_window, market_tz)
@@ -289,6 +292,13 @@ def _read(self: Forecaster, detokenizer, keys, hists, scales, stamps) -> _Batch:
     side = torch.from_numpy(np.stack([h.side for h in hists])).to(self.device) if self.covariates else None
     return _Batch(keys, tokens, torch.from_numpy(np.stack(stamps)).to(self.device), {}, side=side)
 
+# %% ../nbs/api/5_forecast/56_forecast.ipynb #197f6777
+@patch
+def _generate(self: Forecaster, prefill, u, tick, how):
+    "Draw tokens, by a graph where that is asked for and can be"
+    if not (self.cuda_graph and u.is_cuda and can_be_static(prefill)): return generate(prefill, u, tick=tick, **how)
+    return generate_static(prefill, u, tick=tick, **{k: v for k, v in how.items() if k != 'refresh'})
+
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-050
 @patch
 def _sample(self: Forecaster, decoders, detokenizer, batch, horizon, paths, sampling, tick):
@@ -301,7 +311,7 @@ def _sample(self: Forecaster, decoders, detokenizer, batch, horizon, paths, samp
         u = np.stack([uniforms(sampling.seed, key, mine, horizon) for key in batch.keys])
         if m not in batch.prefills:
             batch.prefills[m] = Prefill(decoders[m], *batch.tokens, batch.stamps, self.max_context, batch.side)
-        made = generate(batch.prefills[m], torch.from_numpy(u).to(self.device), tick=tick, **how)
+        made = self._generate(batch.prefills[m], torch.from_numpy(u).to(self.device), tick, how)
         z = decode_tail(detokenizer, batch.tokens, made, self.max_context, self.anchor)
         if self.anchor: z, batch.last = z
         z = z.unflatten(0, (len(batch.keys), -1)).double().cpu().numpy()

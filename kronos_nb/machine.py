@@ -49,6 +49,7 @@ class Machine:
     persistent: bool     # Whether they live through all epochs
     prefetch: int | None # Batches that each of them keeps ready
     compile: str | None  # Mode of `torch.compile`; None: off
+    precision: str       # 'fp32', 'bf16' or 'fp16'
     matmul: str          # For `torch.set_float32_matmul_precision`
     heap: bool           # Whether freed memory stays with the process
     text: str            # All of it in words, for the log
@@ -56,8 +57,15 @@ class Machine:
     def loader(self) -> dict: return dict(workers=self.workers, persistent=self.persistent, prefetch=self.prefetch)
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-014
+def threads_are_open(
+    r: RuntimeConfig,
+) -> bool:
+    "Return whether nobody has decided how many threads there are"
+    return not r.threads and 'OMP_NUM_THREADS' not in os.environ
+
+# %% ../nbs/api/0_ground/05_machine.ipynb #43df1c9f
 def _threads(r, device):
-    if r.threads or 'OMP_NUM_THREADS' in os.environ: return r.threads
+    if not threads_are_open(r): return r.threads
     most = 4096 if device == 'cpu' else 8
     return max(min(torch.get_num_threads(), cores()//processes(), most), 1)
 
@@ -65,19 +73,34 @@ def _workers(r, device, cached):
     if r.workers is not None: return r.workers
     return 0 if cached or device != 'cuda' else max(min(cores()//processes() - 1, 4), 0)
 
+# %% ../nbs/api/0_ground/05_machine.ipynb #66d137d3
+def _precision(r, device: torch.device) -> str:
+    "Return the number format that `runtime.precision` means on a device"
+    if r.precision != 'mixed': return r.precision
+    return 'bf16' if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
+
+# %% ../nbs/api/0_ground/05_machine.ipynb #91c9129e
+def left_open(r: RuntimeConfig) -> list:
+    "Return which of threads, workers, precision and matmul `r` leaves to the machine"
+    left = dict(threads=threads_are_open(r), workers=r.workers is None, precision=r.precision == 'mixed')
+    return [k for k, is_open in (left | dict(matmul=r.matmul_precision == 'auto')).items() if is_open]
+
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-016
-def _in_words(r, device, threads, workers, prefetch, mode):
-    def auto(value, given): return f'{value} (auto)' if given is None else f'{value}'
-    from_env = r.threads is None and 'OMP_NUM_THREADS' in os.environ
-    shown = f'{torch.get_num_threads()} (OMP_NUM_THREADS)' if from_env else auto(threads, r.threads)
+def _in_words(r, device, m: dict, timed: dict):
+    def how(name, given): return '' if given else ' (timed)' if timed.get(name) is not None else ' (auto)'
+    from_env = r.threads is None and not threads_are_open(r)
+    shown = f'{torch.get_num_threads()} (OMP_NUM_THREADS)' if from_env else f"{m['threads']}{how('threads', r.threads)}"
     n = processes()
     parts = [f"threads: {shown} of {cores()} cores for {n} process{'es' if n > 1 else ''}"]
-    parts += [f"loader processes: {auto(workers, r.workers)}"]
-    if workers:
+    parts += [f"loader processes: {m['workers']}{how('workers', r.workers is not None)}"]
+    if m['workers']:
         lives = 'persistent' if r.persistent_workers else 'new in each epoch'
-        parts += [lives, f'batches ready: {auto(prefetch, r.prefetch)}']
-    parts += [f"torch.compile: {mode or 'off'}", f'matrix precision: {r.matmul_precision}']
+        parts += [lives, f"batches ready: {m['prefetch']}{how('', r.prefetch)}"]
+    parts += [f"precision: {m['precision']}{how('precision', r.precision != 'mixed')}"]
+    parts += [f"torch.compile: {m['compile'] or 'off'}"]
+    parts += [f"matrix precision: {m['matmul']}{how('matmul', r.matmul_precision != 'auto')}"]
     if device == 'cpu': parts.append('freed memory is kept')
+    if timed.get('text'): parts.append(timed['text'])
     return f"machine ({device}): {'; '.join(parts)}"
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-017
@@ -85,24 +108,28 @@ def machine_for(
     r: RuntimeConfig,
     cached=False, # Whether tokens come from memory, so that a batch costs next to nothing
     device=None,  # 'cpu', 'cuda', 'mps', or a torch device; None: `r.device`
+    timed: dict | None = None, # threads, workers, precision, matmul, as timings chose them, and `text`; any may lack
 ) -> Machine:
     "Return a choice for every setting that `r` leaves open; with `r.optimizations` off, nothing is chosen"
-    if not r.optimizations: return _plain(r)
-    if not isinstance(device, str): device = (device or pick_device(r.device)).type
-    threads, workers = _threads(r, device), _workers(r, device, cached)
-    prefetch = (r.prefetch or 4) if workers else None
-    mode = COMPILE_MODES[device] if r.compile else None
-    text = _in_words(r, device, threads, workers, prefetch, mode)
-    persistent = bool(workers and r.persistent_workers)
-    return Machine(threads, workers, persistent, prefetch, mode, r.matmul_precision, device == 'cpu', text)
+    place, timed = torch.device(device or pick_device(r.device)), timed or {}
+    device = place.type
+    if not r.optimizations: return _plain(r, place)
+    matmul = 'highest' if r.matmul_precision == 'auto' else r.matmul_precision
+    rules = dict(threads=_threads(r, device), workers=_workers(r, device, cached), precision=_precision(r, place))
+    rules['matmul'] = matmul
+    m = rules | {k: timed[k] for k in left_open(r) if timed.get(k) is not None}
+    m['prefetch'] = (r.prefetch or 4) if m['workers'] else None
+    m['compile'] = COMPILE_MODES[device] if r.compile else None
+    return Machine(**m, persistent=bool(m['workers'] and r.persistent_workers), heap=device == 'cpu',
+        text=_in_words(r, device, m, timed))
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-019
 _OVERRULED = ('threads', 'workers', 'prefetch', 'compile', 'matmul_precision')
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-020
-def _plain(r: RuntimeConfig) -> Machine:
+def _plain(r: RuntimeConfig, device) -> Machine:
     "Return a machine as torch has it"
     given = [f'runtime.{k}={getattr(r, k)}' for k in _OVERRULED if getattr(r, k) != getattr(RuntimeConfig(), k)]
     text = f"machine: optimizations are off ({torch.get_num_threads()} threads as torch has them, no loader processes)"
     if given: text += f"; not used: {', '.join(given)}"
-    return Machine(None, 0, False, None, None, 'highest', False, text)
+    return Machine(None, 0, False, None, None, _precision(r, device), 'highest', False, text)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from torch import nn
 
@@ -42,6 +41,7 @@ from .fitting.prepare import Prepared, offer, prepare
 from .fitting.stage import Stage, run_stage
 from .fitting.claim import base_config, check_place, check_start, claim_folder, holds, inits_of
 from .estimate import estimate
+from .fitting.timing import stored_or_timed
 from .own import config_for, is_own, plan_text, settle
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-006
@@ -179,10 +179,8 @@ def resolve(config, overrides) -> Config:
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-024
 def precision_of(cfg: Config) -> str:
-    "Return the number format that `runtime.precision` means on this device"
-    if cfg.runtime.precision != 'mixed': return cfg.runtime.precision
-    device = pick_device(cfg.runtime.device)
-    return 'bf16' if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
+    "Return the number format that `runtime.precision` means on this device, before anything was timed"
+    return machine_for(cfg.runtime, device=pick_device(cfg.runtime.device)).precision
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-025
 def _backend(cfg: Config) -> Backend: return Backend(cfg.runtime.device, precision_of(cfg))
@@ -345,11 +343,20 @@ def _train_stage(result: FitResult, stage: Stage, session: _Session) -> list: # 
     where = f'the tokenizer of {str(result.run)!r}'
     if stage.tokenizer is not None: _check_tokenizer(stage.tokenizer, stage.data, where)
     if run := current_run(): run.begin(_label(stage.files, session.base))
-    learn = run_stage(stage, session.deadline, session.callbacks, session.resume)
+    with threads(stage.machine.threads), matmul_precision(stage.machine.matmul):
+        learn = run_stage(stage, session.deadline, session.callbacks, session.resume)
     if learn.interrupted: result.interrupted, result.stop_reason = True, learn.stop_reason
     key = dict(stage=stage.name)
     if result.config.runtime.seeds: key['seed'] = stage.cfg.runtime.seed
     return [key | row for row in learn.history.epochs]
+
+# %% ../nbs/api/7_fit/77_train.ipynb #2b9ceb8e
+def _timed(stage: Stage, run: Run) -> Stage:
+    "Return the stage with what the machine decides: as when the run began, else by timings"
+    timed = stored_or_timed(stage, run)
+    precision = machine_for(stage.cfg.runtime, device=stage.backend.device, timed=timed).precision
+    backend = stage.backend if precision == stage.backend.precision else Backend(stage.cfg.runtime.device, precision)
+    return dataclasses.replace(stage, timed=timed, backend=backend)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-052
 def _train_stages(result: FitResult, data: Prepared, inits: dict, session: _Session):
@@ -358,7 +365,7 @@ def _train_stages(result: FitResult, data: Prepared, inits: dict, session: _Sess
     for files, cfg in _plan(result.config, run):
         stage = Stage(files, cfg, data, _backend(cfg), result.tokenizer, inits[files.name])
         if due := _is_due(stage):
-            rows += _train_stage(result, stage, session)
+            rows += _train_stage(result, _timed(stage, run), session)
             result.history = pd.DataFrame(rows)
             if result.interrupted: return
         if files.name == 'tokenizer': result.tokenizer = _tokenizer_of(run)

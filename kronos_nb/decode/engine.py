@@ -54,13 +54,13 @@ def take(self: KVCache,
     return self._take_tensors(z, cis) if self.code is None else self._take_compiled(z, cis)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-018
-def _rotate(z, cis, heads):
+def rotate_parts(z, cis, heads):
     "(N, t, parts*H*head_dim) -> (parts, N, H, t, head_dim), rotated"
     pairs = torch.view_as_complex(z.float().reshape(*z.shape[:2], cis.shape[1], heads, -1, 2)) * cis
     return torch.view_as_real(pairs).flatten(-2).to(z.dtype).permute(2, 0, 3, 1, 4)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-019
-def _softmax(x):
+def softmax_float32(x):
     "Softmax in float32"
     return x.softmax(-1) if x.dtype == torch.float32 else x.float().softmax(-1).type_as(x)
 
@@ -78,7 +78,7 @@ def _hidden(t, n, like):
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-023
 @patch
 def _take_tensors(self: KVCache, z, cis):
-    parts, prefill = _rotate(z, cis, self.heads), self.history is None
+    parts, prefill = rotate_parts(z, cis, self.heads), self.history is None
     if len(parts) > 1: self._append(parts[-2:])
     if len(parts) == 2: return
     if prefill: o = F.scaled_dot_product_attention(*parts, is_causal=True, scale=1.)
@@ -105,11 +105,11 @@ def _attend(self: KVCache, q): # (N, H, t, head_dim), and so the result
     def unfold(o): return o.view(B, H, S, t, -1).transpose(1, 2).reshape(N*H, t, -1)
     keys, values = self.history.reshape(2, B*H, P, d)
     w = unfold(_matmul(fold(q), keys.mT))
-    if not n: return unfold(_matmul(fold(_softmax(w)), values)).view(N, H, t, d)
+    if not n: return unfold(_matmul(fold(softmax_float32(w)), values)).view(N, H, t, d)
     k, v = self.own.view(2, N*H, self.room, d)[:, :, :n]
     own = torch.bmm(q.reshape(N*H, t, d), k.mT)
     if t > 1: own = own + _hidden(t, n, q)
-    w = _softmax(torch.cat((w, own), -1))
+    w = softmax_float32(torch.cat((w, own), -1))
     return (unfold(_matmul(fold(w[..., :P]), values)) + torch.bmm(w[..., P:], v)).view(N, H, t, d)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #34724d3f
@@ -173,10 +173,14 @@ class _RopeTable:
     "exp(i angle) of each position, for the parts of a product"
     def __init__(self, rotary, rotates):
         self.rotary, self.rotates, self.table = rotary, torch.tensor(rotates, dtype=torch.bool)[:, None, None], None
-    def __call__(self, n, t, device): # (t, parts, 1, head_dim/2), from position `n` on
-        if self.table is None or len(self.table) < n+t:
-            cos, sin = (o[:, None, None] for o in self.rotary.table(n+t, device))
-            self.table = torch.where(self.rotates.to(device), torch.complex(cos, sin), 1.)
+    def reach(self, n, device):
+        "Have at least `n` positions"
+        if self.table is not None and len(self.table) >= n: return
+        cos, sin = (o[:, None, None] for o in self.rotary.table(n, device))
+        self.table = torch.where(self.rotates.to(device), torch.complex(cos, sin), 1.)
+    def __call__(self, n, t, device): # (t, parts, 1, head_dim/2), from position `n` on; a tensor (1,) is in reach
+        if isinstance(n, torch.Tensor): return self.table.index_select(0, n)
+        self.reach(n+t, device)
         return self.table[n:n+t]
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-042

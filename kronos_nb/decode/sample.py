@@ -49,7 +49,7 @@ def draw(
     if logits.device.type == 'cpu' and (code := machine_code('kernels.attention')):
         out, V = torch.empty(len(logits), dtype=torch.int64), logits.shape[1]
         how = float(temperature), min(int(top_k or V), V), 1. if top_p is None else float(top_p)
-        code.draw_tokens(logits.float().contiguous().numpy(), u.numpy(), *how, out.numpy())
+        code.draw_tokens(logits.float().contiguous().numpy(), u.contiguous().numpy(), *how, out.numpy())
         return out
     c = keep_top(logits.float() / temperature, top_k, top_p).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = c[:, -1:]

@@ -123,14 +123,14 @@ def claim_folder(
 ):
     "Write facts, settings and the data report into the folder of a run; raise if another run is there"
     check_place(run)
-    begun, identity = _has_begun(run), uuid.uuid4().hex
+    begun, identity, timed = _has_begun(run), uuid.uuid4().hex, {}
     if begun and not resume:
         raise RunError(f"{str(run)!r} holds a run, and resume is False. Choose another folder, or delete this one")
     if begun:
         _check_same(run, cfg, data)
-        identity = run.facts.get('id', identity)
+        identity, timed = run.facts.get('id', identity), run.timed
     run.report_file.unlink(missing_ok=True)   # it is written last: a run without it is not done
-    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity, settings=_deciding(cfg)))
+    write_json(run.facts_file, run_facts(cfg, data) | dict(id=identity, settings=_deciding(cfg), timed=timed))
     cfg.save(run.config_file)
     if cfg.runtime.plots: data.report.save(run.folder)
     else: write_atomic(run.data_report, data.report.to_markdown())

@@ -48,6 +48,7 @@ class Stage:
     backend: Backend
     tokenizer: nn.Module | None = None # Trained, for the predictor stage
     init: str = 'scratch'    # Weights to begin with: 'scratch', a hub id or a folder
+    timed: dict = field(default_factory=dict) # What timings decided, for `machine_for`
     notes: list = field(default_factory=list) # Arguments of `Learner.note`, from before there is a learner
     @property
     def name(self) -> str: return self.files.name
@@ -111,7 +112,8 @@ def token_place(self: Stage) -> str: # 'memory', 'disk' or 'off'
 @patch(as_prop=True)
 def machine(self: Stage) -> Machine:
     "Return the threads, loader processes and compiler that this stage uses"
-    return machine_for(self.cfg.runtime, cached=self.token_place != 'off', device=self.backend.device)
+    cached = self.token_place != 'off'
+    return machine_for(self.cfg.runtime, cached=cached, device=self.backend.device, timed=self.timed)
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #9a3424e6
 @patch(as_prop=True)
@@ -490,5 +492,7 @@ def _resume(stage: Stage, learn: Learner):
 def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
-    for note in (dict(kind='machine', text=stage.machine.text), *stage.data.notes, *stage.notes):
+    machine, shown = stage.machine.text, stage.cfg.runtime.progress and stage.backend.is_main
+    if shown and stage.timed.get('text'): print(f'[{stage.name}] {machine}')
+    for note in (dict(kind='machine', text=machine), *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

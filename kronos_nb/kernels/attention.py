@@ -15,6 +15,7 @@ from .ops import FAST, FINITE, exp, largest, softmax
 ORDERED = FAST | dict(fastmath={'contract'})
 _INLINE = ORDERED | dict(forceinline=True)
 _U = tuple(np.uintp(i) for i in range(9))   # 0 to 8
+_ZERO, _ONE = np.int64(0), np.int64(1)   # a plain 0 has a type of its own, for which the callee is compiled once more
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-008
 @numba.njit(**_INLINE)
@@ -162,11 +163,11 @@ def _attend_own(
         if t > 7:
             if path != held: _transpose(K[path, h, :n], T)
             held = path
-            _score_rows(q[r:r+g], T, w[r:], P, seen, 1)
+            _score_rows(q[r:r+g], T, w[r:], P, seen, _ONE)
         else:
             for i in range(g): _score_row(q[r+i, :d], K[path, h, :seen+i], w[r+i, P:])
         for i in range(g): _softmax(w[r+i, :P+seen+i])
-        _weigh_rows(w[r:], V[path, h], o[r:r+g], P, seen, 1)
+        _weigh_rows(w[r:], V[path, h], o[r:r+g], P, seen, _ONE)
         r += g
     return held
 
@@ -194,12 +195,12 @@ def attend(
             m, top = min(rows - c, ROWS), b*rows + c
             seen, more = (c + 1, 1) if prefill else (P, 0)
             for r in range(m): _rotate(z[(top+r)//t, (top+r)%t, 0, h], cis[(top+r)%t, 0, 0], q[r])
-            _score_rows(q[:m], PK[b, h], w, 0, seen, more)
+            _score_rows(q[:m], PK[b, h], w, _ZERO, seen, more)
             o[:] = 0
             if n: held = _attend_own(q[:m], w, o[:m], K, V, top, h, t, n, T, held)
             else:
                 for r in range(m): _softmax(w[r, :seen+more*r])
-            _weigh_rows(w, PV[b, h], o[:m], 0, seen, more)
+            _weigh_rows(w, PV[b, h], o[:m], _ZERO, seen, more)
             for r in range(m):
                 for i in range(d): out[(top+r)//t, (top+r)%t, h, i] = o[r, i]
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .attention import ORDERED, append_kv, attend
+from .attention import _ZERO, ORDERED, append_kv, attend
 from .ops import swiglu_halves, unit_rms
 
 # %% ../../nbs/api/2_kernels/24_rows.ipynb #f2da9058
@@ -159,7 +159,7 @@ def read_bar(
     multiply(h, weights[0], biases[0], blocks[0], z)
     z = z.reshape(N, 1, 3, H, d)
     append_kv(z, cis, K, V, n)
-    attend(z, cis, PK, PV, K, V, n + 1, False, o, 0, len(PK)*H)
+    attend(z, cis, PK, PV, K, V, n + 1, n < 0, o, _ZERO, len(PK)*H)   # as `attend` is compiled anyway
     multiply(o.reshape(N, D), weights[1], biases[1], blocks[1], h)
     for r in range(N):
         for i in range(D): x[r, i] += h[r, i]

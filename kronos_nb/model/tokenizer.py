@@ -149,11 +149,13 @@ def forward(self: KronosTokenizer,
 @patch
 def loss(self: KronosTokenizer,
     x_BTF, # Normalised bars
+    watch=None, # Called with the bars, their corners (B, T, K), and the bars that these decode to
 ) -> dict: # loss; detached: mse_s1, mse, commitment, sample_entropy, codebook_entropy, bsq_loss
     "Return the training loss and its parts"
     u_BTK, q_BTK = self._quantised(x_BTF)
     parts = self.tokenizer.bsq.losses(u_BTK, q_BTK)
     z_pre_BTF, z_BTF = self._reconstruct(q_BTK)
+    if watch is not None: watch(x_BTF, q_BTK, z_BTF)
     parts = dict(mse_s1=F.mse_loss(z_pre_BTF, x_BTF), mse=F.mse_loss(z_BTF, x_BTF), **parts)
     loss = (parts['mse_s1'] + parts['mse'] + parts['bsq_loss']) / 2
     return dict(loss=loss, **{k: v.detach() for k, v in parts.items()})

@@ -540,7 +540,8 @@ def to_float64(x: torch.Tensor) -> torch.Tensor:
 def _loss_sums(self: Learner, decide) -> tuple: # Name -> sum over windows, number of windows
     "Add up the losses of this process's validation windows; call `decide` before each batch"
     def weighted(batch):
-        self.batch, self.losses = batch, self.model(**self.on_device(batch))
+        self.batch = batch
+        self.losses = self.model(**self.on_device(batch))
         return {k: to_float64(v.detach())*batch.n for k, v in self.losses.items()}
     sums, n = {}, 0
     for batch in self.valid.stream(0):

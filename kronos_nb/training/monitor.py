@@ -18,7 +18,7 @@ from fastcore.basics import patch
 # %% ../../nbs/api/4_training/46_monitor.ipynb #b29eba1a
 from ..core import ConfigError, check_choice, one_line, write_atomic, write_json, writing
 from ..display import EVERY, clock, current_run, png, progress_bar
-from ..model.tokenizer import KronosTokenizer
+from ..model.tokenizer import KronosTokenizer, bits_to_ids
 from .history import LINES, json_line, plot_losses, summary_line, write_metrics
 from .run import RunStage
 from .learner import Callback, to_float64
@@ -440,11 +440,16 @@ class Codebook(Callback):
     def __init__(self,
         tokenizer: KronosTokenizer | None = None, # Default: the task's `model`
         windows: int = 512,                       # Validation windows per process to measure on
-    ): self.tokenizer, self.windows, self.noted = tokenizer, windows, False
+    ): self.tokenizer, self.windows, self.noted, self.watched = tokenizer, windows, False, None
 
     def before_fit(self, learn): self.noted = self.noted and learn.step > 0
+    def before_validate(self, learn):
+        self.watched, can = None, _can_watch(learn) and self.tokenizer is None
+        if can: learn.model.watch = lambda x, q, z: self._watch(learn, x, q, z)
+    def cleanup_validate(self, learn):
+        if hasattr(learn.model, 'watch'): learn.model.watch = None
     def after_validate(self, learn):
-        m = self._measure(learn)
+        m = self._numbers(learn, self.watched if self.watched and learn.valid_batch is None else self._measure(learn))
         learn.metrics |= m
         learn.history.validations[-1] |= m
         wrong = describe_collapse(m)
@@ -453,31 +458,55 @@ class Codebook(Callback):
     def state_dict(self): return dict(said=self.noted)
     def load_state_dict(self, state): self.noted = state['said']
 
+# %% ../../nbs/api/4_training/46_monitor.ipynb #ce34b1a8
+def _can_watch(learn) -> bool:
+    "Return whether a validation computes what `Codebook` counts, batch by batch"
+    task = learn.model
+    plain = hasattr(task, 'watch') and getattr(task, '_compiled_call_impl', None) is None
+    return plain and learn.backend.precision == 'fp32' and learn.valid_batch is None
+
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-074
 @patch
-def _count(self: Codebook, x, learn) -> list: # Counts per level, squared errors per feature, windows
+def _count(self: Codebook, x, ids, z, learn) -> list: # Counts per level, squared errors per feature, windows
     "Return how often each token occurs in `x`, and how far the bars are off"
     tok = self.tokenizer or learn.model.model
-    (_, z), _, _, ids = tok(x)
     levels = (ids & 2**tok.s1_bits-1, tok.s1_bits), (ids >> tok.s1_bits, tok.s2_bits)
     counts = [torch.bincount(o.flatten(), minlength=2**b) for o, b in levels]
     errors = (z.float()-x).square().mean((0, 1))*len(x)
-    return list(map(to_float64, (*counts, errors, torch.tensor(len(x), device=x.device))))
+    weight = bool(learn.batch.n)   # 0: a window of padding
+    return [to_float64(v)*weight for v in (*counts, errors, torch.tensor(len(x), device=x.device))]
+
+@patch
+def _watch(self: Codebook, learn, x, q, z):
+    "Add a batch of the validation to the counts"
+    sums, seen = self.watched or (None, 0)
+    if seen >= self.windows: return
+    part = self._count(x, bits_to_ids(q), z, learn)
+    self.watched = part if sums is None else [a+b for a, b in zip(sums, part)], seen + learn.batch.n
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #cell-075
 @patch
 @torch.no_grad()
-def _measure(self: Codebook, learn) -> dict:
-    "Return the numbers of a validation"
-    sums, seen = None, 0
-    def weighed(o): return [v*bool(o.n) for v in self._count(learn.on_device(o)['x'], learn)]   # 0: a window of padding
+def _measure(self: Codebook, learn) -> tuple: # Sums, and how many windows they are of
+    "Pass the first windows of the validation through the tokenizer"
+    sums, seen, tok = None, 0, self.tokenizer or learn.model.model
+    def count(piece):
+        learn.batch, x = piece, learn.on_device(piece)['x']
+        (_, z), _, _, ids = tok(x)
+        return self._count(x, ids, z, learn)
     for i in range(len(learn.valid)):
         if seen >= self.windows: break
         batch = learn.valid.load(0, i)
-        for part in learn.map_pieces(batch, weighed):
+        for part in learn.map_pieces(batch, count):
             sums = part if sums is None else [a+b for a, b in zip(sums, part)]
         seen += batch.n
-    *counts, errors, windows = map(learn.backend.sum_ranks, sums)
+    return sums, seen
+
+# %% ../../nbs/api/4_training/46_monitor.ipynb #aa18f7e5
+@patch
+def _numbers(self: Codebook, learn, counted) -> dict:
+    "Return the numbers of a validation"
+    *counts, errors, windows = map(learn.backend.sum_ranks, counted[0])
     names = [f'val_mse_{k}' for k in (self.tokenizer or learn.model.model).features]
     return dict(zip(names, (errors/windows).tolist())) | _codebook_numbers(*counts)
 

@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/api/4_training/41_run.ipynb #b47135da
-from ..core import LEFTOVER, ConfigError, RunError, check_choice, jsonable, safe_name, short_repr, write_json, writing
+from kronos_nb.core import (
+    LEFTOVER, ConfigError, RunError, check_choice, jsonable, misfit, safe_name, short_repr, write_json, writing,
+)
 from ..config import Config
 from ..hashes import check_sums
 from .history import LINES, History, best_validation, read_json, read_lines, read_metrics
@@ -200,6 +202,25 @@ def facts(self: Run) -> dict: # Hash of the bars, series, parts, windows, device
 
 @patch(as_prop=True)
 def base(self: Run): return Run(self.base_folder) if self.base_folder.is_dir() else None   # None: it trained no base
+
+# %% ../../nbs/api/4_training/41_run.ipynb #a5fcb09b
+_TIMED = {str: dict(threads=(int, None), precision=(str, None), matmul=(str, None))}
+
+@patch(as_prop=True)
+def timed(self: Run) -> dict: # Stage -> threads, precision, matmul; None where the user decided
+    "Return what the machine decided when the stages of the run began"
+    found = self.facts.get('timed', {})
+    if not (wrong := misfit(found, _TIMED)): return found
+    raise RunError(f"{str(self.facts_file)!r} is damaged (timed: {wrong}). Bring it back from a copy of the run")
+
+# %% ../../nbs/api/4_training/41_run.ipynb #91aeb5b5
+@patch
+def keep_timed(self: Run,
+    stage: str,  # 'tokenizer' or 'predictor'
+    found: dict, # threads, precision, matmul
+):
+    "Write down what the machine decided for a stage"
+    if self.timed.get(stage) != found: write_json(self.facts_file, self.facts | dict(timed=self.timed | {stage: found}))
 
 # %% ../../nbs/api/4_training/41_run.ipynb #9f19c02d
 @patch

@@ -175,12 +175,12 @@ class TokenizerTask(nn.Module):
     "Reconstruct normalised bars through their tokens"
     def __init__(self, model: KronosTokenizer):
         super().__init__()
-        self.model = model
+        self.model, self.watch = model, None   # `watch`: what a monitor sees of a validation, see `KronosTokenizer.loss`
     def forward(self,
         x,          # (B, T, F) normalised bars
         stamp=None, # Not used: the tokenizer does not know the time
     ) -> dict:
-        o = self.model.loss(x)
+        o = self.model.loss(x, None if self.training else self.watch)
         parts = {k: o[k] for k in ('mse', 'mse_s1', 'commitment', 'sample_entropy', 'codebook_entropy')}
         return dict(loss=o['loss'], reconstruction_loss=o['mse_s1']+o['mse'], quantization_loss=o['bsq_loss']) | parts
 
