@@ -487,6 +487,8 @@ def _ledger_parser(sub):
     p.add_argument('data', nargs='*', metavar='DATA', help='with grade: files, globs or folders of bars')
     _ledger_option(p)
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
+    p.add_argument('--symbol', metavar='NAME', help='with grade: of files without a column symbol; none: as the file is '
+        'named')
     p.add_argument('--series', metavar='HASH', help='show this series alone, with a picture in --out')
     p.add_argument('--out', metavar='FOLDER', help='with show: also write ledger.md and a picture of each series')
 
@@ -1328,6 +1330,15 @@ def run_studio(a):
     serve_studio(a.data, a.preset, a.out, a.ip, a.port, not a.no_browser)
     return 0
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #4b3c164b
+def _check_forecast_symbols(ledger, bars):
+    "Raise where bars are of other symbols than the forecasts of a ledger"
+    from kronos_nb.display import name_list
+    known = {s for several in ledger.series['symbols'] for s in several} if len(ledger.series) else set()
+    if known and not known & set(bars.symbol):
+        raise DataError(f"there is no forecast of {name_list(bars.symbol.unique(), 5)}; the ledger has those of "
+            f"{name_list(sorted(known), 5)}. Give the bars a column symbol, or name it", options=f'--symbol {min(known)}')
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #e24d0c33
 def run_ledger(a):
     "Run `kronos-nb ledger`"
@@ -1339,7 +1350,9 @@ def run_ledger(a):
         raise ConfigError("ledger grade needs the bars that came since: kronos-nb ledger grade BARS "
             f"--ledger {a.ledger}")
     from kronos_nb.data.read import read_klines
-    print(ledger.grade(read_klines(a.data, tz=a.tz)))
+    bars = read_klines(a.data, a.symbol, tz=a.tz)
+    _check_forecast_symbols(ledger, bars)
+    print(ledger.grade(bars))
     print(f"Next: {_command_line(['ledger', 'show', '--ledger', a.ledger])}")
     return 0
 

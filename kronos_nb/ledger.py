@@ -323,9 +323,11 @@ def _changes(rows) -> pd.DataFrame: # Of forecasts that were graded before
 def _grade_day(self: Ledger, day, closes, ends, baselines, found: Graded):
     "Grade what the bars allow of one day"
     light = self._read('forecasts', day, ['key', 'symbol', 'origin', 'last', 'h', 'timestamps'])
-    light = light[light['symbol'].isin(ends.index)]
+    old, here = self._read('grades', day), light['symbol'].isin(ends.index)
+    done = light['key'].isin(set(old['key']) if len(old) else ())
+    found.open += light.loc[~here & ~done, 'key'].nunique()
+    light = light[here]
     if not len(light): return
-    old = self._read('grades', day)
     rows = _changes(_known_outcomes(light, old, closes))
     ready = rows.groupby('key')['timestamps'].transform('max') <= rows['symbol'].map(ends)
     some = rows['y'].notna().groupby(rows['key']).transform('any')

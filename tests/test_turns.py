@@ -152,3 +152,20 @@ def test_parts_of_one_symbol_are_not_read_around_a_damaged_one(tmp_path):
     (tmp_path/'0.parquet').unlink()
     bars, failed = read_each(tmp_path)
     assert len(bars) == 50 and list(failed) == [str(tmp_path/'1.parquet')]
+
+
+def test_bars_of_another_name_are_not_graded_in_silence(tmp_path, capsys, monkeypatch):
+    "A file that is named otherwise than the forecasts were: an error with the option that mends it"
+    monkeypatch.chdir(tmp_path)
+    until(N, 'A').to_parquet('A.parquet')
+    assert main(['run', 'A.parquet', *OPTIONS]) == 0
+    walk[walk.symbol == 'A'].drop(columns='symbol').to_csv('later.csv', index=False)
+    assert main(['ledger', 'grade', 'later.csv', '--ledger', 'book']) == 2
+    tried = capsys.readouterr().err.split('Try: kronos-nb ')[1].split()
+    assert main(tried) == 0 and '1 forecast graded, 0 open' in capsys.readouterr().out
+
+
+def test_open_forecasts_of_other_symbols_are_counted(tmp_path):
+    turn(tmp_path, until(N))
+    assert Ledger(tmp_path).grade(walk[walk.symbol == 'B'], [LastValue()]).open == 2
+    assert turn(tmp_path, until(N + H, 'A'), N + H).graded.open == 1   # of C; B is graded
