@@ -322,7 +322,7 @@ def _grade_day(self: Ledger, day, closes, ends, baselines, found: Graded):
     light = self._read('forecasts', day, ['key', 'symbol', 'origin', 'last', 'h', 'timestamps'])
     light = light[light['symbol'].isin(ends.index)]
     if not len(light): return
-    old = self._read('grades', day)
+    old = self._graded(day)
     rows = _changes(_known_outcomes(light, old, closes))
     ready = rows.groupby('key')['timestamps'].transform('max') <= rows['symbol'].map(ends)
     some = rows['y'].notna().groupby(rows['key']).transform('any')
@@ -389,10 +389,18 @@ def pending(self: Ledger) -> pd.DataFrame: # key, symbol, origin, last
     return rows.groupby(['key', 'symbol', 'origin'])['timestamps'].max().rename('last').reset_index()
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #3a9126eb
+@patch
+def _graded(self: Ledger, day) -> pd.DataFrame:
+    "Return the grades of a day; raise where they are of forecasts that it does not hold"
+    rows = self._read('grades', day)
+    if not len(rows) or set(rows['key']) <= set(self._read('forecasts', day, ['key'])['key']): return rows
+    raise RunError(f"{str(self._file('grades', day))!r} grades forecasts that {str(self._file('forecasts', day))!r} "
+                   "does not hold. Restore that file from a backup, or move the grades away")
+
 @patch(as_prop=True)
 def grades(self: Ledger) -> pd.DataFrame: # Rows as of an `Evaluation`, of the model and of naive forecasts
     "Return what is graded; `y_first` is what the bar said at first, `revised` how often it changed"
-    days = [self._read('grades', day) for day in self._days('grades')]
+    days = [self._graded(day) for day in self._days('grades')]
     return pd.concat(days, ignore_index=True) if days else pd.DataFrame(columns=['series', 'model'])
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #a308e1a6
