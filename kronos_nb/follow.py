@@ -78,7 +78,7 @@ def snapshot(
 def _next_is_due(run, quiet, wait) -> bool:
     "Return whether another stage will start soon"
     if time.monotonic() - quiet >= wait: return False
-    planned = list(run.planned.values()) if run.exists else [run.stage('predictor')]
+    planned = list(run.planned.values()) if run.config_file.is_file() else [run.stage('predictor')]
     return run.state == 'unknown' or run.state == 'finished' and not planned[-1].begun
 
 # %% ../nbs/api/7_fit/79_follow.ipynb #cell-016

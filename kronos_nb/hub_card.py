@@ -239,11 +239,11 @@ _NOT_JUDGED = ('## Evaluation\n\n**Not judged.** No bars were held back, so noth
 def evaluation(self: _Card) -> str: # '' for a tokenizer
     "Quote the verdict on the pair"
     if self.stage == 'tokenizer': return ''
-    if not (file := self.run.evaluation_card).is_file(): return _NOT_JUDGED
+    from kronos_nb.judging.evaluation import read_card
+    if not (text := read_card(self.run.evaluation_folder)): return _NOT_JUDGED
     seeds = self.run.config.runtime.seeds
     pooled = (f"**The forecasts judged here are those of {len(seeds)} predictors (seeds {', '.join(map(str, seeds))}) "
               'whose paths are pooled. This model is the first of them.**\n\n') if seeds else ''
-    text = file.read_text(encoding='utf-8', errors='replace')
     return f"{text}\n{pooled}{self.image('evaluation', 'Forecasts, reliability and skill')}"
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-046
@@ -334,14 +334,15 @@ _EPOCH = ('epoch', 'train_loss', 'val_loss', 'learning_rate', 'gradient_norm')
 @patch
 def training(self: _Card) -> str:
     "Describe start, curve and settings"
-    epochs = self.run.stage(self.stage).metrics
+    epochs, notes = self.run.stage(self.stage).metrics, self.run.stage(self.stage).notes
+    damaged = ''.join(f"**Damaged:** {md_text(n['text'])}.\n\n" for n in notes if n['kind'] == 'damaged')
     epochs = epochs[[c for c in _EPOCH if c in epochs]].map('{:.5g}'.format)
     version = md_text(self.run.facts['versions'].get('kronos_nb', ''))
     diff = self.run.config.diff(Config(), names=('this run', 'default')).reset_index()
     shown = diff.setting.str.partition('.')[0].isin([self.stage, 'data', 'augment', 'runtime', 'base'])
     diff = diff[shown].map(lambda v: str(public_name(v)))
     return (f"## Training\n\nStarted from {self._start()}. {self._weights()}\n\n"
-        f"{self.image('curve', f'Loss of the {self.stage}')}\n{md_table(epochs)}\n\n"
+        f"{damaged}{self.image('curve', f'Loss of the {self.stage}')}\n{md_table(epochs)}\n\n"
         f"Settings that differ from the defaults of kronos_nb {version}:\n\n"
         f'{md_table(diff)}\n')
 

@@ -323,7 +323,7 @@ def _changes(rows) -> pd.DataFrame: # Of forecasts that were graded before
 def _grade_day(self: Ledger, day, closes, ends, baselines, found: Graded):
     "Grade what the bars allow of one day"
     light = self._read('forecasts', day, ['key', 'symbol', 'origin', 'last', 'h', 'timestamps'])
-    old, here = self._read('grades', day), light['symbol'].isin(ends.index)
+    old, here = self._graded(day), light['symbol'].isin(ends.index)
     done = light['key'].isin(set(old['key']) if len(old) else ())
     found.open += light.loc[~here & ~done, 'key'].nunique()
     light = light[here]
@@ -412,10 +412,18 @@ def awaited(self: Ledger) -> dict: # Symbol -> origin
     return open_.groupby('symbol')['origin'].min().to_dict()
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #3a9126eb
+@patch
+def _graded(self: Ledger, day) -> pd.DataFrame:
+    "Return the grades of a day; raise where they are of forecasts that it does not hold"
+    rows = self._read('grades', day)
+    if not len(rows) or set(rows['key']) <= set(self._read('forecasts', day, ['key'])['key']): return rows
+    raise RunError(f"{str(self._file('grades', day))!r} grades forecasts that {str(self._file('forecasts', day))!r} "
+                   "does not hold. Restore that file from a backup, or move the grades away")
+
 @patch(as_prop=True)
 def grades(self: Ledger) -> pd.DataFrame: # Rows as of an `Evaluation`, of the model and of naive forecasts
     "Return what is graded; `y_first` is what the bar said at first, `revised` how often it changed"
-    days = [self._read('grades', day) for day in self._days('grades')]
+    days = [self._graded(day) for day in self._days('grades')]
     return pd.concat(days, ignore_index=True) if days else pd.DataFrame(columns=['series', 'model'])
 
 # %% ../nbs/api/8_share/84_ledger.ipynb #a308e1a6

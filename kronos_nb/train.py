@@ -31,7 +31,7 @@ from .training.monitor import check_tracker
 # %% ../nbs/api/7_fit/77_train.ipynb #0a57f0c8
 from .forecast import Forecaster
 from .judging.origins import pick_origins
-from .judging.evaluation import Evaluation
+from .judging.evaluation import Evaluation, write_card
 from .decode.calibration import Calibration, saved_calibration
 from .judging.calibrate import GRID, calibrate, room_to_calibrate
 from .evaluate import evaluate
@@ -254,7 +254,7 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
         used=data.span('train', 'val'), max_gap=cfg.data.max_gap, sampling=cfg.sampling,
         out_dir=run.evaluation_folder, progress=cfg.runtime.progress)
     save_figure(result.evaluation.plot(), run.evaluation_plot)
-    write_atomic(run.evaluation_card, result._verdict())
+    write_card(run.evaluation_folder, result._verdict())
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-041
 def _grid(cfg: Config) -> list: # Of (temperature, top-p)

@@ -1,4 +1,6 @@
 "Commands beside damaged files, and on disks that are full or read-only"
+import errno
+import json
 import os
 import random
 import shutil
@@ -14,8 +16,9 @@ from kronos_nb.cli import main
 from kronos_nb.core import RunError, write_atomic
 from kronos_nb.evaluate import evaluate
 from kronos_nb.judging.baselines import GeometricBrownian, LastValue, random_walks
-from kronos_nb.judging.evaluation import Evaluation
+from kronos_nb.judging.evaluation import Evaluation, read_card, write_card
 from kronos_nb.ledger import Ledger
+from kronos_nb.panel.data import save_upload
 from kronos_nb.training.run import Run
 from kronos_nb.tune import _is_on
 from tests.faults.damage import cheaply, make_ledger
@@ -51,6 +54,15 @@ def test_a_damaged_run_beside_stops_no_command(here, capsys, one_epoch_run, cont
     assert code == 2 and f'Try: kronos-nb report {whole}' in text
 
 
+def test_a_run_that_lost_its_settings_is_no_folder_of_models(one_epoch_run, tmp_path, capsys):
+    run = shutil.copytree(one_epoch_run, tmp_path/'run')
+    (run/'config.yaml').unlink()
+    for command in ('forecast', 'evaluate', 'run'):
+        where = ['--ledger' if command == 'run' else '--out', tmp_path/'out']
+        code, text = said(capsys, command, '--model', run, '--paths', 2, *where)
+        assert code == 2 and 'config.yaml' in text and not (tmp_path/'out').exists()
+
+
 @pytest.mark.parametrize('content', ['', '{}', '{"data": 1}'])
 def test_a_damaged_run_is_no_search_on_these_bars(tmp_path, content):
     (tmp_path/'run.json').write_text(content)
@@ -65,10 +77,42 @@ def test_a_forecast_is_not_written_over_what_is_none(here, capsys, content):
     assert code == 2 and 'forecast.csv' in text and Path('f/forecast.csv').read_bytes() == content
 
 
+@pytest.mark.parametrize('name', ['steps.jsonl', 'notes.jsonl', 'validations.jsonl', 'training_metrics.json'])
+@pytest.mark.parametrize('how', ['deleted', 'last row', 'empty'])
+def test_a_record_that_lost_rows_is_named(one_epoch_run, tmp_path, capsys, name, how):
+    run = Path(shutil.copytree(one_epoch_run, tmp_path/'run'))
+    file = run/'predictor'/name
+    if how == 'deleted':
+        file.unlink()
+    elif name.endswith('.json'):
+        rows = {k: v[:-1] for k, v in json.loads(file.read_text()).items()}
+        file.write_text(json.dumps(rows if how == 'last row' else {}))
+    else:
+        file.write_text(''.join(file.read_text().splitlines(True)[:-1]) if how == 'last row' else '')
+    assert name in said(capsys, 'monitor', run, '--once')[1]
+    assert said(capsys, 'report', run)[0] == 0 and name in (run/'report.md').read_text()
+    code, text = said(capsys, 'push', run, 'user/name', '--dry-run')
+    assert name in text and (code == 2 or name.endswith('l'))
+
+
 # tables
+@pytest.fixture(scope='module')
+def book(tmp_path_factory) -> Path:
+    return make_ledger(tmp_path_factory.mktemp('book')/'ledger')
+
+
+def test_grades_of_forecasts_that_are_gone_are_not_shown(book, tmp_path):
+    ledger = Ledger(shutil.copytree(book, tmp_path/'ledger'))
+    file = sorted((ledger.folder/'forecasts').iterdir())[1]
+    assert (ledger.folder/'grades'/file.name).is_file() and len(ledger.grades)
+    file.unlink()
+    with pytest.raises(RunError, match=file.name):
+        ledger.report()
+
+
 @pytest.mark.parametrize('at', [.1, .3, .5, .7, .9])
-def test_a_flipped_bit_in_a_ledger_is_found(tmp_path, at):
-    ledger = Ledger(make_ledger(tmp_path/'ledger'))
+def test_a_flipped_bit_in_a_ledger_is_found(book, tmp_path, at):
+    ledger = Ledger(shutil.copytree(book, tmp_path/'ledger'))
     file = next((ledger.folder/'forecasts').iterdir())
     before = ledger.forecasts
     data = bytearray(file.read_bytes())
@@ -101,9 +145,21 @@ def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     evaluate(GeometricBrownian(), walk, 32, 4, out_dir=tmp_path/'e', paths=4, **how)
     before, disk = Evaluation.load(tmp_path/'e'), Disk()
     for at in range(0, 12, 3):
-        with disk.watching(tmp_path/'e', at, 28), pytest.raises(RunError):
+        with disk.watching(tmp_path/'e', at, errno.ENOSPC), pytest.raises(RunError):
             evaluate(GeometricBrownian(), walk, 32, 4, out_dir=tmp_path/'e', paths=8, **how)
         pd.testing.assert_frame_equal(Evaluation.load(tmp_path/'e').rows, before.rows)
+
+
+def test_a_card_that_was_cut_is_not_published(tmp_path):
+    walk, how = random_walks(300, seed=1), dict(baselines=[LastValue()], origins=4, paths=4, progress=False)
+    evaluate(GeometricBrownian(), walk, 32, 4, out_dir=tmp_path, **how)
+    assert read_card(tmp_path).startswith('## Evaluation')
+    write_card(tmp_path, '## Another\n')
+    assert read_card(tmp_path) == '## Another\n' and Evaluation.load(tmp_path)
+    for damage in (lambda: (tmp_path/'card.md').write_text('## An'), (tmp_path/'card.md').unlink):
+        damage()
+        with pytest.raises(RunError, match='card.md'):
+            read_card(tmp_path)
 
 
 def test_hidden_files_of_writers_that_were_killed_go_away(tmp_path):
@@ -136,6 +192,15 @@ def test_a_command_on_a_disk_that_fails_tears_nothing(place, name, monkeypatch):
         for how, at in (('ENOSPC', 1), ('EROFS', random.Random(name).randrange(2, 6)), ('EFBIG', 600)):
             found = attempt(disk, place, name, how, at)
             assert not is_wrong(found), found
+
+
+def test_an_upload_on_a_full_disk_is_one_error(tmp_path):
+    content = bars.to_csv(index=False).encode()
+    for at in range(3):
+        with disk.watching(tmp_path, at, errno.ENOSPC), pytest.raises(RunError, match='uploads'):
+            save_upload('goog.csv', content, tmp_path/'uploads')
+    assert not list((tmp_path/'uploads').rglob('*.csv'))
+    assert save_upload('goog.csv', content, tmp_path/'uploads').read_bytes() == content
 
 
 def test_a_full_disk_behind_standard_output_is_one_error(one_epoch_run):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_losses', 'date_losses', 'with_intervals', 'skill', 'Evaluation', 'parquet_bytes', 'write_parquet',
-           'read_parquet']
+           'read_parquet', 'write_card', 'read_card']
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-002
 import base64, functools, hashlib, html, io
@@ -432,7 +432,7 @@ def read_parquet(
         raise RunError(f"{str(path)!r} cannot be read ({one_line(e)[:200]})") from e
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #1b541a6e
-_FILES = ('rows.parquet', 'history.parquet')   # beside evaluation.json, which holds their hashes
+_FILES, _CARD = ('rows.parquet', 'history.parquet'), 'card.md'   # beside evaluation.json, which holds their hashes
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-059
 @patch
@@ -442,8 +442,9 @@ def _contents(self: Evaluation) -> dict: # Name -> bytes or text
     files = {name: parquet_bytes(frame) for name, frame in tables.items() if frame is not None}
     left_out = [] if self.left_out is None else self.left_out.to_dict('records')
     said = dict(settings=self.settings, left_out=left_out, verdict=self.verdict, sentence=self.sentence)
+    files[_CARD] = self.to_markdown().encode()
     said['files'] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return files | {'card.md': self.to_markdown(), 'verdict.png': png(self.plot_verdict()), EVALUATION: json_text(said)}
+    return files | {'verdict.png': png(self.plot_verdict()), EVALUATION: json_text(said)}
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #60b865df
 @patch
@@ -462,10 +463,30 @@ _HOW = dict(lookback_window=int, predict_window=int, periods=int, paths=int, see
 _LEFT_OUT = dict(symbol=str, count=int, reason=str)
 _FORM = dict(settings=_HOW, left_out=[_LEFT_OUT], verdict=str, sentence=str)
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #bd277067
+def _is_other(file, digest) -> bool: return not file.is_file() or sha256(file) != digest
+
+def write_card(
+    folder, # OUT/evaluation
+    text,   # Markdown
+):
+    "Replace the card of an evaluation"
+    said, data = read_json(Path(folder)/EVALUATION, _FORM), text.encode()
+    said['files'] = said.get('files', {}) | {_CARD: hashlib.sha256(data).hexdigest()}
+    write_together({Path(folder)/_CARD: data, Path(folder)/EVALUATION: json_text(said)})
+
+def read_card(folder) -> str: # '' where nothing was judged
+    "Return the card of an evaluation; raise `RunError` where it is not the one that was written"
+    card, said = Path(folder)/_CARD, Path(folder)/EVALUATION
+    digest = read_json(said, _FORM).get('files', {}).get(_CARD) if said.is_file() else None
+    if digest and _is_other(card, digest):
+        raise RunError(f"{str(card)!r} is not the file that was written. Evaluate the run again")
+    return card.read_text(encoding='utf-8', errors='replace') if card.is_file() else ''
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #65d26d1f
 def _read_rows(folder, hashes):
     "Return rows and history, or None for a history that is not there"
-    damaged = [name for name, digest in hashes.items() if not (folder/name).is_file() or sha256(folder/name) != digest]
+    damaged = [name for name in _FILES if name in hashes and _is_other(folder/name, hashes[name])]
     if damaged: raise RunError(f"{str(folder/damaged[0])!r} is not the file that was written. Evaluate the run again")
     rows, past = folder/'rows.parquet', folder/'history.parquet'
     try: return read_parquet(rows), read_parquet(past) if past.exists() else None

@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/api/9_faces/94_data.ipynb #c906a74f
-from ..core import DataError, KronosError
+from ..core import DataError, KronosError, writing
 from ..settings import format_setting
 from ..config import OWN, Config, DataConfig
 from ..display import COLORS, date_text, figure, interval_text, percent, plain_text
@@ -76,6 +76,12 @@ def _free_file(folder, name, content):
     first = folder/name
     return first if not taken(first) else next(file for file in numbered if not taken(file))
 
+# %% ../../nbs/api/9_faces/94_data.ipynb #cc723b4f
+def _trial_folder(folder):
+    "Return a hidden folder that goes away with its block"
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=folder, prefix='.')
+
 # %% ../../nbs/api/9_faces/94_data.ipynb #f2607af0
 def save_upload(
     name: str,        # As the browser gives it
@@ -87,8 +93,7 @@ def save_upload(
     if len(content) > UPLOAD_BYTES:
         raise DataError(f"{plain} has {len(content)/1e6:.0f} MB, and an upload may have {UPLOAD_BYTES/1e6:.0f}; "
             "copy it beside the notebook and type its path")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.') as trial:
+    with writing(folder, full=True), _trial_folder(folder) as trial:
         tried = Path(trial)/plain
         tried.write_bytes(content)
         if read_klines(tried).empty: raise DataError(f'{plain} holds no bars; it needs a time and four prices a row')

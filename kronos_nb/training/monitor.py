@@ -235,7 +235,8 @@ def _write_status(self: RunFiles, state: str, why=None):
                  steps_per_epoch=learn.steps_per_epoch, first_step=self.first)
     clocks = dict(began=self.began, updated=self.updated, every=self.every)
     process = dict(pid=os.getpid(), host=platform.node())
-    write_json(self.at.status_file, dict(stage=self.at.name, state=state, why=why) | place | clocks | process)
+    rows = dict(rows=self.written | dict(epochs=len(learn.history.epochs)))   # whoever reads them notices a loss
+    write_json(self.at.status_file, dict(stage=self.at.name, state=state, why=why) | place | clocks | process | rows)
 
 # %% ../../nbs/api/4_training/46_monitor.ipynb #e9aeb8af
 class _Allowance:

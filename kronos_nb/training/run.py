@@ -96,6 +96,16 @@ def _with_damage(history, damaged):
     history.notes += [dict(**at, kind='damaged', text=text) for text in damaged]
     return history
 
+# %% ../../nbs/api/4_training/41_run.ipynb #c6520442
+@patch
+def _lost(self: RunStage, kind, found: int) -> str: # '' where nothing is lost
+    "Return how many rows of a kind a finished stage has lost"
+    status = self.status
+    kept = status.get('rows') if status.get('state') == 'finished' else None   # none in runs of earlier versions
+    n = kept.get(kind) if isinstance(kept, dict) else None
+    file = self.metrics_file if kind == 'epochs' else self.rows_file(kind)
+    return f'{file.name} holds {found} of {n} rows' if isinstance(n, int) and found < n else ''
+
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-020
 @patch(as_prop=True)
 def history(self: RunStage) -> History:
@@ -107,13 +117,17 @@ def history(self: RunStage) -> History:
     rows = {kind: read_lines(self.rows_file(kind), damaged) for kind in LINES}
     try: epochs = read_metrics(self.metrics_file)
     except RunError as e: epochs = damaged.append(str(e)) or []
+    else: damaged.append(self._lost('epochs', len(epochs)))
+    damaged = [o for o in (*damaged, *(self._lost(k, len(rows[k])) for k in LINES)) if o]
     return _with_damage(History(epochs=epochs, **rows), damaged)
 
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-021
 @patch(as_prop=True)
 def metrics(self: RunStage) -> pd.DataFrame: # One row per epoch; empty before the first one ended
-    "Return the table of epochs"
-    return pd.DataFrame(read_metrics(self.metrics_file))
+    "Return the table of epochs; raise where some are lost"
+    epochs = read_metrics(self.metrics_file)
+    if not (lost := self._lost('epochs', len(epochs))): return pd.DataFrame(epochs)
+    raise RunError(f"{str(self.folder)!r}: {lost}. Bring it back from a copy of the run")
 
 @patch(as_prop=True)
 def notes(self: RunStage) -> list: return self.history.notes if self.begun else []   # dicts of epoch, step and text
@@ -163,6 +177,10 @@ def ended(self: RunStage) -> str: # '' without a status
 def _no_run(folder, name):
     return RunError(f"{str(folder)!r} is no run: it has no {name}. Give the folder that was given to fit as out_dir")
 
+def _no_config(run):
+    if not run.exists: return _no_run(run.folder, run.config_file.name)
+    return RunError(f"{str(run.config_file)!r} is missing. Call fit again as at first: it writes the file anew")
+
 # %% ../../nbs/api/4_training/41_run.ipynb #cell-033
 class Run(_Folder):
     "Know the folder that `fit` leaves: settings, stages, models, verdict"
@@ -177,10 +195,10 @@ class Run(_Folder):
     @property
     def forecast_plots(self) -> list: return sorted(self.plots.glob('forecast_*.png'))
     @property
-    def exists(self) -> bool: return self.config_file.is_file()
+    def exists(self) -> bool: return self.config_file.is_file() or self.facts_file.is_file()
     @cached_property
     def config(self) -> Config:
-        if not self.exists: raise _no_run(self.folder, self.config_file.name)
+        if not self.config_file.is_file(): raise _no_config(self)
         try: return self._checked(Config.load(self.config_file, then=True))
         except ConfigError as e:
             if str(self.config_file) in str(e): raise

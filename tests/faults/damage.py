@@ -28,7 +28,7 @@ from unittest import mock
 from kronos_nb.cli import main
 
 SKIPPED = ('.png', '.log', '.lock')   # nothing reads them
-WRITE_REPORTS = ('report', 'fit', 'resume')
+WRITE_REPORTS, SLOW = ('report', 'fit', 'resume'), ('fit', 'resume')   # the slow ones come last
 SIZES = ['--paths', '2']
 TOKEN = 'a-token-of-the-tests'
 PNG = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==')
@@ -103,7 +103,8 @@ def commands(run: Path, whole: Path, out: Path, fit) -> dict:
         evaluate=['evaluate', '--model', run, '--origins', '4', *write], forecast=['forecast', '--model', run, *write],
         push=['push', run, 'user/name', '--dry-run'], bundle=['bundle', out, '--models', run, '--no-download'],
         average=['average', '--checkpoint-dir', run/'predictor', '--num-checkpoints', '2', '--output', out],
-        run=['run', '--model', run, '--ledger', out, *SIZES], serve=lambda: serve(run), studio=lambda: studio(run, whole),
+        run=['run', '--model', run, '--ledger', out, *SIZES], serve=lambda: serve(run),
+        studio=lambda: studio(run, whole),
         fit=fit)
 
 
@@ -159,7 +160,7 @@ def wrote(copy, out, command) -> str:
     for p in sorted(out.rglob('*')):
         if p.suffix in ('.csv', '.md'):
             found.append(p.read_text(errors='replace'))
-        elif p.suffix in ('.safetensors', '.json'):
+        elif p.suffix == '.safetensors' or p.name == 'config.json':
             found.append(f'{p.relative_to(out)} {sha(p)}')
     return '\n'.join(found)
 
@@ -243,7 +244,7 @@ def cheaply():
 
 
 # subjects
-CHANGES = {'runtime.keep_last': 2, 'runtime.save_steps': 4, 'tokenizer.epochs': 2, 'predictor.epochs': 2,
+CHANGES = {'runtime.keep_last': 2, 'runtime.save_steps': 2, 'tokenizer.epochs': 2, 'predictor.epochs': 2,
            'data.stride': 4}
 
 
@@ -301,7 +302,7 @@ def make_ledger(folder: Path, seed=5):
         cut = [g.iloc[at - 64:at] for _, g in walk.groupby('symbol')]
         futures = [pd.DatetimeIndex(g.iloc[at:at + 4]['timestamps']) for _, g in walk.groupby('symbol')]
         made = GeometricBrownian().predict_many(cut, 4, keys=[f'{at}']*2, futures=futures, paths=10)
-        ledger.append(made, 'gbm')
+        ledger.append(made, f'gbm {seed}')
     ledger.grade(walk[walk.timestamps < walk.timestamps.iloc[140]])
     if seed == 5:
         walk.to_csv(folder.parent/'bars.csv', index=False)
@@ -311,8 +312,8 @@ def make_ledger(folder: Path, seed=5):
 def another(folder, **kw): return make(folder, **kw, **{'runtime.seed': 7})
 
 
-MAKERS = dict(finished=make, stopped=functools.partial(make, stop=14), judging=make_judging, ledger=make_ledger)
-OTHERS = dict(finished=another, stopped=functools.partial(another, stop=14), judging=another,
+MAKERS = dict(finished=make, stopped=functools.partial(make, stop=3), judging=make_judging, ledger=make_ledger)
+OTHERS = dict(finished=another, stopped=functools.partial(another, stop=3), judging=another,
               ledger=functools.partial(make_ledger, seed=6))
 
 
@@ -343,7 +344,7 @@ def try_all(a):
     "Try the cases that have no result yet, and count how all of them ended"
     os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
     os.fsync = lambda fd: None   # slow, and only a power cut needs it
-    out, ends = a.out.resolve(), time.monotonic() + a.seconds
+    out, ends, draw = a.out.resolve(), time.monotonic() + a.seconds, random.Random(a.seed)
     results = out/'results.jsonl'
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)   # nothing is read from the runs of this folder
@@ -353,9 +354,9 @@ def try_all(a):
     for subject in a.subjects:
         run, other = once(out/subject, MAKERS[subject]), once(out/f'other_{subject}', OTHERS[subject])
         wholes = {}
-        todo = cases(run, None if a.all else a.n, a.seed, a.only and [
-            o for o in COMMANDS[subject](Path(), Path(), Path(), None) if o in a.only], subject)
-        for file, damage, command in todo:
+        names = [o for o in COMMANDS[subject](Path(), Path(), Path(), None) if a.only is None or o in a.only]
+        todo = cases(run, None if a.all else a.n, a.seed, names, subject)
+        for file, damage, command in sorted(todo, key=lambda o: (o[2] in SLOW, draw.random())):
             if (subject, str(file), damage, command) in known:
                 continue
             if time.monotonic() > ends:
