@@ -65,12 +65,20 @@ def _pair(model) -> tuple: # Arguments of `Forecaster.from_pretrained`
     "Return what loads a model by its name"
     return (BUNDLED, BUNDLED) if model == BUNDLED else (_name_of(model),)
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #71d8acf9
+@patch
+def _finished_run(self: _Request):
+    "Return the folder of the train page's run where it is finished, the same object while it is the same; else None"
+    run = Run(self.model.out_dir)
+    if not (run.finished and run.stage('predictor').has_model): return None
+    return self.seen[0] if self.seen[0] == str(run.folder) else str(run.folder)
+
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-010
 @patch
 def _take(self: _Request):
     "Take model and bars as they are chosen now; before a first run, the base that ships"
     try: model = value_of(self.model)
-    except RunError: model = BUNDLED
+    except RunError: model = self._finished_run() or BUNDLED
     bars = bars_of(self.data)
     if self.seen[0] is model and self.seen[1] is bars: return
     unfitted = model is BUNDLED and isinstance(self.model, Panel)
@@ -251,6 +259,14 @@ def _fill_models(self: ForecastPanel):
         self.controls['model'].options = list(self.offered)
         self.controls['model'].value = chosen
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #c33be8ad
+@patch
+def _in_place(self: ForecastPanel):
+    "Say what forecasts where the train page has not trained in this session"
+    if not (isinstance(self.model, Panel) and isinstance(self.seen[0], str)): return ''
+    if self.seen[0] == BUNDLED: return '; no run yet, so the small base that ships forecasts, a toy'
+    return f'; the finished run {html.escape(self.seen[0])} forecasts'
+
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #f829c7cc
 @patch
 def _label(self: ForecastPanel, at, n):
@@ -259,8 +275,7 @@ def _label(self: ForecastPanel, at, n):
     bars = f"{horizon} bar{'s'*(horizon != 1)}"
     self.button.description = f'Forecast the next {bars}' if at == n else f'Forecast {bars} after {self._date()}'
     self.replay.description = f'Replay the last {bars}'
-    toy = '; no run yet, so the small base that ships forecasts, a toy' if self.seen[0] == BUNDLED != self.model else ''
-    self.origin_note.value = f"reads up to {self._date()}{', the last bar' if at == n else ''}{toy}"
+    self.origin_note.value = f"reads up to {self._date()}{', the last bar' if at == n else ''}{self._in_place()}"
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-023
 @patch
@@ -287,7 +302,7 @@ def _show_forecast(self: ForecastPanel, clicked):
     median = f.quantile(.5)['close'].iloc[-1]
     higher = percent(f.prob_up().iloc[-1], 0)
     line = f'median {median:.6g} after {len(f)} bars, last close {f.last_close:.6g}; {higher} of the paths end higher.'
-    self.said.value = f"{line} {html.escape('; '.join(f.notes))}"
+    self.said.value = f"{line} {html.escape(' '.join(f'{o[:1].upper()}{o[1:]}.' for o in f.notes))}"
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-024
 @patch
