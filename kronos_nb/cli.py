@@ -931,6 +931,13 @@ def _side_files(a, cfg) -> list: # Empty where covariates are columns of the bar
     "Return the files of covariates that the options name, else those of the run"
     return list(a.covariates_source or cfg.data.covariates_source or ())
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #5f1ad6af
+def _with_side(a, cfg, f, bars):
+    "Return a forecaster with the covariates that options, run or bars hold, where it reads any"
+    if f.covariates: return f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
+    if not a.covariates_source: return f
+    raise ModelError("--covariates-source names covariates, and the model reads none; leave it out")
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
 def _bars_of(a, cfg: Config, f):
     "Return the bars that the options name; those of the run, or the bundled sample, where they name none"
@@ -958,11 +965,7 @@ def _model_and_bars(a):
     run = _run_of(a.model)
     cfg, f = run.config if run else Config(), _forecaster_of(a)
     bars = _bars_of(a, cfg, f)
-    if f.covariates:
-        f = f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
-    elif a.covariates_source:
-        raise ModelError("--covariates-source names covariates, and the model reads none; leave it out")
-    return f, bars, cfg
+    return _with_side(a, cfg, f, bars), bars, cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
 def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
@@ -1313,7 +1316,8 @@ def _turn_inputs(a):
     _choose_model(a)
     f = _forecaster_of(a)
     lookback = a.lookback_window or f.lookback_window or f.max_context
-    return f, fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)
+    bars, run = fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source), _run_of(a.model)
+    return _with_side(a, run.config if run else Config(), f, bars), bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #283cd312
 def run_turn(a):
