@@ -2,20 +2,23 @@
 
     OMP_NUM_THREADS=1 nice -n 19 python benchmarks/side.py [--pairs FOLDER_OF_PARQUET_FILES]
 
-Small models on one thread. A tokenizer and a predictor are trained from scratch on bars without covariates. Then the
-predictor is trained on three times, from the same weights and on the same windows in the same order: with all weights
-(the rival), with all weights and a side channel (paired with the rival), and the channel alone. Validation chooses
-the step, of which 0 is one. Rival and model forecast the same bars of the test part: the verdict is that of `evaluate`,
-with the rival as base; the importance is that of `importance`.
+Small models on one thread (2 layers of width 32). A tokenizer and a predictor that know no covariate are trained once
+on a random walk, and once on the pairs before their test part, as a released pair would be. From there the predictor
+is trained on three times for 200 steps, on the same windows in the same order: with all weights (the rival), with all
+weights and a side channel (paired with the rival), and, for planted signals, the channel alone. Validation chooses the
+step, of which 0 is one. Rival and model forecast the same 40 dates of the test part: the verdict is that of
+`evaluate`, with the rival as base; the importance is that of `importance`. A trial takes 8 to 40 s of the processor.
+Windows are encoded once and the start is shared, because two thirds of a trial went there before.
 
 Simulated: hourly bars whose covariate is +1 or -1 at random.
 - volatility: known ahead; the standard deviation of a bar is exp(0.5 x) times its mean level. The size that was found
   is half the log ratio of the standard deviations of forecasts of one bar with x = 1 and x = -1.
 - drift: known with the last bar; it moves the next return by 0.5 standard deviations. The size that was found is half
-  the difference of the means of such forecasts, in standard deviations.
+  the difference of the means of such forecasts, in those standard deviations.
 - noise: one covariate of each kind, which move nothing. How often the verdict says that they helped, and how often an
   interval of importance excludes 0, are the error rates of the procedure.
-`tokens` is the size that the bars still have after they went through the tokenizer: no predictor can show more.
+`bars` and `tokens` are the size in normalised windows, before and after the tokenizer: no predictor can show more.
+`spread` is the standard deviation of forecasts of one bar, 1 where it is right. `longer` trains four times as long.
 
 Real, with --pairs: hourly bars of pairs against USDT. The covariate is the last move of BTC, or three flags known
 ahead: weekend, opening hours of the New York exchange, and the hours 0, 8 and 16 UTC at which funding is exchanged.
@@ -24,6 +27,7 @@ Writes side.csv beside this file, a row per trial. Rows that are there are not r
 """
 import argparse
 import copy
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +77,8 @@ def simulated(kind, seed, n=9000):
     return bars, bars[['timestamps']].assign(x=x, y=y)
 
 
-def pairs(folder, names, start='2023-01-01'):
+@functools.cache
+def pairs(folder, names=('ETHUSDT', 'SOLUSDT', 'XRPUSDT'), start='2023-01-01'):
     "Return the bars of some pairs, and the covariates of all of them"
     files = [Path(folder)/f'{name}_1h.parquet' for name in names]
     bars = read_klines([str(f) for f in files], start=start)
@@ -82,8 +87,8 @@ def pairs(folder, names, start='2023-01-01'):
     t = pd.DatetimeIndex(bars.timestamps.unique()).sort_values()
     local = t.tz_localize('UTC').tz_convert('America/New_York')
     minutes = local.hour*60 + local.minute
-    flags = pd.DataFrame(dict(timestamps=t, weekend=(t.dayofweek >= 5)*1.,
-                              new_york=((local.dayofweek < 5) & (minutes >= 9*60) & (minutes < 16*60))*1.,
+    flags = pd.DataFrame(dict(timestamps=t, weekend=(t.day_of_week >= 5)*1.,
+                              new_york=((local.day_of_week < 5) & (minutes >= 9*60) & (minutes < 16*60))*1.,
                               funding_hour=(t.hour % 8 == 0)*1.))
     return bars, btc.rename(columns=dict(close='btc')).merge(flags, on='timestamps', how='outer')
 
@@ -112,7 +117,7 @@ class Known:
     "What a predictor reads of windows"
     data: WindowDataset
     tokens: dict   # s1, s2 and stamp, (N, T) and (N, T, 5)
-    side: torch.Tensor
+    side: torch.Tensor | None
 
     def batch(self, rows) -> dict: return {k: v[rows] for k, v in self.tokens.items()}
 
@@ -141,7 +146,7 @@ def val_loss(model, val, with_side):
 def train(model, known, val, opt, steps, seed, with_side):
     "Train, and leave the model at the look that validation chose; step 0 is one"
     best = val_loss(model, val, with_side), 0, copy.deepcopy(model.state_dict())
-    peaks, K = [group['lr'] for group in opt.param_groups], len(known.data.covariates.moving)
+    peaks, K = [group['lr'] for group in opt.param_groups], len(known.data.covariates.moving) if with_side else 0
     for step, epoch, rows in batches(known.data, seed, steps):
         for group, peak in zip(opt.param_groups, peaks): group['lr'] = peak*min(1., (steps - step)/(.6*steps))
         side = drop_covariates(known.side[rows], K, .1, seed, epoch, rows) if with_side else None
@@ -156,25 +161,41 @@ def train(model, known, val, opt, steps, seed, with_side):
     return best[1]
 
 
-def trained(bars, table, L, seed, arms, longer):
-    "Return the arms as forecasters, the steps that validation chose, and the windows and bars that are judged"
+def parts_of(bars, L, table=None):
+    "Return the windows that train and choose, and the bars that judge"
     split = split_by_time(bars, .6, .15, .25, H)
-    data, val = (WindowDataset(o, L, H, covariates=table) for o in (split.train, split.val))
+    return *(WindowDataset(o, L, H, covariates=table) for o in (split.train, split.val)), split.test
+
+
+def few(val): return np.arange(len(val))[::max(1, len(val)//400)]
+
+
+@functools.cache
+def pretrained(kind, folder, seed=0):
+    "Return a tokenizer and a predictor that know no covariate: of a random walk, or of the pairs before the test part"
+    bars, L = (pairs(folder)[0], LOOKBACK[kind]) if kind in LOOKBACK else (simulated('noise', 1000)[0], 8)
+    data, val, _ = parts_of(bars, L)
     seed_everything(seed)
     tokenizer = small_tokenizer(data, seed)
-    known = known_of(tokenizer, data), known_of(tokenizer, val, np.arange(len(val))[::max(1, len(val)//400)])
-    base = Kronos(n_layers=2, token_dropout_p=0., learn_te=True, **SMALL)
-    train(base, *known, adamw(base, 4e-3, weight_decay=.05), BASE_STEPS*longer, seed, False)
-    out, steps = {}, {}
+    model = Kronos(n_layers=2, token_dropout_p=0., learn_te=True, **SMALL)
+    opt = adamw(model, 4e-3, weight_decay=.05)
+    train(model, known_of(tokenizer, data), known_of(tokenizer, val, few(val)), opt, BASE_STEPS, seed, False)
+    return tokenizer, model
+
+
+def arms_of(tokenizer, base, data, val, table, L, seed, arms, longer):
+    "Return the arms as forecasters, and the steps that validation chose"
+    known, out, steps = (known_of(tokenizer, data), known_of(tokenizer, val, few(val))), {}, {}
     for name, what in arms.items():
+        seed_everything(seed)
         one = copy.deepcopy(base)
         if what: set_trainable(one.add_side(side_spec(table)), what)
         own = dict(apart=list(one.side.parameters()), apart_lr=3e-2) if what else {}
         opt = adamw(one, 1.5e-3, weight_decay=.05, **own)
-        steps[name] = train(one, *known, opt, STEPS*longer, seed + 1, bool(what))
+        steps[name] = train(one, *known, opt, STEPS*longer, seed, bool(what))
         out[name] = Forecaster(tokenizer, one.eval(), normalizer=data.normalizer, lookback_window=L)
         if what: out[name] = out[name].with_covariates(table)
-    return out, steps, data, split.test
+    return out, steps
 
 
 # judging
@@ -236,11 +257,13 @@ def judged(rival, model, bars, test, L, origins, seed) -> dict:
 def trial(kind, seed, longer, folder, origins):
     "Return the row of one trial"
     began, L = time.process_time(), LOOKBACK.get(kind, 8)
-    bars, x = pairs(folder, ('ETHUSDT', 'SOLUSDT', 'XRPUSDT')) if kind in LOOKBACK else simulated(kind, seed)
+    bars, x = pairs(folder) if kind in LOOKBACK else simulated(kind, seed)
     table = covariate_table(parse_covariates(DECLARED[kind]), [x])
     planted = kind in ('volatility', 'drift')
     arms = ARMS | (dict(alone='side') if planted else {})
-    found, steps, data, test = trained(bars, table, L, seed, arms, longer)
+    data, val, test = parts_of(bars, L, table)
+    found, steps = arms_of(*pretrained('btc' if kind in LOOKBACK else 'noise', folder), data, val, table, L, seed, arms,
+                           longer)
     row = dict(kind=kind, seed=seed, longer=longer) | {f'step_{k}': n for k, n in steps.items()}
     row |= judged(found['rival'], found['model'], bars, test, L, origins, seed)
     if planted:

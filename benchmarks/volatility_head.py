@@ -4,12 +4,13 @@
     OMP_NUM_THREADS=1 python benchmarks/volatility_head.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
     OMP_NUM_THREADS=1 python benchmarks/volatility_head.py currency --data EURUSD_1h.csv
 
-Models, bars and periods are those of gain.py, which must have run before (--runs: where). The head gives 20 quantiles of
-the log of the realised volatility over the horizon, beside that of the lookback. It reads the predictor's state after
-the last bar (`hidden`), a few statistics of the lookback that need no model (`statistics`: the control), or both. It is
-trained by pinball loss on the bars that trained the models; validation chooses its width, its weight decay and its
-epoch; three starts are averaged. The judged bars, dates and the score are those of `evaluate`: the CRPS of the realised
-volatility in mean moves. `raw` and `delivered` are the volatility of the paths themselves.
+Models, bars and periods are those of gain.py, which must have run before (--runs: where). The head gives 20 quantiles
+of the log of the realised volatility over the horizon, beside that of the lookback. It reads the predictor's state
+after the last bar (`hidden`), a few statistics of the lookback that need no model (`statistics`: the control), or
+both. It is trained by pinball loss on the bars that trained the models; validation chooses its width, its weight decay
+and its epoch; three starts are averaged. The judged bars, dates (64, two symbols each in turns) and the score are
+those of `evaluate`: the CRPS of the realised volatility in mean moves. `raw` and `delivered` are the volatility of the
+paths themselves.
 
 Writes volatility_head.csv beside this file, a row per forecast; models that are there are not judged again.
 """
@@ -20,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from gain import MARKETS, read, ways
+from gain import MARKETS, read
 from torch import nn
 
 from kronos_nb.core import np_rng, seed_everything
 from kronos_nb.data.window import WindowDataset
 from kronos_nb.evaluate import evaluate
 from kronos_nb.forecast import Forecaster
-from kronos_nb.judging.baselines import default_baselines
+from kronos_nb.judging.baselines import GeometricBrownian, default_baselines
+from kronos_nb.judging.calibrate import calibrate
 from kronos_nb.judging.evaluation import skill
 from kronos_nb.judging.metrics import crps
 
@@ -35,7 +37,7 @@ OUT = Path(__file__).with_suffix('.csv')
 LEVELS = (np.arange(20) + .5)/20
 READS = dict(hidden=('hidden',), statistics=('statistics',), both=('hidden', 'statistics'))
 RIVALS = ('raw', 'delivered', 'Garch', 'EWMA')
-MOST = 16_000   # windows that train
+MOST, PER_DATE = 6000, 2   # windows that train; symbols of each date, in turns
 
 
 # windows: what is known at the last bar, and what came
@@ -86,7 +88,7 @@ def parts_of(data, market, symbols):
     mine = np.isin(symbols[at], market.targets)
     train = np.flatnonzero(last < np.datetime64(market.begin))
     val = np.flatnonzero(mine & (first >= np.datetime64(market.begin)) & (last < np.datetime64(market.test)))
-    return train[::max(1, len(train)//MOST)], val[::max(1, len(val)//3000)]
+    return train[::max(1, len(train)//MOST)], val[::max(1, len(val)//1500)]
 
 
 def windows_at(data, symbols, origins):
@@ -103,7 +105,7 @@ def loss_of(q, y):
     return (((y[:, None] < q).float() - level)*(q - y[:, None])).mean()
 
 
-def fitted(x, y, val, width, decay, seed, epochs=30):
+def fitted(x, y, val, width, decay, seed, epochs=20):
     "Return a head at its best epoch on validation, and its loss there"
     seed_everything(seed)
     size, best = x.shape[1], (np.inf, None)
@@ -111,7 +113,7 @@ def fitted(x, y, val, width, decay, seed, epochs=30):
     head = nn.Sequential(*layers)
     opt = torch.optim.AdamW(head.parameters(), 2e-3, weight_decay=decay)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(256):
+        for rows in torch.randperm(len(x)).split(512):
             opt.zero_grad()
             loss_of(head(x[rows]), y[rows]).backward()
             opt.step()
@@ -149,18 +151,26 @@ def scores(q, unit, came, size):
 
 
 # judging
+def ways(f, market, bars, seed):
+    "Yield the paths as they are drawn, and as they are delivered after a calibration on validation"
+    known = bars[bars.timestamps < market.test].reset_index(drop=True)
+    yield 'raw', f._raw()
+    how = dict(origins=48, per_date=PER_DATE, seed=seed)
+    cal = calibrate(f, known, *market.windows, start=pd.Timestamp(market.begin), **how)
+    yield 'delivered', Forecaster(f.tokenizer, f.predictors, calibration=cal)
+
+
 def judged_paths(f, market, bars, seed):
     "Return the volatility score of each path forecast and baseline at each origin, and the evaluation"
     L, H = market.windows
     out = {}
     for name, way in ways(f, market, bars, seed):
-        if name == 'anchored': continue
-        some = default_baselines(bars, L) if name == 'delivered' else [default_baselines(bars, L)[0]]
-        e = evaluate(way, bars, L, H, start=pd.Timestamp(market.test), origins=64, paths=100, seed=seed, used={},
-                     baselines=some, progress=False)
+        some = default_baselines(bars, L) if name == 'delivered' else [GeometricBrownian()]
+        e = evaluate(way, bars, L, H, start=pd.Timestamp(market.test), origins=64, per_date=PER_DATE, paths=100,
+                     seed=seed, used={}, baselines=some, progress=False)
         last = e.rows[e.rows.h == H].replace(dict(model=dict(model=name)))
         out |= {k: g for k, g in last.groupby('model')}
-    return out, e
+    return {k: g for k, g in out.items() if k in ('raw', 'delivered', *e.baselines)}, e
 
 
 def rows_of(losses, e, how, cover):
@@ -205,7 +215,7 @@ def main():
     torch.set_num_threads(1)
     market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
     bars = read(args.data, market)
-    for seed, normalizer, model in itertools.product(args.seeds, ('zscore', 'last_close'), ('base', 'tuned')):
+    for seed, model, normalizer in itertools.product(args.seeds, ('tuned', 'base'), ('zscore', 'last_close')):
         key = dict(market=args.market, normalizer=normalizer, seed=seed, model=model)
         if any(all(o[k] == v for k, v in key.items()) for o in done): continue
         place = market.base if market.base and model == 'base' else args.market

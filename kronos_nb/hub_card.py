@@ -178,7 +178,14 @@ def _side(self: _Card):
     return ("**Covariates:** the predictor reads what stands in the table, from `side.json` and `side.safetensors`. "
         "Give their values with `predict(..., covariates=frame)`, those that are known ahead up to the last bar of the "
         "forecast; `missing='mask'` forecasts without. The reference implementation loads the pair without "
-        f"them.\n\n{md_table(rows.map(md_text))}\n\n")
+        f"them.\n\n{md_table(rows.map(md_text))}\n\n{self._importance()}")
+
+# %% ../nbs/api/7_fit/71_hub_card.ipynb #e8d51663
+@patch
+def _importance(self: _Card) -> str: # '' where the run was not judged
+    from kronos_nb.judging.importance import importance_markdown
+    text = importance_markdown(self.run.importance_file)
+    return f'{text}\n' if text else ''
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-030
 _PAIR = dict(
@@ -192,12 +199,13 @@ def use(self: _Card) -> str:
     d, r = self.run.config.data, self.repos
     where = f"'{r['tokenizer']}', '{r['predictor']}'" if r else "'FOLDER OF THE RUN'"
     extra = f', extra_features={d.extra_features}' if d.extra_features else ''
+    side = ", covariates='my_covariates.csv'" if d.covariates else ''
     return (f'## Use\n\nA Kronos model is a pair of a tokenizer and a predictor. {_PAIR[self.stage]}\n\n``` python\n'
         'import kronos_nb as kn\n\n'
         f'forecaster = kn.Forecaster.from_pretrained({where})   # applies the recorded normaliser\n'
         f"bars = kn.read_klines('my_bars.csv'{extra})"
         f'   # {self.intervals} bars, at least {d.lookback_window} per symbol\n'
-        f'forecast = forecaster.predict(bars, predict_window={d.predict_window}, paths=100)\n'
+        f'forecast = forecaster.predict(bars, predict_window={d.predict_window}, paths=100{side})\n'
         f'forecast.plot()\n```\n\n{self._columns()}{self._side()}{self._normalizer()}{self._calendar()}')
 
 # %% ../nbs/api/7_fit/71_hub_card.ipynb #cell-035

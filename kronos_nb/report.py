@@ -18,6 +18,7 @@ from .display import md_key, md_table, save_figure
 from .training.run import Run
 from .training.diagnose import diagnose
 from .judging.evaluation import Evaluation
+from .judging.importance import importance_markdown
 from .decode.calibration import saved_calibration
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-007
@@ -81,7 +82,8 @@ def _verdict_section(run):
     picture = _picture(run, save_figure(e.plot_verdict(), run.evaluation_folder/'verdict.png'), 'verdict')
     if kept := saved_calibration(run, None): calibrated = '\n' + kept.to_markdown()
     elif run.why_not_calibrated: calibrated = f'\nNo calibration: {md_text(run.why_not_calibrated)}.\n'
-    return '\n\n'.join((e.summary, picture, e.details() + calibrated))
+    parts = e.summary, picture, e.details() + calibrated, importance_markdown(run.importance_file)
+    return '\n\n'.join(filter(None, parts))
 
 # %% ../nbs/api/7_fit/70_report.ipynb #cell-014
 def _seeds_line(cfg):

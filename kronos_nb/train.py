@@ -33,6 +33,7 @@ from .forecast import Forecaster
 from .judging.origins import pick_origins
 from .judging.evaluation import Evaluation, write_card
 from .decode.calibration import Calibration, saved_calibration
+from .judging.importance import importance
 from .judging.calibrate import GRID, calibrate, room_to_calibrate
 from .evaluate import evaluate
 from .report import write_report
@@ -256,6 +257,18 @@ def _evaluate(result: FitResult, data: Prepared, inits: dict):
     save_figure(result.evaluation.plot(), run.evaluation_plot)
     write_card(run.evaluation_folder, result._verdict())
 
+# %% ../nbs/api/7_fit/77_train.ipynb #c556e48b
+def _weigh_covariates(result: FitResult, data: Prepared, most=128):
+    "Write down how much worse the predictor is without each covariate, on up to `most` windows of the test part"
+    if data.covariates is None: return
+    d, parts = result.config.data, []
+    for symbol, first in _test_starts(data, result.config).items():
+        bars = data.bars[data.bars.symbol == symbol]
+        parts.append(bars.iloc[max(int((bars.timestamps < first).sum()) - d.lookback_window, 0):])
+    judged = pd.concat(parts, ignore_index=True)
+    found = importance(_informed(result, data), judged, d.lookback_window, d.predict_window, draws=3, most=most)
+    write_atomic(result.run.importance_file, found.to_csv(index=False))
+
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-041
 def _grid(cfg: Config) -> list: # Of (temperature, top-p)
     "Return the ways to draw that are left open"
@@ -310,7 +323,9 @@ def _judge(result: FitResult, data: Prepared, inits: dict):
     if result.predictor is not None:
         _learn_calibration(result, data)
         _keep_calibration(result)
-        if result.config.data.test: _evaluate(result, data, inits)
+        if result.config.data.test:
+            _evaluate(result, data, inits)
+            _weigh_covariates(result, data)
         _draw_last_forecasts(result, data)
 
 # %% ../nbs/api/7_fit/77_train.ipynb #cell-048

@@ -236,7 +236,8 @@ def _validation(run, cfg, data):
     _check_same_bars(run, prepared)
     tokenizer = build_model('tokenizer', run.tokenizer()).eval()
     predictor = build_model('predictor', str(run.stage('predictor').model()))
-    valid = WindowSource(prepared.val, cfg.predictor.batch_size, mode='sequential')
+    side = None if prepared.covariates is None else 0.
+    valid = WindowSource(prepared.val, cfg.predictor.batch_size, mode='sequential', side=side)
     return Learner(PredictorTask(predictor, tokenizer), valid, valid)
 
 # %% ../nbs/api/7_fit/78_tune.ipynb #cell-037

@@ -58,7 +58,9 @@ def _differences(cfg: Config, other: Config, data: Prepared):
     return cfg.diff(other, names=('this run', 'folder')).drop(index=free, errors='ignore')
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #c2c70e8f
-def _deciding(cfg: Config) -> dict: return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER}
+def _deciding(cfg: Config) -> dict:
+    "Return the settings that change the result, and whether covariates have files, without which some are invalid"
+    return {k: v for k, v in cfg.flat().items() if k not in _MAY_DIFFER or k == 'data.covariates_source'}
 
 # %% ../../nbs/api/7_fit/74_claim.ipynb #3080a525
 def _kept_settings(run: Run) -> Config:

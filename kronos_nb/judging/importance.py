@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from ..core import ConfigError, np_rng
+from ..core import ConfigError, md_text, np_rng
+from ..display import md_table
 from ..data.window import WindowDataset
 from ..model.layers import evaluating
 from .stats import block_indices, block_length, interval
@@ -95,3 +96,16 @@ def _interval_of(more, seed) -> dict:
     n, block = len(more), block_length(len(more))
     low, high = interval(more[block_indices(n, block, seed=seed)].mean(1), n//block)
     return dict(importance=more.mean(), low=float(low), high=float(high), windows=n)
+
+# %% ../../nbs/api/6_judging/65_importance.ipynb #a116b35b
+def importance_markdown(
+    file, # CSV of the table; it need not be there
+) -> str: # '' without one
+    "Return the table of a run with what it means"
+    if not file.is_file(): return ''
+    table = pd.read_csv(file)
+    cells = [f'{o.importance:+.4f} ({o.low:+.4f} to {o.high:+.4f})' for o in table.itertuples()]
+    shown = pd.DataFrame(dict(covariate=table.covariate.astype(str).map(md_text), importance=cells))
+    return ("Importance of the covariates, in nats per bar: how much worse the predictor is where one of them has the "
+            f"values of other times, on {table.windows.iloc[0]} windows of the test part, with 95 % intervals. An "
+            f"interval that holds 0 has not shown any use.\n\n{md_table(shown)}\n")

@@ -10,6 +10,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 import typing
 
 import yaml
@@ -110,7 +111,7 @@ def check_section(
     while True:
         try: checked = cls(**values)
         except ConfigError as e:
-            named = [k for k in values if f'{cls.path(k)} ' in f'{e} '] or list(values)
+            named = [k for k in values if re.search(rf'{re.escape(cls.path(k))}(?!\w)', str(e))] or list(values)
             errors |= dict.fromkeys(named, str(e))
             values = {k: v for k, v in values.items() if k not in named}
         else: return {k: getattr(checked, k) for k in values}, errors

@@ -189,6 +189,7 @@ class Run(_Folder):
     plots, evaluation_plot, base_folder = _under('plots'), _under('plots', 'evaluation.png'), _under('base')
     evaluation_folder, evaluation_card = _under('evaluation'), _under('evaluation', 'card.md')
     evaluation_file, no_calibration_file = _under('evaluation', EVALUATION), _under('predictor', 'no_calibration.txt')
+    importance_file = _under('evaluation', 'importance.csv') # of the covariates
     base_calibration = _under('evaluation', 'base') # folder with the calibration of the model that training began with
 
     def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
