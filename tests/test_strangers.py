@@ -239,6 +239,22 @@ def test_every_number_of_a_config_is_checked_before_anything_is_built(pair, tmp_
     assert time.process_time() - began < 20
 
 
+@given(st.data(), st.sampled_from(STAGES))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_model_config_is_built_or_refused(pair, tmp_path_factory, data, stage):
+    model = tmp_path_factory.getbasetemp()/f'drawn_{stage}'
+    if not model.exists():
+        shutil.copytree(pair/stage, model)
+        (model/'SHA256SUMS').unlink()
+    good = json.loads((pair/stage/'config.json').read_text())
+    simple = st.none() | st.booleans() | st.integers() | st.integers(-3, 300) | st.floats() | st.text(max_size=8)
+    any_value = st.recursive(simple, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x))
+    changes = data.draw(st.dictionaries(st.sampled_from([*good, 'other']), any_value, min_size=1, max_size=3))
+    (model/'config.json').write_text(json.dumps(good | changes))
+    with contextlib.suppress(KronosError):
+        build_model(stage, str(model))
+
+
 def pretrained_arguments(stage):
     return CLASSES[stage].__init__.__kwdefaults__ or inspect.signature(CLASSES[stage]).parameters
 

@@ -25,6 +25,8 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+from filelock import FileLock
+
 from kronos_nb.cli import main
 
 SKIPPED = ('.png', '.log', '.lock')   # nothing reads them
@@ -320,10 +322,11 @@ OTHERS = dict(finished=another, stopped=functools.partial(another, stop=3), judg
 def once(folder, maker) -> Path:
     "Make a subject where it is not whole yet"
     done = folder.with_suffix('.done')
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        maker(folder)
-        done.touch()
+    with FileLock(folder.with_suffix('.once')):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            maker(folder)
+            done.touch()
     return folder
 
 
