@@ -981,6 +981,13 @@ def _repaired(a, cfg, f, bars):
     from kronos_nb.data.repair import repair_klines
     return repair_klines(bars, **cfg.data.rules | dict(features=f.features))[0] if a.repair == 'standard' else bars
 
+# %% ../nbs/api/9_faces/98_cli.ipynb #5f1ad6af
+def _with_side(a, cfg, f, bars):
+    "Return a forecaster with the covariates that options, run or bars hold, where it reads any"
+    if f.covariates: return f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
+    if not a.covariates_source: return f
+    raise ModelError("--covariates-source names covariates, and the model reads none; leave it out")
+
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-088
 def _bars_of(a, cfg: Config, f,
     failed=None, # Takes the errors of single files and symbols; None: they are raised
@@ -1012,11 +1019,7 @@ def _model_and_bars(a, failed=None):
     _choose_model(a)
     cfg, f = _config_of_model(a), _forecaster_of(a)
     bars = _bars_of(a, cfg, f, failed)
-    if f.covariates:
-        f = f.with_covariates(_side_files(a, cfg), a.covariates_missing, bars)
-    elif a.covariates_source:
-        raise ModelError("--covariates-source names covariates, and the model reads none; leave it out")
-    return f, bars, cfg
+    return _with_side(a, cfg, f, bars), bars, cfg
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #8e92a0fa
 def _windows(a, f, bars) -> tuple: # Bars of history, bars to forecast
@@ -1385,7 +1388,9 @@ def _turn_inputs(a, failed: dict):
     lookback = a.lookback_window or f.lookback_window or f.max_context
     bars, bad = fetch_new(a.fetch, a.interval, Ledger(a.ledger), lookback, a.source)
     failed |= bad
-    return f, _repaired(a, _config_of_model(a), f, bars)
+    cfg = _config_of_model(a)
+    bars = _repaired(a, cfg, f, bars)
+    return _with_side(a, cfg, f, bars), bars
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #283cd312
 def run_turn(a):

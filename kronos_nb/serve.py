@@ -10,6 +10,7 @@ __all__ = ['Limits', 'Refusal', 'parse_bars', 'Batcher', 'Gate', 'Service', 'mak
 import asyncio, contextlib, hmac, json, logging, os, secrets, socket, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pandas as pd
 from fastcore.basics import patch
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from . import __version__
 from .core import ConfigError, DataError, KronosError, RunError, nearest, one_line, short_repr
 from .settings import Sampling
+from .data.covariates import CovariateTable
 from .data.read import read_klines, sample_klines
 from .ledger import name_of
 from .schedule import fetch_recent
@@ -56,6 +58,12 @@ def _count_rows(bars) -> int:
     sizes = [len(v) for v in bars.values() if isinstance(v, list)] if isinstance(bars, dict) else [len(bars)]
     return max(sizes, default=0)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #f3f32fd3
+def _as_table(values, what) -> pd.DataFrame:
+    "Return columns or rows of a request as a frame"
+    try: return pd.DataFrame(values)
+    except (ValueError, TypeError) as e: raise DataError(f"{what} are no table: {one_line(e)[:200]}") from e
+
 # %% ../nbs/api/8_share/88_serve.ipynb #7df750d0
 def parse_bars(
     bars,         # {column: values}, or a list of rows
@@ -66,9 +74,7 @@ def parse_bars(
     if (n := _count_rows(bars)) > most:
         raise Refusal(413, 'TooManyRows', f"a request may hold {most:,} bars, got {n:,}; the lookback is enough")
     if n < 2: raise DataError(f"a forecast needs at least 2 bars, got {n}")
-    try: frame = pd.DataFrame(bars)
-    except (ValueError, TypeError) as e: raise DataError(f"bars are no table: {one_line(e)[:200]}") from e
-    found = read_klines(frame, symbol)
+    found = read_klines(_as_table(bars, 'bars'), symbol)
     if found.symbol.nunique() > 1: raise DataError("a request holds the bars of one symbol; send one for each")
     return found
 
@@ -83,9 +89,12 @@ class _Job:
     sampling: Sampling
     calendar: str | None
     raw: bool = False
+    table: CovariateTable | None = None   # Side inputs, which a job shares with no other
     done: asyncio.Future = None
     @property
-    def kind(self): return self.model, self.horizon, self.lookback, self.sampling, self.calendar, self.raw
+    def kind(self):
+        alone = None if self.table is None else id(self)
+        return self.model, self.horizon, self.lookback, self.sampling, self.calendar, self.raw, alone
     @property
     def key(self): return f"{self.bars.symbol.iloc[0]} {self.bars.timestamps.iloc[-1]}"
 
@@ -93,6 +102,7 @@ class _Job:
 def _predict(model, jobs: list) -> list: # Forecasts
     "Forecast jobs of one kind together"
     job = jobs[0]
+    if job.table is not None: model = model.with_covariates(job.table)
     return model.predict_many([o.bars for o in jobs], job.horizon, keys=[o.key for o in jobs], sampling=job.sampling,
         lookback_window=job.lookback, calendar=job.calendar, raw=job.raw, progress=False)
 
@@ -259,11 +269,21 @@ def _sampling_model(limits: Limits):
         raw: bool = Field(False, description="Neither anchor nor calibration: the paths as the model draws them")
     return SamplingRequest
 
+# %% ../nbs/api/8_share/88_serve.ipynb #31b136de
+def _side_model(limits: Limits):
+    "Return the class that checks what a model reads beside bars"
+    from pydantic import Field
+    class SideRequest(_sampling_model(limits)):
+        covariates: dict[str, list] | list[dict] | None = Field(None, description="Columns or rows with timestamps; "
+            "none: columns of the bars")
+        missing: Literal['error', 'mask'] = Field('error', description="mask: go without a covariate that has no value")
+    return SideRequest
+
 # %% ../nbs/api/8_share/88_serve.ipynb #7a55d026
 def _request_model(limits: Limits):
     "Return the class that checks a request"
     from pydantic import Field
-    class ForecastRequest(_sampling_model(limits)):
+    class ForecastRequest(_side_model(limits)):
         bars: dict[str, list] | list[dict] | None = Field(None, description="Columns or rows of bars of one symbol")
         symbol: str = Field('', max_length=64, description="Name of the bars; with `source`, what to download")
         source: str | None = Field(None, description="In place of bars: a source that the service knows")
@@ -308,6 +328,19 @@ def bars_of(self: Service, asked, name) -> pd.DataFrame:
     lookback = asked.lookback_window or f.lookback_window or f.max_context
     return fetch_recent(asked.symbol, asked.interval, lookback, asked.source)
 
+# %% ../nbs/api/8_share/88_serve.ipynb #f325d4cb
+@patch
+def _side_of(self: Service, asked, f) -> CovariateTable | None: # None where the model reads none
+    "Return the side inputs of a request; an error names what lacks"
+    given = asked.covariates
+    if given is None and not (getattr(f, 'covariates', ()) and f.table is None): return None
+    most = self.limits.rows + self.limits.horizon
+    if given is not None and (n := _count_rows(given)) > most:
+        raise Refusal(413, 'TooManyRows', f"covariates may have {most:,} rows, got {n:,}; those of the lookback and of "
+                      "the horizon are enough")
+    frame = _as_table(asked.bars if given is None else given, 'covariates')
+    return f.with_covariates(frame, asked.missing).table
+
 # %% ../nbs/api/8_share/88_serve.ipynb #8e138fb2
 @patch
 def _settle(self: Service, asked) -> _Job:
@@ -319,7 +352,7 @@ def _settle(self: Service, asked) -> _Job:
     if horizon is None: raise ConfigError("this model records no horizon; send predict_window")
     if horizon > self.limits.horizon: raise ConfigError(f"predict_window may be {self.limits.horizon}, got {horizon}")
     return _Job(name, bars, horizon, asked.lookback_window, Sampling(**{k: getattr(asked, k) for k in sampled}),
-                asked.calendar, asked.raw)
+                asked.calendar, asked.raw, self._side_of(asked, f))
 
 # %% ../nbs/api/8_share/88_serve.ipynb #453ba9f3
 def _as_json(f, name, digest, asked) -> dict:
@@ -356,7 +389,8 @@ async def _forecast(self: Service, asked) -> dict:
 def about(self: Service) -> list:
     "Return what there is to ask for"
     return [dict(name=name, hash=self.hashes[name], lookback_window=f.lookback_window, predict_window=f.predict_window,
-                 features=list(f.features), trained_on=list(f.predictor.extra.get('trained_on', {})))
+                 features=list(f.features), trained_on=list(f.predictor.extra.get('trained_on', {})),
+                 covariates=[c.to_dict() for c in getattr(f, 'covariates', ())])
             for name, f in self.models.items()]
 
 # %% ../nbs/api/8_share/88_serve.ipynb #187c5028

@@ -39,8 +39,11 @@ class _Request(Panel):
         origin: int | None = None,  # Bars of history; None: all of them
         horizon: int | None = None, # Bars ahead; None: as trained
         runs=None,                  # Folder of runs to choose from; None: none
+        covariates=None,            # Frame or file; None: those of the run, else columns of the bars
+        missing: str | None = None, # 'mask': go without a covariate that has no value; None: as the run
         **sampling,                 # Settings of `Sampling`
     ):
+        self.covariates, self.missing = covariates, missing
         self.given, self.data, self.runs, self.symbol = model, bars, runs, symbol
         self.origin, self.horizon, self.sampling = origin, horizon, Sampling.of(**sampling)
         self.forecast = self.actual = None
@@ -73,6 +76,12 @@ def _finished_run(self: _Request):
     if not (run.finished and run.stage('predictor').has_model): return None
     return self.seen[0] if self.seen[0] == str(run.folder) else str(run.folder)
 
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #6eb3810e
+@patch
+def _reads_bars(self: _Request) -> bool:
+    "Return whether a data panel's bars have all columns; it does not read those of covariates"
+    return set(self.cfg.data.beside) <= set(self.cfg.data.extra_features or ())
+
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-010
 @patch
 def _take(self: _Request):
@@ -83,7 +92,7 @@ def _take(self: _Request):
     if self.seen[0] is model and self.seen[1] is bars: return
     unfitted = model is BUNDLED and isinstance(self.model, Panel)
     self.cfg, self.forecaster = self.model.config if unfitted else _config_of(model), None
-    loaded = bars if isinstance(self.data, Panel) else load_bars(bars, self.cfg)
+    loaded = bars if isinstance(self.data, Panel) and self._reads_bars() else load_bars(value_of(self.data), self.cfg)
     groups = loaded.groupby('symbol', observed=True)
     self.bars = {str(symbol): group.reset_index(drop=True) for symbol, group in groups}
     self._check_symbol()
@@ -106,7 +115,33 @@ def _loaded(self: _Request) -> Forecaster:
     if isinstance(model, Forecaster): self.forecaster = model
     elif isinstance(model, FitResult): self.forecaster = model.forecaster()
     else: self.forecaster = Forecaster.from_pretrained(*_pair(model))
+    self.forecaster = self._informed(self.forecaster)
     return self.forecaster
+
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #4f21e424
+@patch
+def _side_source(self: _Request) -> tuple: # Source, and what to do with lost values
+    "Return where the covariates of the model are"
+    d = self.cfg.data
+    source = self.covariates if self.covariates is not None else list(d.covariates_source or ()) or None
+    return source, self.missing or d.covariates_missing
+
+@patch
+def _informed(self: _Request, f: Forecaster) -> Forecaster:
+    "Return the model with its covariates, where it reads any"
+    if f.table is not None or not f.covariates and self.covariates is None: return f
+    source, missing = self._side_source()
+    return f.with_covariates(source, missing, pd.concat(self.bars.values(), ignore_index=True))
+
+# %% ../../nbs/api/9_faces/93_forecast.ipynb #9d3b4dd4
+@patch
+def _side_code(self: _Request) -> str: # '' where the model reads no covariates
+    "Return the arguments that give the covariates"
+    if not self.cfg.data.covariates: return ''
+    source, missing = self._side_source()
+    if self.covariates is not None and not isinstance(source, (str, Path)): given = ', covariates=covariates'
+    else: given = '' if source is None else f', covariates={str(source) if isinstance(source, Path) else source!r}'
+    return given + f', missing={missing!r}'*(missing != 'error')
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-011
 @patch
@@ -125,13 +160,13 @@ def _date(self: _Request) -> str: return date_text(self.bars[self.symbol].timest
 @patch
 def _bars_code(self: _Request):
     "Return the lines that read the bars of the symbol"
-    if isinstance(self.data, Panel) and not isinstance(self.data.value, pd.DataFrame):
+    if isinstance(self.data, Panel) and not isinstance(self.data.value, pd.DataFrame) and self._reads_bars():
         return self.data.reading((self.symbol,))
     data, head = value_of(self.data), 'from kronos_nb.data.kline import read_klines, sample_klines\n\nbars = '
     if isinstance(data, pd.DataFrame):
         several = 'symbol' in data and data['symbol'].nunique() > 1
         return f'bars = bars[bars.symbol == {self.symbol!r}]' if several else ''
-    return head + read_call(data, symbols=(self.symbol,), extra_features=self.cfg.data.extra_features)
+    return head + read_call(data, symbols=(self.symbol,), extra_features=self.cfg.data.beside or None)
 
 # %% ../../nbs/api/9_faces/93_forecast.ipynb #cell-014
 @patch
@@ -140,7 +175,7 @@ def _call_code(self: _Request):
     at, horizon, sampling, name = self._origin(), self._horizon(), asdict(self.sampling), _name_of(self.seen[0])
     model = 'forecaster' if name is None else f"Forecaster.from_pretrained({', '.join(map(repr, _pair(name)))})"
     changed = {k: v for k, v in sampling.items() if k in ('paths', 'seed') or v != getattr(Sampling(), k)}
-    settings = ''.join(f', {k}={v!r}' for k, v in changed.items())
+    settings = ''.join(f', {k}={v!r}' for k, v in changed.items()) + self._side_code()
     if at + horizon > len(self.bars[self.symbol]):
         past = 'bars' if at == len(self.bars[self.symbol]) else f'bars[:{at}]'
         return [f'forecast = {model}.predict({past}, {horizon}{settings})', 'forecast.plot()']
