@@ -66,7 +66,8 @@ class StaticStep:
         self.stamps = p.stamps.repeat_interleave(S, 0)
         caches = [StaticCache(o, B*S, H) for o in (*p.session.blocks, p.session.cross)]
         self.session = Session(caches[:-1], caches[-1])
-        for rope in (p.decoder.stack.rope, p.decoder.kv_rope, p.decoder.query_rope): rope.reach(p.session.n + H, u.device)
+        ropes = p.decoder.stack.rope, p.decoder.kv_rope, p.decoder.query_rope
+        for rope in ropes: rope.reach(p.session.n + H, u.device)
         self.made = tuple(p.s1.new_zeros(B*S, H) for _ in range(2))
         self.at = torch.zeros(1, dtype=torch.int64, device=u.device)   # the bar that was drawn last
         self._draw(p.context.repeat_interleave(S, 0), self.at)
