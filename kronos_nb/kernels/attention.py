@@ -15,7 +15,8 @@ from .ops import FAST, FINITE, HELPER, exp, largest, softmax
 ORDERED = FAST | dict(fastmath={'contract'})
 _INLINE = ORDERED | dict(forceinline=True)
 _U = tuple(np.uintp(i) for i in range(9))   # 0 to 8
-_NONE, _ZERO, _ONE = np.int64(-1), np.int64(0), np.int64(1)   # a plain 0 has a type of its own, for which the callee is compiled once more
+# a plain 0 has a type of its own, for which a callee is compiled once more
+_NONE, _ZERO, _ONE = np.int64(-1), np.int64(0), np.int64(1)
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-008
 @numba.njit(**_INLINE)
