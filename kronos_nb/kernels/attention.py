@@ -178,8 +178,8 @@ def attend(
     z,       # (N, t, parts, H, d), the query first
     cis,     # (t, parts, 1, d/2) complex
     PK, PV,  # Histories: (B, H, D, room), D is d rounded up to eights, and (B, H, P, d)
-    K, V, n, # Each path's own, (N, H, room, d), and how many bars
-    prefill, # The rows are the histories' own bars
+    K, V, n, # Each path's own, (N, H, room, d), how many bars
+    prefill, # The rows are histories' bars
     out,     # (N, t, H, d)
     a, e,    # Which of the B*H heads
 ):
