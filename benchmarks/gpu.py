@@ -226,6 +226,12 @@ def kept_bytes(size, batch, bars, device='meta', dtype=None, efficient=False):
     return sum(n for at, n in kept.items() if at not in own)
 
 
+def per_window(size, bars, dtype=None):
+    "Return the bytes that the CPU keeps of one more window; copies of the weights are no part of it"
+    one, three = (kept_bytes(size, batch, bars, 'cpu', dtype) for batch in (1, 3))
+    return (three - one)/2
+
+
 def peak_bytes(size, batch, bars, device='meta', efficient=False):
     "Return the most bytes that live at once in a forward and a backward pass: weights, gradients, kept, temporary"
     task, x = work(size, batch, bars, device)
@@ -241,8 +247,8 @@ def memory(a):
     small, rows = (2, min(a.bars, 128)), []
     for size in ['Kronos-Tokenizer-base', *a.sizes]:
         n = sum(p.numel() for p in model_of(size, 'meta').parameters())
-        row = dict(size=size, parameters=f'{n/1e6:.1f} M', fixed_GiB=f'{16*n/G:.2f}')
-        half = kept_bytes(size, *small, 'cpu', torch.bfloat16)/kept_bytes(size, *small, 'cpu')
+        row = dict(size=size, parameters=f'{n/1e6:.1f} M', **{'weights, gradients, moments, GiB': f'{16*n/G:.2f}'})
+        half = per_window(size, small[1], torch.bfloat16)/per_window(size, small[1])
         ways = {'float32': (16*n, 1., False), 'float32, fused': (16*n, 1., True), 'half, fused': (18*n, half, True)}
         for name, (fixed, share, efficient) in ways.items():
             one, three = (peak_bytes(size, b, a.bars, efficient=efficient) for b in (1, 3))
@@ -262,9 +268,8 @@ def check_memory(a, batch, bars):
     rows = []
     for size in ['Kronos-Tokenizer-base', *a.sizes]:
         found = {d: (kept_bytes(size, batch, bars, d), peak_bytes(size, batch, bars, d)) for d in ('meta', 'cpu')}
-        found['cpu, bfloat16'] = kept_bytes(size, batch, bars, 'cpu', torch.bfloat16), None
         rows.append(dict(size=size) | {f'{what}, {d}': f'{o[i]/2**20:.1f}' for i, what in enumerate(('kept', 'peak'))
-                                      for d, o in found.items() if o[i]})
+                                      for d, o in found.items()})
     print(f'\nThe same, {batch} windows of {bars} bars, MiB, beside what the CPU keeps and holds:\n')
     print(md_table(pd.DataFrame(rows)))
 

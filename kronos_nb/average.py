@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'average_checkpoints', 'swapped']
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-002
-import contextlib, fnmatch, math, re
+import contextlib, copy, fnmatch, math, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 # %% ../nbs/api/4_training/49_average.ipynb #ceeaf532
 from .core import ConfigError, ModelError, RunError, write_atomic
@@ -254,11 +253,9 @@ class Averaging(Callback):
 def before_fit(self: Averaging, learn):
     "Start an average, or continue one"
     if not learn.step: self.n, self.kept, self.average = 0, None, None
-    held = self.kept if self.kept is not None else self.average and self.average.module.state_dict()
-    def mix(averages, new, _): return torch._foreach_lerp_(averages, new, self.newest)
-    self.average = AveragedModel(self.module(learn), multi_avg_fn=mix)
-    if self.n: self.average.module.load_state_dict(held)
-    self.average.n_averaged.fill_(self.n)
+    held = self.kept if self.kept is not None else self.average and self.average.state_dict()
+    self.average = copy.deepcopy(self.module(learn))
+    if self.n: self.average.load_state_dict(held)
     self.kept = None
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-041
@@ -267,8 +264,18 @@ def after_step(self: Averaging, learn):
     "Mix the newest weights in"
     if not self.due(learn): return
     self.newest = self.share(learn, self.n)
-    self.average.update_parameters(self.module(learn))
+    self._mix(self.module(learn))
     self.n += 1
+
+# %% ../nbs/api/4_training/49_average.ipynb #92d93a8d
+@patch
+@torch.no_grad()
+def _mix(self: Averaging, model):
+    "Move the average towards `model`, by the share of the newest weights; the first weights are the average"
+    pairs = [[o.detach() for o in m.parameters()] for m in (self.average, model)]
+    if self.n: torch._foreach_lerp_(*pairs, self.newest)
+    else: torch._foreach_copy_(*pairs)
+    for old, new in zip(self.average.buffers(), model.buffers()): old.copy_(new)
 
 # %% ../nbs/api/4_training/49_average.ipynb #cell-042
 @patch
@@ -282,7 +289,7 @@ def after_validate(self: Averaging, learn):
 @patch(as_prop=True)
 def weights(self: Averaging) -> Weights | None: # None before the first update
     if not self.n: return None
-    module = self.average.module
+    module = self.average
     config = getattr(module, 'config', None)
     return Weights(module.state_dict(), self.origin, config and config | module.extra)
 

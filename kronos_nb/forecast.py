@@ -166,7 +166,7 @@ class Forecaster:
     """Draw futures of bars with a tokenizer and one or more predictors
 
     >>> f = kn.Forecaster.from_pretrained('runs/quickstart')
-    >>> f.predict(kn.sample_klines('GOOG'), predict_window=10, paths=200).plot()
+    >>> f.predict(kn.sample_klines('GOOG'), 10, paths=200).plot()
     """
     def __init__(self,
         tokenizer: KronosTokenizer,
@@ -177,7 +177,7 @@ class Forecaster:
         lookback_window: int | None = None, # None: as trained, or `max_context`
         cross_rope: str | None = None, # 'reference' or 'trained'; None: from the config
         compile=False, # Compile what lies between matrix products
-        cuda_graph=False, # On CUDA, replay each step as one graph; inside the context
+        cuda_graph=False, # On CUDA, replay each step as one graph
         precision: str = 'float32', # Or 'bfloat16', of the predictor
         market_tz: str | None = None, # None: as trained, or UTC
         anchor: bool | None = None, # Begin at the last close; None: as trained, or True
@@ -185,11 +185,9 @@ class Forecaster:
     ):
         _check_options(cross_rope, precision)
         self.anchor, self.calibration = anchor, calibration
-        self.cross_rope, self.compile, self.precision = cross_rope, compile, precision
-        self.cuda_graph = cuda_graph
+        self.cross_rope, self.compile, self.cuda_graph, self.precision = cross_rope, compile, cuda_graph, precision
         self._take(tokenizer, predictor, device)
-        self.normalizer = _pick_normalizer([*self.predictors, tokenizer], normalizer)
-        self._recall(max_context, lookback_window, market_tz)
+        self._recall(normalizer, max_context, lookback_window, market_tz)
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #4254cae7
 @patch(as_prop=True)
@@ -202,8 +200,9 @@ def covariates(self: Forecaster) -> tuple: # Of `Covariate`; empty where no pred
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #903290bf
 @patch
-def _recall(self: Forecaster, max_context, lookback_window, market_tz):
+def _recall(self: Forecaster, normalizer, max_context, lookback_window, market_tz):
     "Set what is not given to what the predictors record of their training"
+    self.normalizer = _pick_normalizer([*self.predictors, self.tokenizer], normalizer)
     self.max_context = self._context(max_context)
     self.lookback_window = lookback_window or _recorded(self.predictors, 'lookback_window')
     self.market_tz = market_tz or _recorded(self.predictors, 'market_tz') or 'UTC'

@@ -13,8 +13,8 @@ walks = torch.randn(130, 12, 6, generator=torch.Generator().manual_seed(1)).cums
 
 def learner(**kw) -> Learner:
     torch.manual_seed(0)
-    size = dict(d_in=6, d_model=16, n_heads=2, ff_dim=32, n_enc_layers=2, n_dec_layers=2, s1_bits=4, s2_bits=4, beta=.05,
-                gamma0=1., gamma=1.1, zeta=.05, group_size=4)
+    size = dict(d_in=6, d_model=16, n_heads=2, ff_dim=32, n_enc_layers=2, n_dec_layers=2, s1_bits=4, s2_bits=4,
+                beta=.05, gamma0=1., gamma=1.1, zeta=.05, group_size=4)
     still = dict(ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
     task = TokenizerTask(KronosTokenizer(**size, **still))
     sources = TensorSource(dict(x=walks), 40, seed=0), TensorSource(dict(x=walks), 40)

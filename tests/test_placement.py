@@ -110,7 +110,8 @@ def test_what_the_other_tests_would_find():
     assert seen.waits
 
 
-def test_a_fit_waits_once_an_update_and_once_a_logged_row(tmp_path, monkeypatch):
+@pytest.mark.parametrize('more', [{}, {'runtime.precision': 'bf16', 'tokenizer.ema_decay': .9, 'tokenizer.lawa': .5}])
+def test_a_fit_waits_once_an_update_and_once_a_logged_row(tmp_path, monkeypatch, more):
     "The one wait is the check that loss and gradient are finite, which decides whether weights may change"
     from kronos_nb.train import fit
     from kronos_nb.training.learner import Callback
@@ -129,6 +130,6 @@ def test_a_fit_waits_once_an_update_and_once_a_logged_row(tmp_path, monkeypatch)
         def after_train(self, learn): counting.clear()
 
     count = Count()
-    fit(bars, cfg.replace(**four_steps, **{'runtime.log_every': 100, 'runtime.save_steps': 100}), tmp_path/'run',
-        callbacks=[count])
+    rare = {'runtime.log_every': 100, 'runtime.save_steps': 100}
+    fit(bars, cfg.replace(**four_steps, **rare, **more), tmp_path/'run', callbacks=[count])
     assert count.steps == 4 and waits.count('__bool__') == 4 and len(waits) <= 5

@@ -66,26 +66,31 @@ class StaticStep:
         self.stamps = p.stamps.repeat_interleave(S, 0)
         caches = [StaticCache(o, B*S, H) for o in (*p.session.blocks, p.session.cross)]
         self.session = Session(caches[:-1], caches[-1])
-        for rope in (p.decoder.stack.rope, p.decoder.kv_rope, p.decoder.query_rope): rope.reach(p.session.n + H, u.device)
+        ropes = p.decoder.stack.rope, p.decoder.kv_rope, p.decoder.query_rope
+        for rope in ropes: rope.reach(p.session.n + H, u.device)
         self.made = tuple(p.s1.new_zeros(B*S, H) for _ in range(2))
         self.at = torch.zeros(1, dtype=torch.int64, device=u.device)   # the bar that was drawn last
         self._draw(p.context.repeat_interleave(S, 0), self.at)
 
-    def _draw(self, context, i):
-        u = self.u.index_select(1, i)[:, 0]
-        s1 = draw(self.decoder.s1_logits(context), u[:, 0], *self.how)
-        s2 = draw(self.decoder.s2_logits(context, s1, self.session), u[:, 1], *self.how)
-        for out, tokens in zip(self.made, (s1, s2)): out.index_copy_(1, i, tokens[:, None])
+# %% ../../nbs/api/5_forecast/51_static.ipynb #5c5a2a8e
+@patch
+def _draw(self: StaticStep, context, i):
+    u = self.u.index_select(1, i)[:, 0]
+    s1 = draw(self.decoder.s1_logits(context), u[:, 0], *self.how)
+    s2 = draw(self.decoder.s2_logits(context, s1, self.session), u[:, 1], *self.how)
+    for out, tokens in zip(self.made, (s1, s2)): out.index_copy_(1, i, tokens[:, None])
 
-    def __call__(self):
-        last = [o.index_select(1, self.at) for o in self.made]
-        context = self.decoder.read(*last, self.stamps.index_select(1, self.L + self.at), self.session)
-        self.at.add_(1)
-        self._draw(context, self.at)
+@patch
+def __call__(self: StaticStep):
+    last = [o.index_select(1, self.at) for o in self.made]
+    context = self.decoder.read(*last, self.stamps.index_select(1, self.L + self.at), self.session)
+    self.at.add_(1)
+    self._draw(context, self.at)
 
-    def begin(self):
-        "Go back behind the first bar; what came later is drawn again"
-        for counter in (self.at, self.session.cross.held, *(o.held for o in self.session.blocks)): counter.zero_()
+@patch
+def begin(self: StaticStep):
+    "Go back behind the first bar; what came later is drawn again"
+    for counter in (self.at, self.session.cross.held, *(o.held for o in self.session.blocks)): counter.zero_()
 
 # %% ../../nbs/api/5_forecast/51_static.ipynb #9ee34528
 def _recorded(step):

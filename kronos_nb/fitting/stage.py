@@ -291,7 +291,7 @@ def _try_rates(stage: Stage, learn: Learner):
 def _averages(stage: Stage, learn: Learner) -> dict: # Name -> Weights
     "Return the averages that the settings ask for"
     kept = [c for c in learn.callbacks if isinstance(c, (EMA, LAWA)) and c.n]
-    found = {c.label: Weights(plain_state(c.average.module), c.origin) for c in kept}
+    found = {c.label: Weights(plain_state(c.average), c.origin) for c in kept}
     n = min(stage.settings.average_last, len(step_files(stage.files)))   # a short stage has fewer
     if n > 1: found['average'] = average_checkpoints(stage.files, n)
     return found

@@ -9,13 +9,14 @@ __all__ = ['append_kv', 'attend', 'draw_tokens']
 import numba
 import numpy as np
 
-from .ops import FAST, FINITE, exp, largest, softmax
+from .ops import FAST, FINITE, HELPER, exp, largest, softmax
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-007
 ORDERED = FAST | dict(fastmath={'contract'})
 _INLINE = ORDERED | dict(forceinline=True)
 _U = tuple(np.uintp(i) for i in range(9))   # 0 to 8
-_ZERO, _ONE = np.int64(0), np.int64(1)   # a plain 0 has a type of its own, for which the callee is compiled once more
+# a plain 0 has a type of its own, for which a callee is compiled once more
+_NONE, _ZERO, _ONE = np.int64(-1), np.int64(0), np.int64(1)
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-008
 @numba.njit(**_INLINE)
@@ -90,7 +91,7 @@ def _weigh_rows(
             if n > 0: _weighted_sum(w[r, at+j:at+j+n], V, j, o[r])
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-018
-@numba.njit(**_INLINE)
+@numba.njit(**ORDERED | HELPER)
 def _rotate(
     x,   # (d,) coordinates in pairs
     cis, # (d/2,) complex
@@ -101,7 +102,7 @@ def _rotate(
         o[2*i], o[2*i+1] = x[2*i]*cis[i].real - x[2*i+1]*cis[i].imag, x[2*i]*cis[i].imag + x[2*i+1]*cis[i].real
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-019
-@numba.njit(**_INLINE)
+@numba.njit(**ORDERED | HELPER)
 def _transpose(
     K, # (n, d) keys of some bars
     o, # (d or more, n or more)
@@ -127,7 +128,7 @@ def append_kv(
                 for i in range(d): V[r, h, n+s, i] = z[r, s, parts-1, h, i]
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-025
-@numba.njit(**FINITE | dict(forceinline=True))
+@numba.njit(**FINITE | HELPER)
 def _score_row(
     q, # (d,)
     K, # (n, d)
@@ -140,11 +141,11 @@ def _score_row(
         w[j] = s
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-026
-@numba.njit(**FINITE | dict(forceinline=True))
+@numba.njit(**FINITE | HELPER)
 def _softmax(w): softmax(w, w, w)
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-027
-@numba.njit(**_INLINE)
+@numba.njit(**ORDERED | HELPER)
 def _attend_own(
     q,      # (rows, D) queries
     w,      # (rows, P+n) weights; the history's scores are there already
@@ -177,8 +178,8 @@ def attend(
     z,       # (N, t, parts, H, d), the query first
     cis,     # (t, parts, 1, d/2) complex
     PK, PV,  # Histories: (B, H, D, room), D is d rounded up to eights, and (B, H, P, d)
-    K, V, n, # Each path's own, (N, H, room, d), and how many bars
-    prefill, # The rows are the histories' own bars
+    K, V, n, # Each path's own, (N, H, room, d), how many bars
+    prefill, # The rows are histories' bars
     out,     # (N, t, H, d)
     a, e,    # Which of the B*H heads
 ):
@@ -190,7 +191,7 @@ def attend(
     q, w, o = np.zeros((tile, D), np.float32), np.empty((tile, P+n), np.float32), np.empty((tile, d), np.float32)
     T = np.zeros((D, n if t > 7 else 0), np.float32)
     for head in range(a, e):
-        b, h, held = head//H, head%H, -1
+        b, h, held = head//H, head%H, _NONE
         for c in range(0, rows, ROWS):
             m, top = min(rows - c, ROWS), b*rows + c
             seen, more = (c + 1, 1) if prefill else (P, 0)
@@ -205,7 +206,7 @@ def attend(
                 for i in range(d): out[(top+r)//t, (top+r)%t, h, i] = o[r, i]
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-034
-@numba.njit(**FINITE | dict(forceinline=True))
+@numba.njit(**FINITE | HELPER)
 def _sum_above(
     p,         # (V,)
     threshold,
@@ -217,7 +218,7 @@ def _sum_above(
     return s
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-035
-@numba.njit(**_INLINE)
+@numba.njit(**ORDERED | HELPER)
 def top_p_threshold(
     p,    # (V,) in 0..1; the largest is 1
     v,    # (V,) what each token counts: `p` itself for top_p, ones for top_k
@@ -234,7 +235,7 @@ def top_p_threshold(
     return low
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-036
-@numba.njit(**_INLINE)
+@numba.njit(**ORDERED | HELPER)
 def _drop_below(p, threshold):
     for i in range(len(p)): p[i] = p[i] if p[i] >= threshold else np.float32(0)
 

@@ -42,7 +42,7 @@ class FewRows:
         self.b = torch.zeros(0).numpy() if b is None else b.numpy()
     def __call__(self, x): # (..., K) -> (..., M)
         out = torch.empty(*x.shape[:-1], self.width)
-        rows = x.reshape(-1, x.shape[-1]).numpy()
+        rows = x.reshape(-1, x.shape[-1]).contiguous().numpy()   # compiled for this layout alone
         self.kernels.multiply(rows, self.w, self.b, self.block, out.view(-1, self.width).numpy())
         return out
 

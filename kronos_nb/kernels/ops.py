@@ -14,9 +14,11 @@ from numba.extending import overload
 from numpy import float32, int32, uint32
 
 # %% ../../nbs/api/2_kernels/20_ops.ipynb #cell-007
-FAST = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract', 'reassoc', 'nsz', 'arcp'})
+FAST = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract', 'reassoc', 'nsz', 'arcp'},
+            no_cfunc_wrapper=True)
 FINITE = FAST | dict(fastmath=FAST['fastmath'] | {'nnan', 'ninf'})
 INLINE = FAST | dict(forceinline=True)
+HELPER = dict(forceinline=True, no_cpython_wrapper=True)
 
 # %% ../../nbs/api/2_kernels/20_ops.ipynb #cell-010
 def numpy_view(

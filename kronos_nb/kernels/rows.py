@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .attention import _ZERO, ORDERED, append_kv, attend
-from .ops import swiglu_halves, unit_rms
+from .ops import HELPER, swiglu_halves, unit_rms
 
 # %% ../../nbs/api/2_kernels/24_rows.ipynb #f2da9058
 PANEL = 64
@@ -44,7 +44,7 @@ def prefetch(typingctx, a, i):
     return types.void(a, types.uintp), codegen
 
 # %% ../../nbs/api/2_kernels/24_rows.ipynb #021a141d
-_INLINE = ORDERED | dict(forceinline=True)
+_INLINE = ORDERED | HELPER
 _WIDE, _LINE, _EIGHT = np.uintp(PANEL), np.uintp(16), np.uintp(8)
 AHEAD = np.uintp(1024)   # values, 4 KB
 
