@@ -4,6 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/gain.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
     OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv   # after the pairs, whose base it takes
 
+    ... --normalizers zscore --difference-weight 4   # errors in the moves between bars count, too
+
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
 on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
@@ -48,29 +50,33 @@ MARKETS = dict(
     currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), (64, 64), 'pairs'))
 
 
-def config(market, seed, normalizer, steps, lr, val) -> Config:
+def config(market, seed, normalizer, steps, lr, val, difference=0.) -> Config:
     "Return how a base or a fine-tuned model is trained"
     L, H = market.windows
     stage = dict(size='tiny', epochs=10_000, batch_size=64, weight_decay=.05, warmup=.05, lr=lr)
     return Config().replace(
         data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0.,
                   embargo=H, val_windows=300, windows_per_epoch=6400),
-        tokenizer=dict(stage, max_steps=steps[0]), predictor=dict(stage, max_steps=steps[1]),
+        tokenizer=dict(stage, max_steps=steps[0], difference_weight=difference), predictor=dict(stage, max_steps=steps[1]),
         runtime=dict(progress=False, plots=False, device='cpu', threads=1, seed=seed, save_steps=200),
         evaluate=dict(calibrate='off'))
 
 
-def train(market, bars, seed, normalizer, out) -> dict:
+def folder_name(market, normalizer, seed, difference):
+    return f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0)
+
+
+def train(market, bars, seed, normalizer, out, difference=0.) -> dict:
     "Return the folders of the base and of the model that was fine-tuned on the targets"
     mine = bars.symbol.isin(market.targets)
     early = bars.timestamps < market.begin
     base = out/'base'
-    if market.base: base = out.parent/f'{market.base}-{normalizer}-{seed}'/'base'
+    if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference)/'base'
     else:
-        whole = config(market, seed, normalizer, market.steps, 1e-3, .1)
+        whole = config(market, seed, normalizer, market.steps, 1e-3, .1, difference)
         fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
     steps = tuple(n//4 for n in market.steps)
-    tuned = config(market, seed, normalizer, steps, 3e-4, .1).replace(**{
+    tuned = config(market, seed, normalizer, steps, 3e-4, .1, difference).replace(**{
         'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
     fit(bars[mine & early].reset_index(drop=True), tuned, out/'tuned', judge=False)
     return dict(base=base, tuned=out/'tuned')
@@ -131,18 +137,21 @@ def main():
     parser.add_argument('market', choices=MARKETS)
     parser.add_argument('--data', nargs='+', required=True)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--normalizers', nargs='+', default=['zscore', 'last_close'])
+    parser.add_argument('--difference-weight', type=float, default=0.)
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
     market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
-    bars = read(args.data, market)
+    bars, weight = read(args.data, market), args.difference_weight
     for seed in args.seeds:
-        for normalizer in ('zscore', 'last_close'):
-            key = dict(market=args.market, normalizer=normalizer, seed=seed)
+        for normalizer in args.normalizers:
+            key = dict(market=args.market, normalizer=normalizer, difference=weight, seed=seed)
             if any(all(o[k] == v for k, v in key.items()) for o in done): continue
-            models = train(market, bars, seed, normalizer, Path(args.out)/f'{args.market}-{normalizer}-{seed}')
+            out = Path(args.out)/folder_name(args.market, normalizer, seed, weight)
+            models = train(market, bars, seed, normalizer, out, weight)
             for model, folder in models.items():
                 done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed)]
-            done.sort(key=lambda o: (o['market'], o['normalizer'], o['seed']))
+            done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
             print(new.round(3).to_string(), flush=True)

@@ -271,6 +271,8 @@ _TOKENIZER = 'loss mse mse_s1 reconstruction_loss quantization_loss commitment s
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(StageConfig):
     "Stage 1: bars <-> tokens"
+    difference_weight: float = setting(
+        0., "weight of errors in the moves of prices between bars, beside errors in the bars", lo=0., hi=100.)
     monitor: str = setting('val_loss', _MONITOR, choices=tuple(f'val_{o}' for o in _TOKENIZER))
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-030

@@ -232,7 +232,8 @@ def _writing_callbacks(stage: Stage, deadline):
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-037
 def _task(stage: Stage, model):
     "Return the task of a stage around `model`"
-    return TokenizerTask(model) if stage.tokenizer is None else PredictorTask(model, stage.tokenizer)
+    if stage.tokenizer is None: return TokenizerTask(model, stage.settings.difference_weight)
+    return PredictorTask(model, stage.tokenizer)
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-038
 def _try_compile(stage: Stage, task, source):

@@ -145,11 +145,18 @@ def forward(self: KronosTokenizer,
     bsq_loss = self.tokenizer.bsq.losses(u_BTK, q_BTK)['bsq_loss']
     return tuple(self._reconstruct(q_BTK)), bsq_loss, q_BTK, bits_to_ids(q_BTK)
 
+# %% ../../nbs/api/3_model/32_tokenizer.ipynb #632b24d1
+def _moves_mse(z_BTF, x_BTF):
+    "Return the mean squared error of the moves of prices from bar to bar; 0 for a single bar"
+    if x_BTF.shape[1] < 2: return x_BTF.new_zeros(())
+    return F.mse_loss(z_BTF[..., :4].diff(dim=1), x_BTF[..., :4].diff(dim=1))
+
 # %% ../../nbs/api/3_model/32_tokenizer.ipynb #cell-035
 @patch
 def loss(self: KronosTokenizer,
     x_BTF, # Normalised bars
     watch=None, # Called with the bars, their corners (B, T, K), and the bars that these decode to
+    difference_weight: float = 0., # Of errors in the moves between bars; 0: the reference's loss
 ) -> dict: # loss; detached: mse_s1, mse, commitment, sample_entropy, codebook_entropy, bsq_loss
     "Return the training loss and its parts"
     u_BTK, q_BTK = self._quantised(x_BTF)
@@ -158,6 +165,7 @@ def loss(self: KronosTokenizer,
     if watch is not None: watch(x_BTF, q_BTK, z_BTF)
     parts = dict(mse_s1=F.mse_loss(z_pre_BTF, x_BTF), mse=F.mse_loss(z_BTF, x_BTF), **parts)
     loss = (parts['mse_s1'] + parts['mse'] + parts['bsq_loss']) / 2
+    if difference_weight: loss = loss + difference_weight*(_moves_mse(z_pre_BTF, x_BTF) + _moves_mse(z_BTF, x_BTF))/2
     return dict(loss=loss, **{k: v.detach() for k, v in parts.items()})
 
 # %% ../../nbs/api/3_model/32_tokenizer.ipynb #cell-038

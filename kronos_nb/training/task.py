@@ -173,14 +173,17 @@ def save_model(
 # %% ../../nbs/api/4_training/43_task.ipynb #cell-024
 class TokenizerTask(nn.Module):
     "Reconstruct normalised bars through their tokens"
-    def __init__(self, model: KronosTokenizer):
+    def __init__(self, model: KronosTokenizer,
+        difference_weight: float = 0., # See `KronosTokenizer.loss`
+    ):
         super().__init__()
         self.model, self.watch = model, None   # `watch`: what a monitor sees of a validation, see `KronosTokenizer.loss`
+        self.difference_weight = difference_weight
     def forward(self,
         x,          # (B, T, F) normalised bars
         stamp=None, # Not used: the tokenizer does not know the time
     ) -> dict:
-        o = self.model.loss(x, None if self.training else self.watch)
+        o = self.model.loss(x, None if self.training else self.watch, self.difference_weight)
         parts = {k: o[k] for k in ('mse', 'mse_s1', 'commitment', 'sample_entropy', 'codebook_entropy')}
         return dict(loss=o['loss'], reconstruction_loss=o['mse_s1']+o['mse'], quantization_loss=o['bsq_loss']) | parts
 
