@@ -150,7 +150,8 @@ def skill(
     resampled, value = _relative(w @ loss, w @ other), float(_relative(loss.mean(), other.mean()))
     with np.errstate(invalid='ignore'):   # minus infinity in some resamples
         low, high = interval(resampled, len(loss) // block, level)
-        found = power(value, resampled.std(), len(loss), level)
+        error = resampled.std() if len(loss) >= 2*block else np.inf   # one block is its own resample
+        found = power(value, error, len(loss), level)
     if np.isnan(low) and np.isfinite(high): low = -np.inf
     dm, p = diebold_mariano(loss, other, overlap)
     return dict(skill=value, low=low, high=high, dm=dm, p=p, detectable=found.detectable, needed=found.needed)
@@ -225,6 +226,7 @@ def _difference(self: _Finding):
 def _certainty(self: _Finding):
     "Return the third sentence: what these origins can show, and how many a difference needs"
     t = min(self.shown.values(), key=lambda t: np.nan_to_num(t['low'], nan=-np.inf))
+    if not np.isfinite(t['detectable']): return f"{self.n} origins do not show what they can detect."
     found = f"These {self.n} origins can detect a difference of {percent(t['detectable'])} or more (80 % power)"
     if self.verdict != 'cannot tell' or not np.isfinite(t['needed']): return f'{found}.'
     return f"{found}; one of {percent(abs(t['skill']))} needs about {t['needed']:,.0f}."
@@ -355,12 +357,22 @@ _QUANTITY_KEY = {
              'interval that is corrected for the number of quantities',
     'finding': 'better or worse where the whole interval lies above or below zero'}
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #1bb98f2f
+def _span(low, high) -> str:
+    "Return an interval of shares in words"
+    return 'unknown' if np.isnan(low) and np.isnan(high) else f'{percent(low)} to {percent(high)}'
+
+def _cell(value, low, high) -> str:
+    "Return a metric with its interval, where there is one"
+    if np.isnan(value): return 'unknown'
+    return f'{value:.3f}' if np.isnan(low) and np.isnan(high) else f'{value:.3f} ({low:.3f}, {high:.3f})'
+
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #ac040f8e
 @patch
 def _quantity_table(self: Evaluation):
     "Return `quantities` as text"
     t = self.quantities
-    skill = [f"{percent(s)} ({percent(a)} to {percent(b)})" for s, a, b in t[['skill', 'low', 'high']].to_numpy()]
+    skill = [f"{percent(s)} ({_span(a, b)})" for s, a, b in t[['skill', 'low', 'high']].to_numpy()]
     return t[['against']].assign(skill=skill, finding=t.finding).reset_index()
 
 # %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-048
@@ -519,7 +531,7 @@ def table(self: Evaluation,
     "Return the main metrics as text"
     check_choice('scope', scope, ['pooled', *self.symbols])
     t = self.metrics[(self.metrics['scope'] == scope) & self.metrics['metric'].isin(_SHOWN)]
-    cell = [f'{v:.3f} ({lo:.3f}, {hi:.3f})' for v, lo, hi in t[['value', 'low', 'high']].to_numpy()]
+    cell = [_cell(*o) for o in t[['value', 'low', 'high']].to_numpy()]
     wide = t.assign(cell=cell).pivot(index='model', columns='metric', values='cell')
     return wide.reindex(index=self.models, columns=[m for m in _SHOWN if m in wide])
 
@@ -531,7 +543,7 @@ def _compared(self: Evaluation):
     needed = [f'{n:,.0f}' if np.isfinite(n) else 'not detectable' for n in t['needed']]
     return pd.DataFrame({
         'CRPS skill': t['skill'].map(percent),
-        level: [f'{percent(a)} to {percent(b)}' for a, b in zip(t['low'], t['high'])],
+        level: [_span(a, b) for a, b in zip(t['low'], t['high'])],
         'Diebold-Mariano p': [p_value(p, '') for p in t['p'].astype(float)],
         'detectable skill (80 % power)': t['detectable'].map(percent),
         'origins needed for this skill': needed}, index=t.index).reset_index()
