@@ -196,6 +196,7 @@ def _sound(bars, now, failed) -> dict:
     if 'symbol' not in bars or bars['symbol'].isna().any():
         raise DataError("the bars have no column symbol or an empty cell in it, and a ledger needs the symbol; read "
                         "them with read_klines")
+    if not len(bars): raise DataError("there are no bars; check symbols and dates")
     groups = {str(s): g for s, g in bars.groupby('symbol', sort=False, observed=True)}
     groups = _each(lambda g: _finished(g, now), groups, failed)
     agree = _each(lambda g: outcomes_of(g, now), groups, failed)

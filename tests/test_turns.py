@@ -79,6 +79,7 @@ def test_where_all_fail_it_is_an_error(tmp_path):
 
 
 def test_bars_without_a_symbol_are_not_dropped(tmp_path):
+    with pytest.raises(DataError): turn(tmp_path, until(0))
     with pytest.raises(DataError, match='symbol'):
         turn(tmp_path, until(N).assign(symbol=lambda d: d.symbol.where(d.symbol != 'B')))
 
