@@ -161,3 +161,11 @@ def test_the_usual_way_stays_unless_another_is_clearly_faster():
 @pytest.mark.parametrize('load, step, free, n', [(.001, .1, 3, 0), (.01, .1, 3, 1), (.25, .1, 3, 3), (.25, .1, 1, 1)])
 def test_loader_processes_follow_the_time_of_a_batch(load, step, free, n):
     assert workers_needed(load, step, free) == n
+
+
+def test_processes_that_share_the_cores_keep_no_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, 'processes', lambda: 2)
+    _, kept = run(tmp_path/'run', stop=True)
+    assert kept == dict(threads=None, precision='bf16', matmul=None)
+    seen, _ = run(tmp_path/'run')   # and it can be read again
+    assert seen[1] == 'bf16'

@@ -171,7 +171,9 @@ def time_stage(stage: Stage) -> dict: # For `machine_for`: what was decided, and
     return found | loaders | (dict(text=text) if text else {})
 
 # %% ../../nbs/api/7_fit/75_timing.ipynb #456cc056
-def _to_keep() -> list: return ['threads']*(processes() == 1) + ['precision', 'matmul']   # processes share the cores
+_KEPT = 'threads', 'precision', 'matmul'
+
+def _to_keep() -> tuple: return _KEPT[processes() > 1:]   # processes share the cores
 
 def _kept(stage: Stage, run: Run) -> dict:
     "Return what was decided when the stage began, as far as this machine can do it"
@@ -188,7 +190,8 @@ def stored_or_timed(stage: Stage, run: Run) -> dict: # For `machine_for`
     r = stage.cfg.runtime
     if not r.optimizations: return {}
     found = _kept(stage, run) or ({} if stage.files.begun else time_stage(stage))
-    machine, left = machine_for(r, device=stage.backend.device, timed=found), left_open(r)
+    machine = machine_for(r, device=stage.backend.device, timed=found)
     if stage.backend.is_main:
-        run.keep_timed(stage.name, {k: getattr(machine, k) if k in left else None for k in _to_keep()})
+        keep = {*left_open(r)}.intersection(_to_keep())
+        run.keep_timed(stage.name, {k: getattr(machine, k) if k in keep else None for k in _KEPT})
     return found
