@@ -14,6 +14,7 @@ from kronos_nb.training.run import Run
 from kronos_nb.train import fit
 from tests.helpers import bars, cfg, final, four_steps, notes
 
+FITTING = timing._fitting
 FAST, SLOW = dict(fp32=10., bf16=4., medium=5.), dict(fp32=10., bf16=30., medium=10.)
 mixed = cfg.replace(**four_steps, **{'runtime.precision': 'mixed', 'runtime.save_steps': 2})
 
@@ -169,3 +170,17 @@ def test_processes_that_share_the_cores_keep_no_threads(tmp_path, monkeypatch):
     assert kept == dict(threads=None, precision='bf16', matmul=None)
     seen, _ = run(tmp_path/'run')   # and it can be read again
     assert seen[1] == 'bf16'
+def test_on_a_busy_machine_threads_are_left_alone_and_nothing_is_kept(monkeypatch):
+    model = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4, n_layers=1, token_dropout_p=0., learn_te=True,
+                 ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
+    work, ways = Work('predictor', json.dumps(model), 8, 2), {f'{n} threads': (n, 'fp32', 'highest') for n in (2, 1)}
+    monkeypatch.setattr(timing, '_others_work', lambda f: True)
+    assert time_ways(work, ways) == {}
+    monkeypatch.setattr(timing, '_others_work', lambda f: False)
+    assert set(time_ways(work, ways)) == set(ways)
+
+
+def test_the_size_of_a_pass_does_not_depend_on_a_timing():
+    work = Work('predictor', json.dumps(dict(cfg.predictor.model) | dict(token_dropout_p=0., learn_te=True)
+                | dict.fromkeys(('ffn_dropout_p', 'attn_dropout_p', 'resid_dropout_p'), 0.)), 20, 512)
+    assert 16 < FITTING(work).windows <= 512 and FITTING(work) == FITTING(work)
