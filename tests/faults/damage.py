@@ -271,7 +271,7 @@ def make_judging(folder: Path):
     "Train a run, and stop it while it is judged"
     from kronos_nb import evaluate
 
-    real, left = evaluate.write_parquet, [None]*3
+    real, left = evaluate.write_parquet, [None]*2
 
     def dying(path, frame):
         if not left:
@@ -280,7 +280,7 @@ def make_judging(folder: Path):
         return real(path, frame)
     with mock.patch.object(evaluate, 'write_parquet', dying), contextlib.suppress(KeyboardInterrupt):
         make(folder)
-    assert len(files_of(folder)) == 3
+    assert len(files_of(folder)) == 2
     return folder
 
 
