@@ -75,12 +75,12 @@ def small_files(folder, n, each) -> tuple: # Rows of the table, sentences
         try:
             read_klines(folder)
         except DataError as e:
-            said.append(str(e))
+            said.append(str(e).replace(f'{folder}/', ''))
     found = seconds(refused, 1)
     assert said, 'a name that is not UTF-8 was read'
     return [(f'{n:,} files of {each} rows', ours, theirs, ours / theirs)], [
         f'The bars of the small files: checked in {checked:.1f} s, the report as text in {shown:.1f} s.',
-        f'One more file with a name that is not UTF-8: refused after {found:.2f} s ({said[0]!r}).']
+        f'One more file with a name that is not UTF-8: refused after {found:.2f} s ({said[0]}).']
 
 
 def main():

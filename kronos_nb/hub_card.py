@@ -87,7 +87,7 @@ def _judged_on(self: _Card, e) -> dict:
     "Return what a result was measured on, as the hub names it"
     rows, s, seeds = e.rows, e.settings, self.run.config.runtime.seeds
     drawn = f'paths of {len(seeds)} predictors pooled' if seeds else f"{s['paths']} paths"
-    names = name_list(one_line(o) for o in e.symbols)
+    names = name_list(one_line(o).replace('<', '&lt;') for o in e.symbols)   # some viewers take YAML for Markdown
     return dict(
         task_type='time-series-forecasting', task_name=f"Forecast of {s['predict_window']} bars, {drawn}",
         dataset_type='klines', dataset_split='test',

@@ -157,8 +157,9 @@ def outcome(go) -> tuple:
 def wrote(copy, out, command) -> str:
     "Return what a command left, as text"
     from tests.faults.stops import sha
-    report = copy/'report.md'
-    found = [report.read_text(errors='replace')] if command in WRITE_REPORTS and report.is_file() else []
+    report, cards = copy/'report.md', copy.glob('hub/*/README.md') if command == 'push' else ()
+    found = [p.read_text(errors='replace') for p in sorted(cards)]
+    found += [report.read_text(errors='replace')] if command in WRITE_REPORTS and report.is_file() else []
     for p in sorted(out.rglob('*')):
         if p.suffix in ('.csv', '.md'):
             found.append(p.read_text(errors='replace'))
@@ -198,11 +199,12 @@ def finished_of(run) -> Path:
 def lines_of(text) -> set:
     "Return lines without clocks, temporary folders and pictures"
     text = re.sub(r'/tmp/\w+/(subject|out)', r'\1', re.sub(r'\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?', 'WHEN', text))
-    text = re.sub(r'[\d.,]+ (s|ms|windows/s|GiB|min)\b', 'N', re.sub(r'\bcreated_at.*', '', text))
+    text = re.sub(r'[\d.,]+ (s|ms|windows/s|GiB|min)\b', 'N', re.sub(r'\bcreated_at.*|evaluate forecast .*', '', text))
     return {o.strip() for o in text.splitlines() if o.strip()}
 
 
-WORDS = re.compile(r'damaged|left out|lacks|cannot|no longer|was not|missing|does not|is no |again|unknown', re.I)
+WORDS = re.compile(r'damaged|holds \d+ of \d+ rows|left out|lacks|cannot|no longer|was not|missing|does not|is no |'
+                   'again|unknown', re.IGNORECASE)
 
 
 def verdict(file, code, text, whole) -> str:
@@ -269,7 +271,7 @@ def make_judging(folder: Path):
     "Train a run, and stop it while it is judged"
     from kronos_nb import evaluate
 
-    real, left = evaluate.write_parquet, [None]*3
+    real, left = evaluate.write_parquet, [None]*2
 
     def dying(path, frame):
         if not left:
@@ -278,7 +280,7 @@ def make_judging(folder: Path):
         return real(path, frame)
     with mock.patch.object(evaluate, 'write_parquet', dying), contextlib.suppress(KeyboardInterrupt):
         make(folder)
-    assert len(files_of(folder)) == 3
+    assert len(files_of(folder)) == 2
     return folder
 
 

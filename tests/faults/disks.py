@@ -45,7 +45,7 @@ class Disk:
         if not writes and name not in CHANGES:
             return
         self.seen += 1
-        full = self.error == errno.ENOSPC and name in ('os.remove', 'os.rename')   # these need no space
+        full = self.error == errno.ENOSPC and name not in ('open', 'os.mkdir')   # these need no space
         if self.at is not None and self.seen > self.at and not full:
             raise OSError(self.error, os.strerror(self.error), os.fspath(args[0]))
 
@@ -87,9 +87,9 @@ def commands(run: Path, out: Path) -> dict:
     bars = out.parent/'bars.csv'
     return dict(
         forecast=['forecast', '--model', run, *few], evaluate=['evaluate', '--model', run, '--origins', '4', *few],
-        report=['report', out/'run'], push=['push', out/'run', 'user/name', '--dry-run'],
+        report=['report', out/'copy'], push=['push', out/'copy', 'user/name', '--dry-run'],
         average=['average', '--checkpoint-dir', run/'predictor', '--num-checkpoints', '2', '--output', out/'averaged'],
-        compare=['compare', run, run, '--out', out], check=['check', bars, '--out', out],
+        compare=['compare', run, out/'copy', '--out', out], check=['check', bars, '--out', out],
         bundle=['bundle', out/'bundle', '--models', run, '--no-download'], fetch=fetch(out),
         grade=['ledger', 'grade', bars, *ledger], show=['ledger', 'show', *ledger, '--out', out],
         run=['run', bars, '--model', 'bundled', *ledger, *small],
@@ -139,7 +139,7 @@ def begin(folder, run) -> Path:
     "Return a folder with a run and a ledger, as a call has left it"
     out = folder/'out'
     out.mkdir()
-    shutil.copytree(run, out/'run')
+    shutil.copytree(run, out/'copy')
     shutil.copytree(run.parent/'ledger', out/'ledger')
     shutil.copy(run.parent/'bars.csv', folder)
     return out
