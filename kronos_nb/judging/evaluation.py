@@ -130,11 +130,12 @@ def with_intervals(
     out.loc[squared] = np.sqrt(out.loc[squared])
     return out.rename(index={'mse_pct': 'rmse_pct'}, level=0 if out.index.nlevels > 1 else None)
 
-# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-023
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #1ed82227
 def _relative(loss, other):
     "Return 1 - loss/other; 0 where both are 0, minus infinity where `other` alone is"
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(loss == other, 0., 1 - loss / other)
 
+# %% ../../nbs/api/6_judging/64_evaluation.ipynb #cell-023
 def skill(
     loss,  # (n,) mean loss of the forecaster on each date
     other, # (n,) mean loss of the forecaster it is compared with
