@@ -495,5 +495,7 @@ def _add_notes(stage: Stage, learn: Learner):
     noted = [n['text'] for n in learn.history.notes]
     machine, shown = stage.machine.text, stage.cfg.runtime.progress and stage.backend.is_main
     if shown and stage.timed.get('text'): print(f'[{stage.name}] {machine}')
-    for note in (dict(kind='machine', text=machine), *stage.data.notes, *stage.notes):
+    known = stage.timed.get('resumed') and any(n['kind'] == 'machine' for n in learn.history.notes)
+    own = [] if known else [dict(kind='machine', text=machine)]
+    for note in (*own, *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

@@ -195,7 +195,7 @@ def _kept(stage: Stage, run: Run) -> dict:
     kept = {k: began[k] for k in _to_keep() if began.get(k) is not None and (cuda or began[k] != 'fp16')}
     n = cores()
     more = f'; runtime.threads={n} uses the cores that are here' if kept.get('threads', 1) > n else ''
-    return kept | dict(text=f'as the run began{more}') if kept else {}
+    return kept | dict(text=f'as the run began{more}', resumed=True) if kept else {}
 
 # %% ../../nbs/api/7_fit/75_timing.ipynb #5c6e00ca
 def stored_or_timed(stage: Stage, run: Run) -> dict: # For `machine_for`
