@@ -100,7 +100,8 @@ def _with_damage(history, damaged):
 @patch
 def _lost(self: RunStage, kind, found: int) -> str: # '' where nothing is lost
     "Return how many rows of a kind a finished stage has lost"
-    status = self.status
+    try: status = read_json(self.status_file) if self.status_file.is_file() else {}
+    except RunError: status = {}   # `status` says it
     kept = status.get('rows') if status.get('state') == 'finished' else None   # none in runs of earlier versions
     n = kept.get(kind) if isinstance(kept, dict) else None
     file = self.metrics_file if kind == 'epochs' else self.rows_file(kind)
