@@ -114,23 +114,23 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--repeats', type=int, default=15)
     p.add_argument('--covariates', type=int, default=4)
+    p.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
     p.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(1)
     if a.one: return one(*a.one, a.covariates)
-    rows = []
-    for size in SIZES:
+    for size in a.sizes:
         t, n = timed(size, a.repeats, a.covariates), a.covariates
-        memory = {v: peak(size, v, n) for v in VARIANTS}
         model = Trial(size, 'all', n).forecaster.predictor
         row = dict(model=size, weights=f'{model.n_params:,}',
                    channel=f'{sum(o.numel() for o in model.side.parameters()):,}')
         for name, v in (('step', 'all'), ('step, channel alone', 'side')):
             row[name] = f"{1000*t['step', v]:.1f} ms, {t['step', v]/t['step', 'without']:.2f}x"
         row['forecast'] = f"{1000*t['forecast', 'all']:.1f} ms, {t['forecast', 'all']/t['forecast', 'without']:.2f}x"
-        row['memory'] = ', '.join(f"{memory[v] - memory['without']:+.0f} MB" for v in VARIANTS[1:])
-        rows.append(row)
-    print(md_table(pd.DataFrame(rows)))
+        print(md_table(pd.DataFrame([row])), flush=True)
+        memory = {v: peak(size, v, n) for v in VARIANTS}
+        more = ', '.join(f"{v} {memory[v] - memory['without']:+.0f} MB" for v in VARIANTS[1:])
+        print(f'\nmemory: {more}\n', flush=True)
 
 
 if __name__ == '__main__': main()
