@@ -8,6 +8,7 @@ import pytest
 from filelock import FileLock
 
 root = Path(__file__).resolve().parents[1]
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # test processes share the cores, and no run times threads of its own
 
 
 def once(tmp_path_factory, name: str, make) -> Path:

@@ -22,6 +22,7 @@ mixed = cfg.replace(**four_steps, **{'runtime.precision': 'mixed', 'runtime.save
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     "A cache folder that nobody has written, nothing in memory, and stages that are long enough to be timed"
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('KRONOS_NB_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(speed, '_tables', {})
     monkeypatch.setattr(timing, 'TIMES', 0)
