@@ -108,7 +108,8 @@ def main():
     kept = [o for o in [pd.read_csv(OUT)] if len(o)] if OUT.exists() else []
     whole = pd.concat([*(o[o.run != made.run.iloc[0]] for o in kept), made], ignore_index=True)
     whole.round(5).to_csv(OUT, index=False)
-    print(made.pivot_table(index='step', values=['score', 'move', 'cover_80']).sort_values('score', ascending=False).round(3))
+    table = made.pivot_table(index='step', values=['score', 'move', 'cover_80'])
+    print(table.sort_values('score', ascending=False).round(3))
     print(made[['drift', 'at_origin']].iloc[0].round(3).to_dict())
 
 

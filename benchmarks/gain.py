@@ -57,7 +57,8 @@ def config(market, seed, normalizer, steps, lr, val, difference=0.) -> Config:
     return Config().replace(
         data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0.,
                   embargo=H, val_windows=300, windows_per_epoch=6400),
-        tokenizer=dict(stage, max_steps=steps[0], difference_weight=difference), predictor=dict(stage, max_steps=steps[1]),
+        tokenizer=dict(stage, max_steps=steps[0], difference_weight=difference),
+        predictor=dict(stage, max_steps=steps[1]),
         runtime=dict(progress=False, plots=False, device='cpu', threads=1, seed=seed, save_steps=200),
         evaluate=dict(calibrate='off'))
 

@@ -487,8 +487,8 @@ def _ledger_parser(sub):
     p.add_argument('data', nargs='*', metavar='DATA', help='with grade: files, globs or folders of bars')
     _ledger_option(p)
     p.add_argument('--tz', help='zone of stamps without one, such as America/New_York; by default UTC')
-    p.add_argument('--symbol', metavar='NAME', help='with grade: of files without a column symbol; none: as the file is '
-        'named')
+    p.add_argument('--symbol', metavar='NAME', help='with grade: of files without a column symbol; none: as the file '
+        'is named')
     p.add_argument('--series', metavar='HASH', help='show this series alone, with a picture in --out')
     p.add_argument('--out', metavar='FOLDER', help='with show: also write ledger.md and a picture of each series')
 
@@ -1340,7 +1340,8 @@ def _check_forecast_symbols(ledger, bars):
     known = {s for several in ledger.series['symbols'] for s in several} if len(ledger.series) else set()
     if known and not known & set(bars.symbol):
         raise DataError(f"there is no forecast of {name_list(bars.symbol.unique(), 5)}; the ledger has those of "
-            f"{name_list(sorted(known), 5)}. Give the bars a column symbol, or name it", options=f'--symbol {min(known)}')
+            f"{name_list(sorted(known), 5)}. Give the bars a column symbol, or name it",
+            options=f'--symbol {min(known)}')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #e24d0c33
 def run_ledger(a):

@@ -1,5 +1,4 @@
 "The loss of a tokenizer may count errors in the moves between bars"
-import numpy as np
 import pytest
 import torch
 

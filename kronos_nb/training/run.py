@@ -193,9 +193,6 @@ class Run(_Folder):
     importance_file = _under('evaluation', 'importance.csv') # of the covariates
     base_calibration = _under('evaluation', 'base') # folder with the calibration of the model that training began with
 
-    def forecast_plot(self, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
-    @property
-    def forecast_plots(self) -> list: return sorted(self.plots.glob('forecast_*.png'))
     @property
     def exists(self) -> bool: return self.config_file.is_file() or self.facts_file.is_file()
     @cached_property
@@ -205,6 +202,13 @@ class Run(_Folder):
         except ConfigError as e:
             if str(self.config_file) in str(e): raise
             raise ConfigError(f"{str(self.config_file)!r}: {e}") from e
+
+# %% ../../nbs/api/4_training/41_run.ipynb #3bb08e39
+@patch
+def forecast_plot(self: Run, symbol) -> Path: return self.plots/f'forecast_{safe_name(symbol)}.png'
+
+@patch(as_prop=True)
+def forecast_plots(self: Run) -> list: return sorted(self.plots.glob('forecast_*.png'))
 
 # %% ../../nbs/api/4_training/41_run.ipynb #76109fed
 _SPAN = dict(first=str, last=str, bars=int)

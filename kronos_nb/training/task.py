@@ -177,7 +177,7 @@ class TokenizerTask(nn.Module):
         difference_weight: float = 0., # See `KronosTokenizer.loss`
     ):
         super().__init__()
-        self.model, self.watch = model, None   # `watch`: what a monitor sees of a validation, see `KronosTokenizer.loss`
+        self.model, self.watch = model, None   # `watch`: what a monitor sees of a validation; see its `loss`
         self.difference_weight = difference_weight
     def forward(self,
         x,          # (B, T, F) normalised bars
