@@ -8,6 +8,7 @@ from kronos_nb.core import ConfigError, DataError, np_rng
 from kronos_nb.evaluate import evaluate, fingerprint, overlap_of
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.backtest import backtest, decisions
+from kronos_nb.judging import baselines
 from kronos_nb.judging.baselines import EWMA, Baseline, Garch, LastValue, random_walks
 from kronos_nb.decode.calibration import Calibration
 from kronos_nb.judging.compare import paired
@@ -78,8 +79,10 @@ def test_garch_that_does_not_converge_is_riskmetrics(monkeypatch):
     def ends(b): return b.returns(r, (50, 12), [np_rng(0)], None)
 
     assert (ends(Garch()) != ends(EWMA())).any()
+    baselines._garch_parameters.cache_clear()
     monkeypatch.setattr('arch.univariate.base.ARCHModelResult.convergence_flag', 4)
     np.testing.assert_array_equal(ends(Garch()), ends(EWMA()))
+    baselines._garch_parameters.cache_clear()   # so that nothing stays of the flag
     with pytest.raises(ConfigError, match='decay'):
         EWMA(1.)
 

@@ -256,12 +256,13 @@ def test_a_file_is_read_once(place, monkeypatch):
 
 def test_a_search_takes_a_folder_for_each_file(tmp_path, monkeypatch):
     from kronos_nb.core import write_json
+    from kronos_nb.fitting.claim import run_facts
     from kronos_nb.tune import _folder_for
     monkeypatch.chdir(tmp_path)
     one, other = walk(200, 'A'), walk(201, 'A')
     cfg = own_config(one, FAST)
     assert str(_folder_for(one, cfg)) == 'runs/A-tune'
-    write_json(tmp_path/'runs'/'A-tune'/'start'/'run.json', dict(data=prepare(one, cfg).hash))
+    write_json(tmp_path/'runs'/'A-tune'/'start'/'run.json', run_facts(cfg, prepare(one, cfg)))
     assert str(_folder_for(one, cfg)) == 'runs/A-tune' and str(_folder_for(other, cfg)) == 'runs/A-tune-2'
 
 

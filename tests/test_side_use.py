@@ -197,7 +197,7 @@ def test_a_turn_with_downloaded_bars_reads_covariates(place, run, tmp_path, monk
     from kronos_nb import schedule
     from kronos_nb.cli import main
     bars = two_symbols().query("symbol == 'A'")
-    monkeypatch.setattr(schedule, 'fetch_new', lambda *a, **how: bars)
+    monkeypatch.setattr(schedule, 'fetch_new', lambda *a, **how: (bars, {}))
     call = ['run', '--model', str(run), '--fetch', 'A', '--interval', '1h', '--ledger', str(tmp_path/'l')]
     assert main(call) == 0   # the files of the run
     tables(two_symbols(), 0).to_csv(tmp_path/'short.csv', index=False)

@@ -61,7 +61,7 @@ def test_mixed_is_what_the_timing_finds(tmp_path, monkeypatch, times, precision)
     machine_says(monkeypatch, times)
     seen, kept = run(tmp_path/'run')
     assert seen[1] == precision == kept['precision']
-    assert 'bf16' in notes(tmp_path/'run', 'machine')[0]['text']
+    assert f'precision: {precision}' in notes(tmp_path/'run', 'machine')[0]['text']
 
 
 def test_a_run_goes_on_with_what_it_began_with(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-002
 import contextlib, math, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -493,8 +493,9 @@ def _resume(stage: Stage, learn: Learner):
 def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
-    machine, shown = stage.machine.text, stage.cfg.runtime.progress and stage.backend.is_main
-    if shown and stage.timed.get('text'): print(f'[{stage.name}] {machine}')
+    if stage.cfg.runtime.progress and stage.backend.is_main and stage.timed.get('text'):
+        print(f'[{stage.name}] {stage.machine.text}')   # with milliseconds, which no two runs share
+    machine = replace(stage, timed=stage.timed | dict(text='')).machine.text.replace('(timed)', '(auto)')
     known = stage.timed.get('resumed') and any(n['kind'] == 'machine' for n in learn.history.notes)
     own = [] if known else [dict(kind='machine', text=machine)]
     for note in (*own, *stage.data.notes, *stage.notes):
