@@ -765,7 +765,7 @@ def _print_timings(cfg: Config, prepared, out: Path):
         init = 'scratch' if cfg.base.symbols else getattr(cfg, name).init
         stage = Stage(Run(out).stage(name), cfg, prepared, backend, init=init)
         stage.timed = time_stage(stage)
-        if stage.timed: print(f'{name.title()}: {stage.machine.text}')
+        if stage.timed: print(f'{name.title()}: {stage.choices}')
 
 # %% ../nbs/api/9_faces/98_cli.ipynb #cell-076
 def dry_run(cfg: Config, data, out: Path,

@@ -86,21 +86,20 @@ def left_open(r: RuntimeConfig) -> list:
     return [k for k, is_open in (left | dict(matmul=r.matmul_precision == 'auto')).items() if is_open]
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-016
-def _in_words(r, device, m: dict, timed: dict):
-    def how(name, given): return '' if given else ' (timed)' if timed.get(name) is not None else ' (auto)'
+def _in_words(r, device, m: dict):
+    def how(given): return '' if given else ' (auto)'
     from_env = r.threads is None and not threads_are_open(r)
-    shown = f'{torch.get_num_threads()} (OMP_NUM_THREADS)' if from_env else f"{m['threads']}{how('threads', r.threads)}"
+    shown = f'{torch.get_num_threads()} (OMP_NUM_THREADS)' if from_env else f"{m['threads']}{how(r.threads)}"
     n = processes()
     parts = [f"threads: {shown} of {cores()} cores for {n} process{'es' if n > 1 else ''}"]
-    parts += [f"loader processes: {m['workers']}{how('workers', r.workers is not None)}"]
+    parts += [f"loader processes: {m['workers']}{how(r.workers is not None)}"]
     if m['workers']:
         lives = 'persistent' if r.persistent_workers else 'new in each epoch'
-        parts += [lives, f"batches ready: {m['prefetch']}{how('', r.prefetch)}"]
-    parts += [f"precision: {m['precision']}{how('precision', r.precision != 'mixed')}"]
+        parts += [lives, f"batches ready: {m['prefetch']}{how(r.prefetch)}"]
+    parts += [f"precision: {m['precision']}{how(r.precision != 'mixed')}"]
     parts += [f"torch.compile: {m['compile'] or 'off'}"]
-    parts += [f"matrix precision: {m['matmul']}{how('matmul', r.matmul_precision != 'auto')}"]
+    parts += [f"matrix precision: {m['matmul']}{how(r.matmul_precision != 'auto')}"]
     if device == 'cpu': parts.append('freed memory is kept')
-    if timed.get('text'): parts.append(timed['text'])
     return f"machine ({device}): {'; '.join(parts)}"
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-017
@@ -108,7 +107,7 @@ def machine_for(
     r: RuntimeConfig,
     cached=False, # Whether tokens come from memory, so that a batch costs next to nothing
     device=None,  # 'cpu', 'cuda', 'mps', or a torch device; None: `r.device`
-    timed: dict | None = None, # threads, workers, precision, matmul, as timings chose them, and `text`; any may lack
+    timed: dict | None = None, # threads, workers, precision, matmul, as timings chose them; any may lack
 ) -> Machine:
     "Return a choice for every setting that `r` leaves open; with `r.optimizations` off, nothing is chosen"
     place, timed = torch.device(device or pick_device(r.device)), timed or {}
@@ -121,7 +120,7 @@ def machine_for(
     m['prefetch'] = (r.prefetch or 4) if m['workers'] else None
     m['compile'] = COMPILE_MODES[device] if r.compile else None
     return Machine(**m, persistent=bool(m['workers'] and r.persistent_workers), heap=device == 'cpu',
-        text=_in_words(r, device, m, timed))
+        text=_in_words(r, device, m))
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #cell-019
 _OVERRULED = ('threads', 'workers', 'prefetch', 'compile', 'matmul_precision')

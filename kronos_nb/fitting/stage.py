@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-002
 import contextlib, math, time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Stage:
     backend: Backend
     tokenizer: nn.Module | None = None # Trained, for the predictor stage
     init: str = 'scratch'    # Weights to begin with: 'scratch', a hub id or a folder
-    timed: dict = field(default_factory=dict) # What timings decided, for `machine_for`
+    timed: dict = field(default_factory=dict) # What timings decided, for `machine_for`, and `text`: the timings
     notes: list = field(default_factory=list) # Arguments of `Learner.note`, from before there is a learner
     @property
     def name(self) -> str: return self.files.name
@@ -88,7 +88,7 @@ def augment(self: Stage) -> Augment:
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-014
 @patch(as_prop=True)
-def _windows_seen(self: Stage) -> int:
+def windows_seen(self: Stage) -> int:
     "Return how many windows the stage trains on at most, repeats counted"
     k = self.settings
     epochs = (self.cfg.data.windows_per_epoch or len(self.data.train))*k.epochs
@@ -106,7 +106,7 @@ def token_place(self: Stage) -> str: # 'memory', 'disk' or 'off'
         raise ConfigError(f"runtime.cache_tokens={asked} needs windows that stay the same, and augment is on. "
             "Use auto or off")
     if asked != 'auto': return asked
-    return 'memory' if len(windows)*windows.window*4 <= 2e9 and self._windows_seen >= len(windows) else 'off'
+    return 'memory' if len(windows)*windows.window*4 <= 2e9 and self.windows_seen >= len(windows) else 'off'
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #cell-015
 @patch(as_prop=True)
@@ -114,6 +114,13 @@ def machine(self: Stage) -> Machine:
     "Return the threads, loader processes and compiler that this stage uses"
     cached = self.token_place != 'off'
     return machine_for(self.cfg.runtime, cached=cached, device=self.backend.device, timed=self.timed)
+
+# %% ../../nbs/api/7_fit/73_stage.ipynb #456a8e0b
+@patch(as_prop=True)
+def choices(self: Stage) -> str:
+    "Return what timings decided, and the timings"
+    found = [f'{k} {v}' for k, v in self.timed.items() if k != 'text']
+    return '; '.join(filter(None, (', '.join(found), self.timed.get('text'))))
 
 # %% ../../nbs/api/7_fit/73_stage.ipynb #9a3424e6
 @patch(as_prop=True)
@@ -494,9 +501,6 @@ def _add_notes(stage: Stage, learn: Learner):
     "Write down the machine, and what came up before there was a history; once, unless the machine changed"
     noted = [n['text'] for n in learn.history.notes]
     if stage.cfg.runtime.progress and stage.backend.is_main and stage.timed.get('text'):
-        print(f'[{stage.name}] {stage.machine.text}')   # with milliseconds, which no two runs share
-    machine = replace(stage, timed=stage.timed | dict(text='')).machine.text.replace('(timed)', '(auto)')
-    known = stage.timed.get('resumed') and any(n['kind'] == 'machine' for n in learn.history.notes)
-    own = [] if known else [dict(kind='machine', text=machine)]
-    for note in (*own, *stage.data.notes, *stage.notes):
+        print(f'[{stage.name}] {stage.choices}')
+    for note in (dict(kind='machine', text=stage.machine.text), *stage.data.notes, *stage.notes):
         if note['text'] not in noted: learn.note(**note)

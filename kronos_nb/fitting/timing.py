@@ -54,10 +54,7 @@ def _fitting(work: Work) -> Work:
 # %% ../../nbs/api/7_fit/75_timing.ipynb #018f2a52
 def _is_long(stage: Stage, windows: int) -> bool:
     "Return whether a stage trains on so many windows that timing `windows` of them is nothing"
-    k, d = stage.settings, stage.cfg.data
-    seen = k.epochs*(d.windows_per_epoch or len(stage.data.train))
-    if k.max_steps: seen = min(seen, k.max_steps*k.batch_size*k.accumulation_steps)
-    return seen >= TIMES*windows
+    return stage.windows_seen >= TIMES*windows
 
 # %% ../../nbs/api/7_fit/75_timing.ipynb #7c56a7c2
 def _one_pass(task, x, n, precision, matmul):
@@ -195,7 +192,7 @@ def _kept(stage: Stage, run: Run) -> dict:
     kept = {k: began[k] for k in _to_keep() if began.get(k) is not None and (cuda or began[k] != 'fp16')}
     n = cores()
     more = f'; runtime.threads={n} uses the cores that are here' if kept.get('threads', 1) > n else ''
-    return kept | dict(text=f'as the run began{more}', resumed=True) if kept else {}
+    return kept | dict(text=f'as the run began{more}') if kept else {}
 
 # %% ../../nbs/api/7_fit/75_timing.ipynb #5c6e00ca
 def stored_or_timed(stage: Stage, run: Run) -> dict: # For `machine_for`

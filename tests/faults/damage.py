@@ -332,28 +332,49 @@ def once(folder, maker) -> Path:
     return folder
 
 
-def main_():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('out', type=Path, nargs='?', default=Path('runs/damage'))
-    p.add_argument('--all', action='store_true', help='every case; otherwise 60 of each subject')
-    p.add_argument('--n', type=int, default=60, help='cases without --all')
+def options(doc, folder, cases):
+    "Return the options of a long form whose results are kept in a folder, from which it goes on"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('out', type=Path, nargs='?', default=Path(folder))
+    p.add_argument('--all', action='store_true', help='every case; otherwise --n of each kind')
+    p.add_argument('--n', type=int, default=cases, help='cases of each kind without --all')
     p.add_argument('--seed', type=int, default=0, help='of the draw')
     p.add_argument('--only', nargs='*', help='these commands')
-    p.add_argument('--subjects', nargs='*', default=list(COMMANDS), choices=COMMANDS)
     p.add_argument('--seconds', type=float, default=float('inf'), help='begin no case after these')
+    return p
+
+
+class Results:
+    "The results of earlier calls in a folder, which becomes the working folder, and those of this one"
+    def __init__(self, a):
+        os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
+        os.fsync = lambda fd: None   # slow, and only a power cut needs it
+        self.out, self.ends = a.out.resolve(), time.monotonic() + a.seconds
+        self.out.mkdir(parents=True, exist_ok=True)
+        os.chdir(self.out)   # nothing is read from the runs of this folder
+        self.file = self.out/'results.jsonl'
+        self.rows = [json.loads(o) for o in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    @property
+    def late(self) -> bool: return time.monotonic() > self.ends
+
+    def add(self, row):
+        self.rows.append(row)
+        with self.file.open('a') as f:
+            f.write(json.dumps(row) + '\n')
+
+
+def main_():
+    p = options(__doc__, 'runs/damage', 60)
+    p.add_argument('--subjects', nargs='*', default=list(COMMANDS), choices=COMMANDS)
     with cheaply():
         return try_all(p.parse_args())
 
 
 def try_all(a):
     "Try the cases that have no result yet, and count how all of them ended"
-    os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
-    os.fsync = lambda fd: None   # slow, and only a power cut needs it
-    out, ends, draw = a.out.resolve(), time.monotonic() + a.seconds, random.Random(a.seed)
-    results = out/'results.jsonl'
-    out.mkdir(parents=True, exist_ok=True)
-    os.chdir(out)   # nothing is read from the runs of this folder
-    done = [json.loads(o) for o in results.read_text().splitlines()] if results.exists() else []
+    results, draw = Results(a), random.Random(a.seed)
+    out, done = results.out, results.rows
     known = {(o['subject'], o['file'], o['damage'], o['command']) for o in done}
     once(out/'finished', make)
     for subject in a.subjects:
@@ -364,7 +385,7 @@ def try_all(a):
         for file, damage, command in sorted(todo, key=lambda o: (o[2] in SLOW, draw.random())):
             if (subject, str(file), damage, command) in known:
                 continue
-            if time.monotonic() > ends:
+            if results.late:
                 return 3
             if command not in wholes:
                 code, text = case(run, other, None, None, command, fit_again, subject)
@@ -377,9 +398,7 @@ def try_all(a):
                        seconds=round(time.process_time() - began, 2), new=[o[:300] for o in new[:6]])
             if how == 'traceback':
                 row['text'] = text[-3000:]
-            done.append(row)
-            with results.open('a') as f:
-                f.write(json.dumps(row) + '\n')
+            results.add(row)
     ends = collections.Counter((o['subject'], o['verdict']) for o in done)
     print(f'{len(done)} cases, {sum(o["seconds"] for o in done):.0f} s of processor time')
     for (subject, how), n in sorted(ends.items()):

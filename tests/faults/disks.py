@@ -7,7 +7,6 @@ disk begins to say that it is full (ENOSPC) or read-only (EROFS); or no file can
 which also meets the writers of libraries. Each command writes over what an earlier call of it has written. Afterwards
 every file must be the old one or the new one, and the same command must end well once the disk is whole again.
 """
-import argparse
 import collections
 import contextlib
 import errno
@@ -18,12 +17,11 @@ import resource
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
 from kronos_nb.cli import main
-from tests.faults.damage import cheaply, make, make_ledger, once, outcome
+from tests.faults.damage import Results, cheaply, make, make_ledger, once, options, outcome
 
 ERRORS = ('ENOSPC', 'EROFS')
 CHANGES = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'shutil.rmtree')
@@ -192,36 +190,22 @@ def prepare(folder) -> Path:
 
 
 def main_():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('out', type=Path, nargs='?', default=Path('runs/disks'))
-    p.add_argument('--all', action='store_true', help='every moment; otherwise some of each command')
-    p.add_argument('--n', type=int, default=6, help='moments of each command without --all')
-    p.add_argument('--seed', type=int, default=0, help='of the draw')
-    p.add_argument('--only', nargs='*', help='these commands')
-    p.add_argument('--seconds', type=float, default=float('inf'), help='begin no case after these')
     with cheaply():
-        return try_all(p.parse_args())
+        return try_all(options(__doc__, 'runs/disks', 6).parse_args())
 
 
 def try_all(a):
     "Try the cases that have no result yet, and count how all of them ended"
-    os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
-    os.fsync = lambda fd: None   # slow, and only a power cut needs it
-    out, ends, draw = a.out.resolve(), time.monotonic() + a.seconds, random.Random(a.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    os.chdir(out)
-    results, disk = out/'results.jsonl', Disk()
-    done = [json.loads(o) for o in results.read_text().splitlines()] if results.exists() else []
-    known, run = {(o['command'], o['how'], o['at']) for o in done}, prepare(out)
-    for name in a.only or commands(run, out):
+    results, disk, draw = Results(a), Disk(), random.Random(a.seed)
+    done = results.rows
+    known, run = {(o['command'], o['how'], o['at']) for o in done}, prepare(results.out)
+    for name in a.only or commands(run, results.out):
         for how, at in moments(disk, run, name, None if a.all else a.n, draw):
             if (name, how, at) in known:
                 continue
-            if time.monotonic() > ends:
+            if results.late:
                 return 3
-            done.append(attempt(disk, run, name, how, at))
-            with results.open('a') as f:
-                f.write(json.dumps(done[-1]) + '\n')
+            results.add(attempt(disk, run, name, how, at))
     for name, n in sorted(collections.Counter(o['command'] for o in done).items()):
         print(f"{name:9} {n:4} cases, {sum(o['code'] == 2 for o in done if o['command'] == name)} errors")
     wrong = [o for o in done if is_wrong(o)]
