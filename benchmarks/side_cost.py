@@ -119,8 +119,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     if a.one: return one(*a.one, a.covariates)
+    # before this process grows: a child's peak begins with what its parent holds when it starts it
+    peaks, n = {size: {v: peak(size, v, a.covariates) for v in VARIANTS} for size in a.sizes}, a.covariates
     for size in a.sizes:
-        t, n = timed(size, a.repeats, a.covariates), a.covariates
+        t = timed(size, a.repeats, n)
         model = Trial(size, 'all', n).forecaster.predictor
         row = dict(model=size, weights=f'{model.n_params:,}',
                    channel=f'{sum(o.numel() for o in model.side.parameters()):,}')
@@ -128,9 +130,9 @@ def main():
             row[name] = f"{1000*t['step', v]:.1f} ms, {t['step', v]/t['step', 'without']:.2f}x"
         row['forecast'] = f"{1000*t['forecast', 'all']:.1f} ms, {t['forecast', 'all']/t['forecast', 'without']:.2f}x"
         print(md_table(pd.DataFrame([row])), flush=True)
-        memory = {v: peak(size, v, n) for v in VARIANTS}
+        memory = peaks[size]
         more = ', '.join(f"{v} {memory[v] - memory['without']:+.0f} MB" for v in VARIANTS[1:])
-        print(f'\nmemory: {more}\n', flush=True)
+        print(f"\nmemory: without {memory['without']:.0f} MB, {more}\n", flush=True)
 
 
 if __name__ == '__main__': main()

@@ -243,6 +243,12 @@ def plain(o, out):
     return o.replace(str(out), 'OUT') if isinstance(o, str) else o
 
 
+def parsed(text):
+    "Return what JSON says; the text itself where it is none, which differs from all that is whole"
+    try: return json.loads(text)
+    except ValueError: return f'no JSON: {text[:200]!r}'
+
+
 def left(out) -> dict:
     "Return everything of a run that must not depend on whether it was stopped"
     out, found = Path(out), {}
@@ -252,10 +258,11 @@ def left(out) -> dict:
         if p.suffix in ('.safetensors', '.png') or p.name in ('rows.parquet', 'data_report.md'):
             found[name] = sha(p)
         elif p.suffix == '.jsonl':
-            rows = [json.loads(line) for line in p.read_text().splitlines()]
-            found[name] = plain([r for r in rows if r.get('kind') != 'machine'], out)   # it names the loader processes
+            rows = [parsed(line) for line in p.read_text(errors='replace').splitlines()]
+            rows = [r for r in rows if not (isinstance(r, dict) and r.get('kind') == 'machine')]
+            found[name] = plain(rows, out)   # it names the loader processes
         elif p.name in ('weights.json', 'training_metrics.json', 'config.json', 'cross_rope.json', 'calibration.json'):
-            found[name] = plain(json.loads(p.read_text()), out)
+            found[name] = plain(parsed(p.read_text(errors='replace')), out)
     for stage in ('tokenizer', 'predictor'):
         found[f'{stage} checkpoints'] = [(p.name, damage(p), is_extra(p)) for p in checkpoints(out/stage/'checkpoints')]
     hidden = [p.relative_to(out).as_posix() for p in out.rglob('.*')]
