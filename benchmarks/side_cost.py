@@ -10,7 +10,6 @@ run. Memory is the peak of a process of its own for each variant, beside one wit
 """
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from forecast import peak_memory
 from kronos_nb.covariate import parse_covariates
 from kronos_nb.data.covariates import covariate_table
 from kronos_nb.data.window import WindowDataset
@@ -107,7 +107,7 @@ def peak(size, variant, n):
 def one(size, variant, n):
     trial = Trial(size, variant, n)
     for _ in range(5): trial.step()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+    print(json.dumps(peak_memory()))
 
 
 def main():
@@ -119,10 +119,8 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     if a.one: return one(*a.one, a.covariates)
-    # before this process grows: a child's peak begins with what its parent holds when it starts it
-    peaks, n = {size: {v: peak(size, v, a.covariates) for v in VARIANTS} for size in a.sizes}, a.covariates
     for size in a.sizes:
-        t = timed(size, a.repeats, n)
+        t, n = timed(size, a.repeats, a.covariates), a.covariates
         model = Trial(size, 'all', n).forecaster.predictor
         row = dict(model=size, weights=f'{model.n_params:,}',
                    channel=f'{sum(o.numel() for o in model.side.parameters()):,}')
@@ -130,7 +128,7 @@ def main():
             row[name] = f"{1000*t['step', v]:.1f} ms, {t['step', v]/t['step', 'without']:.2f}x"
         row['forecast'] = f"{1000*t['forecast', 'all']:.1f} ms, {t['forecast', 'all']/t['forecast', 'without']:.2f}x"
         print(md_table(pd.DataFrame([row])), flush=True)
-        memory = peaks[size]
+        memory = {v: peak(size, v, n) for v in VARIANTS}
         more = ', '.join(f"{v} {memory[v] - memory['without']:+.0f} MB" for v in VARIANTS[1:])
         print(f"\nmemory: without {memory['without']:.0f} MB, {more}\n", flush=True)
 
