@@ -17,6 +17,7 @@ import torch
 from .core import FEATURES, pick_device
 from .config import Config
 from .display import in_words
+from .machine import machine_for
 from .model.pretrained import BUNDLED, PUBLISHED, bundled_model
 from .training.history import read_json
 from .training.task import CLASSES, TINY, PredictorTask, TokenizerTask
@@ -139,7 +140,7 @@ def _row(cfg, stage, n_train, n_val, measured):
     if (arch := architecture(stage, k, d.features)) is None: return row
     row['parameters'] = n_params(stage, arch)
     if not measured: return row
-    micro, precision = min(r.micro_batch or k.batch_size, k.batch_size), {'mixed': 'bf16'}.get(r.precision, r.precision)
+    micro, precision = min(r.micro_batch or k.batch_size, k.batch_size), machine_for(r).precision
     c = window_cost(stage, arch, bars, r.device, precision, r.gradient_checkpointing, min(micro, 8))
     return row | dict(memory_gb=(16*row['parameters'] + micro*c.bytes)/1e9, seconds=(seen + checked/3)*c.seconds)
 

@@ -74,9 +74,19 @@ def _workers(r, device, cached):
     return 0 if cached or device != 'cuda' else max(min(cores()//processes() - 1, 4), 0)
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #66d137d3
+def multiplies_bfloat16() -> bool:
+    "Return whether oneDNN multiplies in bfloat16 on this processor"
+    ops = torch.ops.mkldnn
+    return hasattr(ops, '_is_mkldnn_bf16_supported') and ops._is_mkldnn_bf16_supported()
+
+def slow_format(precision: str, device: str) -> bool:
+    "Return whether a device has to imitate a number format by torch's own loops"
+    return device == 'cpu' and (precision == 'fp16' or precision == 'bf16' and not multiplies_bfloat16())
+
 def _precision(r, device: torch.device) -> str:
-    "Return the number format that `runtime.precision` means on a device"
+    "Return the number format that `runtime.precision` means on a device, as far as nothing was timed"
     if r.precision != 'mixed': return r.precision
+    if device.type == 'cpu': return 'fp32'
     return 'bf16' if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #91c9129e
@@ -96,7 +106,8 @@ def _in_words(r, device, m: dict):
     if m['workers']:
         lives = 'persistent' if r.persistent_workers else 'new in each epoch'
         parts += [lives, f"batches ready: {m['prefetch']}{how(r.prefetch)}"]
-    parts += [f"precision: {m['precision']}{how(r.precision != 'mixed')}"]
+    slow = ', many times slower here than fp32' if slow_format(m['precision'], device) else ''
+    parts += [f"precision: {m['precision']}{how(r.precision != 'mixed')}{slow}"]
     parts += [f"torch.compile: {m['compile'] or 'off'}"]
     parts += [f"matrix precision: {m['matmul']}{how(r.matmul_precision != 'auto')}"]
     if device == 'cpu': parts.append('freed memory is kept')

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from kronos_nb import speed
+from kronos_nb import estimate, speed
 from kronos_nb.core import RunError, threads
 from kronos_nb.fitting import timing
 from kronos_nb.fitting.timing import Work, pick, time_ways, workers_needed
@@ -26,6 +26,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('KRONOS_NB_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(speed, '_tables', {})
     monkeypatch.setattr(timing, 'TIMES', 0)
+    monkeypatch.setattr(timing, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(timing, '_fitting', lambda work: work)
 
 
@@ -83,17 +84,17 @@ def test_a_stage_that_began_without_timings_goes_on_by_the_rules(tmp_path, monke
     facts = json.loads((tmp_path/'run'/'run.json').read_text())
     (tmp_path/'run'/'run.json').write_text(json.dumps({k: v for k, v in facts.items() if k != 'timed'}))
     monkeypatch.delenv('KRONOS_NB_MEASURE')
-    asked = machine_says(monkeypatch, SLOW)
-    assert run(tmp_path/'run')[0][1] == 'bf16' and not asked
+    asked = machine_says(monkeypatch, FAST)
+    assert run(tmp_path/'run')[0][1] == 'fp32' and not asked
 
 
 @pytest.mark.parametrize('off', ['switch', 'optimizations'])
 def test_one_switch(tmp_path, monkeypatch, off):
-    asked = machine_says(monkeypatch, SLOW)
+    asked = machine_says(monkeypatch, FAST)
     if off == 'switch':
         monkeypatch.setenv('KRONOS_NB_MEASURE', '0')
     fit(bars, mixed.replace(**{'runtime.optimizations': off == 'switch'}), tmp_path/'run', callbacks=[watch := Watch()])
-    assert watch.seen[1] == 'bf16' and not asked
+    assert watch.seen[1] == 'fp32' and not asked
 
 
 def test_what_somebody_decided_is_not_timed(tmp_path, monkeypatch):
@@ -119,9 +120,26 @@ def test_threads_of_a_stage(tmp_path, monkeypatch):
 
 
 def test_a_short_stage_is_not_timed(tmp_path, monkeypatch):
-    asked = machine_says(monkeypatch, SLOW)
+    "It is trained in float32: what has not been timed has not been found faster"
+    asked = machine_says(monkeypatch, FAST)
     monkeypatch.setattr(timing, 'TIMES', 20)
-    assert run(tmp_path/'run')[0][1] == 'bf16' and not asked
+    assert run(tmp_path/'run')[0][1] == 'fp32' and not asked
+
+
+def test_a_processor_without_bfloat16(tmp_path, monkeypatch):
+    "Is never asked for it: one pass may take a minute there"
+    monkeypatch.setattr(timing, 'multiplies_bfloat16', lambda: False)
+    asked = machine_says(monkeypatch, FAST)
+    assert run(tmp_path/'run')[0][1] == 'fp32' and not any('bf16' in ways for ways in asked)
+
+
+def test_the_estimate_counts_in_the_format_of_the_run(monkeypatch):
+    "And not in bfloat16 where the run would not train in it"
+    seen = []
+    cost = lambda stage, arch, window, device, precision, *rest: seen.append(precision) or estimate.Cost(1e-3, 1e3)
+    monkeypatch.setattr(estimate, 'window_cost', cost)
+    estimate.estimate(mixed, bars)
+    assert set(seen) == {'fp32'}
 
 
 @pytest.mark.parametrize('wrong', [
@@ -168,9 +186,9 @@ def test_loader_processes_follow_the_time_of_a_batch(load, step, free, n):
 def test_processes_that_share_the_cores_keep_no_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, 'processes', lambda: 2)
     _, kept = run(tmp_path/'run', stop=True)
-    assert kept == dict(threads=None, precision='bf16', matmul=None)
+    assert kept == dict(threads=None, precision='fp32', matmul=None)
     seen, _ = run(tmp_path/'run')   # and it can be read again
-    assert seen[1] == 'bf16'
+    assert seen[1] == 'fp32'
 def test_on_a_busy_machine_threads_are_left_alone_and_nothing_is_kept(monkeypatch):
     model = dict(d_model=16, n_heads=2, ff_dim=32, s1_bits=4, s2_bits=4, n_layers=1, token_dropout_p=0., learn_te=True,
                  ffn_dropout_p=0., attn_dropout_p=0., resid_dropout_p=0.)
