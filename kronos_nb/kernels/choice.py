@@ -15,12 +15,14 @@ from torch.nn import functional as F
 
 from .autograd import machine_code
 from ..core import torch_rng
+from ..machine import multiplies_bfloat16
 from ..speed import measured, measuring, shortest
 
 # %% ../../nbs/api/2_kernels/25_choice.ipynb #4b24f2a3
-def _has_onednn():
+def _has_onednn(dtype=torch.float32) -> bool:
     ops = torch.ops.mkldnn
     there = hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(): return False   # torch imitates it, slowly
     return there and torch.backends.mkldnn.is_available()
 
 # %% ../../nbs/api/2_kernels/25_choice.ipynb #c62c2594
@@ -29,7 +31,7 @@ def by_library(
     b=None, # (M,)
 ) -> Callable: # (..., K) -> (..., M)
     "Return a linear layer in oneDNN where that is there, and as torch has it elsewhere"
-    if w.device.type != 'cpu' or not _has_onednn(): return lambda x: F.linear(x, w, b)
+    if w.device.type != 'cpu' or not _has_onednn(w.dtype): return lambda x: F.linear(x, w, b)
     w = torch.ops.mkldnn._reorder_linear_weight(w, 64)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
 
