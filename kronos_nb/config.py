@@ -522,7 +522,7 @@ def _both(**changes): return {f'{stage}.{k}': v for stage in ('tokenizer', 'pred
 PRESETS = dict(quickstart={
     'tokenizer.init': 'bundled', 'predictor.init': 'bundled', 'data.symbols': ('GOOG',),
     'data.lookback_window': 60, 'data.predict_window': 10, 'data.max_context': 128,
-    'data.embargo': 10, 'runtime.save_steps': 50, 'runtime.log_every': 4,
+    'data.embargo': 10, 'tokenizer.difference_weight': 4., 'runtime.save_steps': 50, 'runtime.log_every': 4,
     **_both(size='tiny', epochs=4, batch_size=64, lr=5e-4, weight_decay=.05, average_last=3, warmup=.1, patience=3)})
 
 # %% ../nbs/api/0_ground/03_config.ipynb #cell-063

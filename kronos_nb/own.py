@@ -140,11 +140,11 @@ def _start_rule(case, cfg):
     return found | {'predictor.size': size, 'tokenizer.size': 'tiny' if size == 'tiny' else 'Kronos-Tokenizer-base'}
 
 # %% ../nbs/api/7_fit/76_own.ipynb #686ab07a
-STEPS = dict(   # start -> learning rate, updates of tokenizer and predictor, windows per update
-    scratch=dict(lr=1e-3, tokenizer=200, predictor=400, batch=32),
-    bundled=dict(lr=5e-4, tokenizer=100, predictor=400, batch=32),
-    released=dict(lr=4e-5, tokenizer=50, predictor=100, batch=16),
-    released_gpu=dict(lr=4e-5, tokenizer=300, predictor=1000, batch=64))
+STEPS = dict(   # start -> learning rate, updates of tokenizer and predictor, windows per update, weight of moves
+    scratch=dict(lr=1e-3, tokenizer=200, predictor=400, batch=32, moves=4.),
+    bundled=dict(lr=5e-4, tokenizer=100, predictor=400, batch=32, moves=4.),
+    released=dict(lr=4e-5, tokenizer=50, predictor=100, batch=16, moves=0.),
+    released_gpu=dict(lr=4e-5, tokenizer=300, predictor=1000, batch=64, moves=0.))
 _MOST_EPOCHS = 30
 
 # %% ../nbs/api/7_fit/76_own.ipynb #d530b6e7
@@ -180,7 +180,7 @@ def _step_rule(case, cfg):
         out |= {f'{stage}.{k}': v for k, v in dict(
             lr=r['lr'], batch_size=batch, epochs=min(max(epochs, 1), _MOST_EPOCHS), weight_decay=.05, warmup=.1,
             patience=5, average_last=3).items()}
-    return out | {'data.val_windows': 500, 'runtime.save_steps': 50}
+    return out | {'tokenizer.difference_weight': r['moves'], 'data.val_windows': 500, 'runtime.save_steps': 50}
 
 # %% ../nbs/api/7_fit/76_own.ipynb #e0644584
 _PER_DATE = 8   # symbols; as many dates as fit, up to 64

@@ -49,7 +49,7 @@ def config(epochs: int) -> Config:
     stage = dict(size='tiny', epochs=epochs, batch_size=64, weight_decay=.05, warmup=.05)
     return Config().replace(
         data=dict(lookback_window=120, predict_window=24, train=.9, val=.1, test=0., embargo=24, val_windows=600),
-        tokenizer=stage | dict(lr=1e-3), predictor=stage | dict(lr=1e-3),
+        tokenizer=stage | dict(lr=1e-3, difference_weight=4.), predictor=stage | dict(lr=1e-3),
         runtime=dict(save_steps=100, plots=False, seed=1), evaluate=dict(calibrate='off'))
 
 
@@ -66,6 +66,7 @@ def main():
     for stage, model in (('tokenizer', result.tokenizer), ('predictor', result.predictor)):
         folder = HOME/stage
         shutil.rmtree(folder, ignore_errors=True)
+        del model.extra['interval']   # there were several
         model.extra['trained_on'] = {k: v for k, v in model.extra['trained_on'].items() if k in SYMBOLS}
         model.save_pretrained(folder)
         card = CARD.format(kind=stage.capitalize(), n_params=model.n_params, first=own.min(), last=own.max())
