@@ -61,6 +61,11 @@ def _count_rows(bars) -> int:
 # %% ../nbs/api/8_share/88_serve.ipynb #f3f32fd3
 def _as_table(values, what) -> pd.DataFrame:
     "Return columns or rows of a request as a frame"
+    sizes = {len(v): k for k, v in reversed(values.items())} if isinstance(values, dict) else {}
+    if len(sizes) > 1:
+        few, many = min(sizes), max(sizes)
+        raise DataError(f"columns of {what} must be equally long, got {many:,} values of {one_line(sizes[many])[:80]} "
+                        f"and {few:,} of {one_line(sizes[few])[:80]}")
     try: return pd.DataFrame(values)
     except (ValueError, TypeError) as e: raise DataError(f"{what} are no table: {one_line(e)[:200]}") from e
 
@@ -168,23 +173,30 @@ async def forecast(self: Batcher, job: _Job): # A `Forecast`
 # %% ../nbs/api/8_share/88_serve.ipynb #730a1017
 _OPEN = ('/health',)
 _SLOW = 30   # seconds for a body to arrive
+_REST, _TIMES = 5, 16   # seconds, and times the permitted bytes, that are read of a body which is refused
 
 def _bearer(scope) -> str:
     "Return the token of a request; '' without one"
-    header = next((v for k, v in scope['headers'] if k == b'authorization'), b'').decode('latin-1')
+    header = _header(scope, b'authorization').decode('latin-1')
     kind, _, token = header.partition(' ')
     return token.strip() if kind.lower() == 'bearer' else ''
 
 # %% ../nbs/api/8_share/88_serve.ipynb #6a256d29
+def _too_large(n, most) -> Refusal:
+    return Refusal(413, 'BodyTooLarge', f"a request may hold {most:,} bytes, got {n:,}; send fewer bars, of which the "
+                   "lookback is enough")
+
 async def _body(receive, most) -> bytes:
-    "Return the body of a request"
-    out, more = bytearray(), True
-    while more:
+    "Return the body of a request; what is past `most` bytes is read, and not kept"
+    out, n, more = bytearray(), 0, True
+    while more and n <= _TIMES*most:
         message = await receive()
         if message['type'] == 'http.disconnect': raise Refusal(400, 'Disconnected', 'the client has gone')
-        out += message.get('body', b'')
+        piece = message.get('body', b'')
+        n += len(piece)
+        if n <= most: out += piece
         more = message.get('more_body', False)
-        if len(out) > most: raise Refusal(413, 'BodyTooLarge', f"a request may hold {most:,} bytes")
+    if n > most: raise _too_large(n, most)
     return bytes(out)
 
 # %% ../nbs/api/8_share/88_serve.ipynb #69350703
@@ -205,17 +217,29 @@ class Gate:
         await self.app(scope, again, send)
 
 # %% ../nbs/api/8_share/88_serve.ipynb #671c67af
+def _header(scope, name: bytes) -> bytes: return next((v for k, v in scope['headers'] if k == name), b'')
+
+@patch
+def _refusal(self: Gate, scope) -> Refusal | None:
+    "Return why the head of a request is enough to refuse it"
+    known = hmac.compare_digest(_bearer(scope).encode(), self.token.encode())
+    if scope['path'] not in _OPEN and not known:
+        return Refusal(401, 'Unauthorized', "send the header Authorization: Bearer TOKEN, with the token of the service")
+    length = _header(scope, b'content-length')
+    if length.isdigit() and int(length) > self.limits.body: return _too_large(int(length), self.limits.body)
+
 @patch
 async def _let_in(self: Gate, scope, receive) -> bytes:
     "Return the body of a request that may pass"
-    known = hmac.compare_digest(_bearer(scope).encode(), self.token.encode())
-    if scope['path'] not in _OPEN and not known:
-        raise Refusal(401, 'Unauthorized', "send the header Authorization: Bearer TOKEN, with the token of the service")
-    length = next((v for k, v in scope['headers'] if k == b'content-length'), b'0')
-    if length.isdigit() and int(length) > self.limits.body:
-        raise Refusal(413, 'BodyTooLarge', f"a request may hold {self.limits.body:,} bytes")
-    try: return await asyncio.wait_for(_body(receive, self.limits.body), _SLOW)
-    except asyncio.TimeoutError: raise Refusal(408, 'TooSlow', f"the body did not arrive in {_SLOW} s") from None
+    refused = self._refusal(scope)
+    if refused and _header(scope, b'expect'): raise refused   # its sender waits for the answer before it sends
+    seconds = _REST if refused else _SLOW
+    try: body = await asyncio.wait_for(_body(receive, self.limits.body), seconds)
+    except asyncio.TimeoutError:
+        raise refused or Refusal(408, 'TooSlow', f"the body did not arrive in {seconds} s") from None
+    except Refusal as e: raise refused or e from None
+    if refused: raise refused
+    return body
 
 # %% ../nbs/api/8_share/88_serve.ipynb #6ca3b87e
 def _error(e: Refusal) -> dict: return dict(error=dict(type=e.kind, message=str(e)))
@@ -311,14 +335,16 @@ class Service:
     def model(self, name):
         if name is None: return next(iter(self.models))
         if name in self.models: return name
-        raise Refusal(404, 'UnknownModel', f"there is no model {short_repr(name)}{nearest(name, self.models)}; "
-                      "GET /models lists them")
+        raise Refusal(404, 'UnknownModel', f"there is no model {short_repr(name)}; GET /models lists "
+                      f"them{nearest(name, self.models)}")
 
 # %% ../nbs/api/8_share/88_serve.ipynb #49f5387e
 @patch
 def bars_of(self: Service, asked, name) -> pd.DataFrame:
     "Return the bars of a request, from it or from a source"
-    if (asked.bars is None) == (asked.source is None): raise ConfigError("a request needs either bars or a source")
+    if (asked.bars is None) == (asked.source is None):
+        got = 'neither' if asked.bars is None else 'both'
+        raise ConfigError(f"a request needs either bars or a source, got {got}")
     if asked.bars is not None: return parse_bars(asked.bars, asked.symbol or 'bars', self.limits.rows)
     if asked.source not in self.sources:
         known = f"this service knows {', '.join(self.sources)}" if self.sources else "this service knows none"
@@ -346,11 +372,13 @@ def _side_of(self: Service, asked, f) -> CovariateTable | None: # None where the
 def _settle(self: Service, asked) -> _Job:
     "Return the job of a request; slow where bars are downloaded"
     name, sampled = self.model(asked.model), ('paths', 'seed', 'temperature', 'top_k', 'top_p')
-    if not all(0 <= q <= 1 for q in asked.quantiles): raise ConfigError("quantiles must be in 0..1")
+    if bad := [q for q in asked.quantiles if not 0 <= q <= 1]:
+        raise ConfigError(f"quantiles must be in 0..1, got {bad[0]:g}")
     f, bars = self.models[name], self.bars_of(asked, name)
     horizon = asked.predict_window or f.predict_window
     if horizon is None: raise ConfigError("this model records no horizon; send predict_window")
-    if horizon > self.limits.horizon: raise ConfigError(f"predict_window may be {self.limits.horizon}, got {horizon}")
+    if horizon > self.limits.horizon:
+        raise ConfigError(f"predict_window must be in 1..{self.limits.horizon}, got {horizon}; send a smaller one")
     return _Job(name, bars, horizon, asked.lookback_window, Sampling(**{k: getattr(asked, k) for k in sampled}),
                 asked.calendar, asked.raw, self._side_of(asked, f))
 
@@ -403,11 +431,12 @@ def make_app(
     >>> app = make_app(Service({'goog': Forecaster.from_pretrained('runs/quickstart')}), token)
     """
     if len(token) < 16:
-        raise ConfigError("the token must have at least 16 characters; leave KRONOS_NB_TOKEN empty for a new one")
+        raise ConfigError(f"the token must have at least 16 characters, got {len(token)}; leave KRONOS_NB_TOKEN empty "
+                          "for a new one")
     fastapi, lifespan = _need('fastapi'), _lifespan(service)
     app = fastapi.FastAPI(title='kronos_nb', version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = service.batcher.metrics = _Metrics(lambda: service.inside)
-    _add_errors(app)
+    _add_errors(app, _request_model(service.limits).model_fields)
     _add_routes(app, service, metrics, _request_model(service.limits))
     app.add_middleware(Gate, token=token, limits=service.limits)
     app.add_middleware(_Counted, metrics=metrics, paths={r.path for r in app.routes})
@@ -442,15 +471,32 @@ _log = logging.getLogger('kronos_nb.serve')
 # %% ../nbs/api/8_share/88_serve.ipynb #fd6d9576
 _UNREADABLE = "the body cannot be read as JSON; a number may be too long, or lists too deep"
 
-def _wrong_field(request, first) -> Refusal:
+def _no_route(request, e) -> Refusal:
+    "Return what is there instead of a path or a method that is not"
+    path, allowed = one_line(request.url.path)[:80], (e.headers or {}).get('Allow', '')
+    why = {404: f"there is no path {path}; GET /openapi.json lists all",
+           405: f"{path} takes {allowed}, got {one_line(request.method)[:20]}"}
+    return Refusal(e.status_code, 'HTTPError', why.get(e.status_code, one_line(e.detail)[:200]))
+
+def _wrong_field(request, first, fields) -> Refusal:
     "Return what is wrong with the first field that is wrong"
     at = '.'.join(map(str, first['loc'][1:]))
     if not at and 'json' not in request.headers.get('content-type', ''):
         return Refusal(415, 'InvalidRequest', "send the body as JSON, with the header Content-Type: application/json")
-    return Refusal(422, 'InvalidRequest', f"{one_line(at or 'the body')[:80]}: {one_line(first['msg'])[:200]}")
+    return Refusal(422, 'InvalidRequest', _why_wrong(first, one_line(at)[:80], fields))
+
+def _why_wrong(first, at: str, fields) -> str:
+    "Return what is wrong with a field, what was sent, and what may be sent"
+    kind, got = first['type'], one_line(short_repr(first.get('input'), 80))
+    if kind == 'json_invalid':
+        return f"the body is no JSON at character {at}: {one_line(first.get('ctx', {}).get('error', ''))[:100]}"
+    if kind == 'extra_forbidden':
+        return f"there is no field {at!r}; GET /openapi.json lists them{nearest(at, fields)}"
+    if not at: return f"the body must be a JSON object with bars, got {'none' if kind == 'missing' else got}"
+    return f"{at}: {one_line(first['msg'])[:200]}, got {got}"
 
 # %% ../nbs/api/8_share/88_serve.ipynb #4b45aafc
-def _add_errors(app):
+def _add_errors(app, fields):
     "Answer errors as JSON"
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
@@ -459,11 +505,11 @@ def _add_errors(app):
     @app.exception_handler(KronosError)
     async def known(request, e): return answer(_as_refusal(e))
     @app.exception_handler(RequestValidationError)
-    async def invalid(request, e): return answer(_wrong_field(request, e.errors()[0]))
+    async def invalid(request, e): return answer(_wrong_field(request, e.errors()[0], fields))
     @app.exception_handler(HTTPException)
     async def refused(request, e):
         if e.status_code == 400: return answer(Refusal(400, 'InvalidRequest', _UNREADABLE))
-        return answer(Refusal(e.status_code, 'HTTPError', one_line(e.detail)[:200]))
+        return answer(_no_route(request, e))
     @app.exception_handler(Exception)
     async def unknown(request, e):
         return answer(Refusal(500, 'InternalError', 'the service failed; its log says why'))
