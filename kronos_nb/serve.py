@@ -224,7 +224,8 @@ def _refusal(self: Gate, scope) -> Refusal | None:
     "Return why the head of a request is enough to refuse it"
     known = hmac.compare_digest(_bearer(scope).encode(), self.token.encode())
     if scope['path'] not in _OPEN and not known:
-        return Refusal(401, 'Unauthorized', "send the header Authorization: Bearer TOKEN, with the token of the service")
+        return Refusal(401, 'Unauthorized', "send the header Authorization: Bearer TOKEN, with the token of the "
+                       "service")
     length = _header(scope, b'content-length')
     if length.isdigit() and int(length) > self.limits.body: return _too_large(int(length), self.limits.body)
 
@@ -468,6 +469,17 @@ def _add_routes(app, service, metrics, ForecastRequest):
 # %% ../nbs/api/8_share/88_serve.ipynb #5442597e
 _log = logging.getLogger('kronos_nb.serve')
 
+# %% ../nbs/api/8_share/88_serve.ipynb #5e1d07aa
+def _why_wrong(first, at: str, fields) -> str:
+    "Return what is wrong with a field, what was sent, and what may be sent"
+    kind, got = first['type'], one_line(short_repr(first.get('input'), 80))
+    if kind == 'json_invalid':
+        return f"the body is no JSON at character {at}: {one_line(first.get('ctx', {}).get('error', ''))[:100]}"
+    if kind == 'extra_forbidden':
+        return f"there is no field {at!r}; GET /openapi.json lists them{nearest(at, fields)}"
+    if not at: return f"the body must be a JSON object with bars, got {'none' if kind == 'missing' else got}"
+    return f"{at}: {one_line(first['msg'])[:200]}, got {got}"
+
 # %% ../nbs/api/8_share/88_serve.ipynb #fd6d9576
 _UNREADABLE = "the body cannot be read as JSON; a number may be too long, or lists too deep"
 
@@ -484,16 +496,6 @@ def _wrong_field(request, first, fields) -> Refusal:
     if not at and 'json' not in request.headers.get('content-type', ''):
         return Refusal(415, 'InvalidRequest', "send the body as JSON, with the header Content-Type: application/json")
     return Refusal(422, 'InvalidRequest', _why_wrong(first, one_line(at)[:80], fields))
-
-def _why_wrong(first, at: str, fields) -> str:
-    "Return what is wrong with a field, what was sent, and what may be sent"
-    kind, got = first['type'], one_line(short_repr(first.get('input'), 80))
-    if kind == 'json_invalid':
-        return f"the body is no JSON at character {at}: {one_line(first.get('ctx', {}).get('error', ''))[:100]}"
-    if kind == 'extra_forbidden':
-        return f"there is no field {at!r}; GET /openapi.json lists them{nearest(at, fields)}"
-    if not at: return f"the body must be a JSON object with bars, got {'none' if kind == 'missing' else got}"
-    return f"{at}: {one_line(first['msg'])[:200]}, got {got}"
 
 # %% ../nbs/api/8_share/88_serve.ipynb #4b45aafc
 def _add_errors(app, fields):
