@@ -1,6 +1,7 @@
 """Which small base should ship, and how the presets should train it, by validation bars alone
 
-    OMP_NUM_THREADS=1 python benchmarks/bundled.py SOLUSDT.parquet EURUSD.csv --bases old=FOLDER new=FOLDER [--seeds 0 1] [--arms 0 1]
+    OMP_NUM_THREADS=1 python benchmarks/bundled.py SOLUSDT.parquet EURUSD.csv --bases old=FOLDER new=FOLDER
+        [--seeds 0 1] [--arms 0 1]
 
 A base is a folder with `tokenizer` and `predictor`, as `tools/make_base.py` writes it. Each arm fine-tunes a base with
 the quickstart on the bundled share, and with `own` on the last 6,000 bars of every file. Columns beside the settings
