@@ -33,7 +33,7 @@ import kronos_nb as kn
 out = Path(sys.argv[1])
 torch.set_num_threads(1)
 base = {'base.symbols': ('AAPL', 'IBM', 'MSFT'), 'base.windows_per_epoch': 4000, 'tokenizer.init': 'scratch',
-        'predictor.init': 'scratch'}
+        'predictor.init': 'scratch', 'tokenizer.difference_weight': 0.}   # as when the numbers were stored
 result = kn.fit('sample', 'quickstart', out, **base, **{'runtime.progress': False, 'runtime.device': 'cpu'})
 paths = result.forecaster().predict(kn.sample_klines('GOOG'), 10, paths=20, seed=0, raw=True).paths
 np.save(out/'paths.npy', paths)
