@@ -16,7 +16,7 @@ from tests.helpers import bars, cfg, final, four_steps, notes
 
 FITTING = timing._fitting
 FAST, SLOW = dict(fp32=10., bf16=4., medium=5.), dict(fp32=10., bf16=30., medium=10.)
-mixed = cfg.replace(**four_steps, **{'runtime.precision': 'mixed', 'runtime.save_steps': 2})
+mixed = cfg.replace(**four_steps, **{'runtime.precision': 'mixed', 'runtime.save_steps': 2, 'runtime.workers': 0})
 
 
 @pytest.fixture(autouse=True)
