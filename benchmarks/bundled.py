@@ -16,18 +16,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from gain import on_validation
 from kronos_nb.data.read import read_klines, sample_klines
+from kronos_nb.fitting.prepare import prepare
 from kronos_nb.own import config_for
-from kronos_nb.train import fit
+from kronos_nb.train import _chosen, fit
 
 OUT = Path(__file__).with_suffix('.csv')
 ARMS = [   # difference weight, factor on the epochs, factor on the learning rate
     (0., 1., 1.), (4., 1., 1.), (4., .5, 1.), (4., .5, 2.), (0., .5, 1.)]
 
 
-def settings(data, base, weight, epochs, lr, seed):
+def settings(data, preset, base, weight, epochs, lr, seed):
     "Return the configuration of an arm"
-    cfg = config_for(data, None if data is not None else 'quickstart')
+    cfg = config_for(data, preset)
     changes = {'tokenizer.init': str(base/'tokenizer'), 'predictor.init': str(base/'predictor'),
                'tokenizer.difference_weight': weight, 'runtime.seed': seed, 'runtime.progress': False,
                'runtime.plots': False, 'runtime.threads': 1, 'runtime.device': 'cpu'}
@@ -37,16 +39,13 @@ def settings(data, base, weight, epochs, lr, seed):
     return cfg.replace(**changes)
 
 
-def run(data, base, arm, seed) -> dict:
+def run(data, preset, base, arm, seed) -> dict:
     "Train an arm and return what its calibration saw"
-    cfg, began = settings(data, base, *arm, seed), time.process_time()
+    cfg, began = settings(data, preset, base, *arm, seed), time.process_time()
     with tempfile.TemporaryDirectory() as out:
-        result = fit(sample_klines('GOOG') if data is None else data, cfg, f'{out}/run')
-        calibration = result.forecaster().calibration
-    scores = dict(calibration.scores)
-    drawn, alone, pool = (scores.pop(k) for k in ('as drawn', 'spread', 'delivered'))
-    naive = min(scores.values())
-    found = dict(drawn=1 - drawn/naive, alone=1 - alone/naive, delivered=1 - pool/naive)
+        result = fit(data, cfg, f'{out}/run', judge=False)
+        calibration = _chosen(result.forecaster(), prepare(data, cfg), cfg)
+    found = dict(zip(('drawn', 'alone', 'delivered'), on_validation(calibration).values()))
     return {k: round(v, 4) for k, v in found.items()} | dict(seconds=round(time.process_time() - began))
 
 
@@ -63,11 +62,11 @@ def main():
     for seed in args.seeds:
         for arm in (ARMS[i] for i in args.arms):
             for path in (None, *args.files):
-                data = None if path is None else read_klines(path).groupby('symbol').tail(6000)
+                data = read_klines(path).groupby('symbol').tail(6000) if path else sample_klines('GOOG')
                 for name, folder in bases.items():
                     row = dict(zip(columns, (Path(path).name if path else 'quickstart', name, *arm, seed)))
                     if any(all(o[k] == v for k, v in row.items()) for o in done): continue
-                    done.append(row | run(data, Path(folder), arm, seed))
+                    done.append(row | run(data, 'own' if path else 'quickstart', Path(folder), arm, seed))
                     pd.DataFrame(done).to_csv(OUT, index=False)
                     print(done[-1], flush=True)
 

@@ -74,14 +74,10 @@ def _workers(r, device, cached):
     return 0 if cached or device != 'cuda' else max(min(cores()//processes() - 1, 4), 0)
 
 # %% ../nbs/api/0_ground/05_machine.ipynb #66d137d3
-def multiplies_bfloat16() -> bool:
-    "Return whether oneDNN multiplies in bfloat16 on this processor"
-    ops = torch.ops.mkldnn
-    return hasattr(ops, '_is_mkldnn_bf16_supported') and ops._is_mkldnn_bf16_supported()
-
-def slow_format(precision: str, device: str) -> bool:
-    "Return whether a device has to imitate a number format by torch's own loops"
-    return device == 'cpu' and (precision == 'fp16' or precision == 'bf16' and not multiplies_bfloat16())
+def multiplies(precision: str) -> bool: # 'fp32', 'bf16' or 'fp16'
+    "Return whether oneDNN has products in a number format on this processor"
+    known = getattr(torch.ops.mkldnn, f'_is_mkldnn_{precision}_supported', None)
+    return precision == 'fp32' or known is not None and known()
 
 def _precision(r, device: torch.device) -> str:
     "Return the number format that `runtime.precision` means on a device, as far as nothing was timed"
@@ -106,7 +102,7 @@ def _in_words(r, device, m: dict):
     if m['workers']:
         lives = 'persistent' if r.persistent_workers else 'new in each epoch'
         parts += [lives, f"batches ready: {m['prefetch']}{how(r.prefetch)}"]
-    slow = ', many times slower here than fp32' if slow_format(m['precision'], device) else ''
+    slow = ', many times slower here than fp32' if device == 'cpu' and not multiplies(m['precision']) else ''
     parts += [f"precision: {m['precision']}{how(r.precision != 'mixed')}{slow}"]
     parts += [f"torch.compile: {m['compile'] or 'off'}"]
     parts += [f"matrix precision: {m['matmul']}{how(r.matmul_precision != 'auto')}"]

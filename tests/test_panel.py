@@ -388,7 +388,8 @@ from kronos_nb.panel import ConfigPanel, DataPanel
 import matplotlib.pyplot as plt, threading
 from ipywidgets.widgets import widget as m
 display(ConfigPanel('quickstart'), DataPanel('sample', folders=()))
-print(len(getattr(m, '_instances', None) or m.Widget.widgets), plt.get_fignums(), threading.active_count())
+ours = [t for t in threading.enumerate() if not type(t).__module__.startswith('zmq.')]   # its collector begins late
+print(len(getattr(m, '_instances', None) or m.Widget.widgets), plt.get_fignums(), len(ours))
 """
 
 
@@ -401,7 +402,7 @@ def test_a_cell_that_runs_twenty_times_leaves_no_growth():
             client.execute_cell(nb.cells[0], 0)
             outputs = [o for o in nb.cells[0].outputs if o.output_type == 'stream' and o.name == 'stdout']
             counts.append(''.join(o.text for o in outputs))
-    assert counts[10] == counts[-1]   # the kernel starts a thread of its own in the first few
+    assert counts[1] == counts[-1]
 
 
 # a page of its own

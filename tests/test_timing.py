@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('KRONOS_NB_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(speed, '_tables', {})
     monkeypatch.setattr(timing, 'TIMES', 0)
-    monkeypatch.setattr(timing, 'multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(timing, 'multiplies', lambda precision: True)
     monkeypatch.setattr(timing, '_fitting', lambda work: work)
 
 
@@ -128,7 +128,7 @@ def test_a_short_stage_is_not_timed(tmp_path, monkeypatch):
 
 def test_a_processor_without_bfloat16(tmp_path, monkeypatch):
     "Is never asked for it: one pass may take a minute there"
-    monkeypatch.setattr(timing, 'multiplies_bfloat16', lambda: False)
+    monkeypatch.setattr(timing, 'multiplies', lambda precision: False)
     asked = machine_says(monkeypatch, FAST)
     assert run(tmp_path/'run')[0][1] == 'fp32' and not any('bf16' in ways for ways in asked)
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from ..core import threads
-from ..machine import cores, left_open, machine_for, multiplies_bfloat16, processes, threads_are_open
+from ..machine import cores, left_open, machine_for, multiplies, processes, threads_are_open
 from ..speed import measured, measuring, shortest
 from ..training.run import Run
 from ..training.task import CLASSES, WindowSource, matmul_precision
@@ -113,7 +113,7 @@ def _ways_to_count(r, n: int) -> dict: # Name -> (threads, precision, matmul)
     "Return the number formats and matrix precisions that `r` leaves open"
     matmul = 'highest' if r.matmul_precision == 'auto' else r.matmul_precision
     ways = dict(fp32=(n, 'fp32', matmul)) if r.precision in ('fp32', 'mixed') else {}
-    if r.precision == 'mixed' and multiplies_bfloat16(): ways['bf16'] = n, 'bf16', matmul
+    if r.precision == 'mixed' and multiplies('bf16'): ways['bf16'] = n, 'bf16', matmul
     if ways and r.matmul_precision == 'auto': ways['medium'] = n, 'fp32', 'medium'
     return ways if len(ways) > 1 else {}
 

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from .autograd import machine_code
 from ..core import torch_rng
-from ..machine import multiplies_bfloat16
+from ..machine import multiplies
 from ..speed import measured, measuring, shortest
 
 # %% ../../nbs/api/2_kernels/25_choice.ipynb #4b24f2a3
 def _has_onednn(dtype=torch.float32) -> bool:
     ops = torch.ops.mkldnn
     there = hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
-    if dtype == torch.bfloat16 and not multiplies_bfloat16(): return False   # torch imitates it, slowly
+    if dtype == torch.bfloat16 and not multiplies('bf16'): return False   # torch imitates it, slowly
     return there and torch.backends.mkldnn.is_available()
 
 # %% ../../nbs/api/2_kernels/25_choice.ipynb #c62c2594
