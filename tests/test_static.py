@@ -12,7 +12,7 @@ from kronos_nb.decode.static import StaticStep, can_be_static, generate_static
 from kronos_nb.model.predictor import Kronos
 from tests.test_placement import Placement
 
-HOW = [(0, 0, 1.), (1., 0, .9), (1.3, 5, .7), (1., 0, None)]   # of five nearly equal tokens, four hold .8 or not
+HOW = [(0, 0, 1.), (1., 0, .9), (1.3, 5, .7), (1., 0, None)]   # at .8 two logits tie at the edge of one draw
 
 
 def prefill(device='cpu', context=64, H=14, dtype=torch.float32):
