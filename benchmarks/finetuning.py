@@ -2,17 +2,22 @@
 
     OMP_NUM_THREADS=1 python benchmarks/finetuning.py --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
 
-The base is that of gain.py with the last close as location, made where it is missing. Every way has the same bars and
-the same steps, but for `twice the steps`. Each model is judged against its base on 2014-06 to 2017, begun at the last
-close and nothing more (`anchored`), and as delivered, each with its own choices of the validation part. Rows go to
-finetuning.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
+The base is that of `gain.py shares --normalizers zscore --difference-weight 4` with the same seed, made where it is
+missing. Every way has the same bars and the same steps, but for `twice the steps`. Each model is calibrated on the
+validation part and judged on 2014-06 to 2017, begun at the last close and nothing more (`anchored`), and as delivered,
+against its base delivered in the same way; `val` and `val_base` are the skills of both against the best naive forecast
+on validation. `chosen by CRPS` takes the predictor's checkpoint with the best paths on validation, where every other
+way takes the one with the lowest loss. `AAPL alone` is fine-tuned on that share and judged on it against the model of
+all seven. Rows go to finetuning.csv beside this file; rows that are there are not made again, and runs go on where
+they stopped.
 """
 import argparse
 from pathlib import Path
 
 import pandas as pd
 
-from gain import MARKETS, config, read, train
+from gain import MARKETS, config, folder_name, read, train_base
+from kronos_nb.average import step_files
 from kronos_nb.evaluate import evaluate
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.baselines import NaivePool
@@ -22,77 +27,117 @@ from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.train import fit
 
 OUT = Path(__file__).with_suffix('.csv')
-STEPS = 125, 200
+STEPS, NORMALIZER, WEIGHT = (125, 200), 'zscore', 4.
+TWICE = 'both, twice the steps'
 WAYS = {
     'tokenizer alone': {'runtime.only': 'tokenizer'},
     'predictor alone': {'runtime.only': 'predictor'},
     'both': {},
-    'both, twice the steps': {'tokenizer.max_steps': 250, 'predictor.max_steps': 400},
+    TWICE: {'tokenizer.max_steps': 250, 'predictor.max_steps': 400},
     'both, lr 1e-3': {'tokenizer.lr': 1e-3, 'predictor.lr': 1e-3},
     'both, lr 1e-4': {'tokenizer.lr': 1e-4, 'predictor.lr': 1e-4},
-    'predictor, last two blocks': {'runtime.only': 'predictor', 'predictor.trainable': 'last_2'},
+    'predictor, last block': {'runtime.only': 'predictor', 'predictor.trainable': 'last_1'},
+    'both, twice the steps, chosen by CRPS': {},
+    'AAPL alone': {},
+    'JPM alone': {},
+    'XOM alone': {},
 }
-QUANTITIES = ('range', 'volatility', 'volume', 'direction')
+QUANTITIES = 'range', 'volatility', 'volume'
 
 
-def tuned(way, market, bars, seed, base, out):
-    "Return a forecaster that was fine-tuned this way; the stage that was left out is the base's"
-    init = {f'{k}.init': str(base/k/'best_model') for k in ('tokenizer', 'predictor')}
-    settings = config(market, seed, 'last_close', STEPS, 3e-4, .1).replace(**init | WAYS[way])
-    if settings.runtime.only == 'predictor':
-        settings = settings.replace(**{'predictor.tokenizer': init['tokenizer.init']})
-    mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
-    fit(bars[mine].reset_index(drop=True), settings, out, judge=False)
-    trained = settings.runtime.only or 'tokenizer', settings.runtime.only or 'predictor'
-    a, b = ((out if k in trained else base)/k/'best_model' for k in ('tokenizer', 'predictor'))
-    tokenizer, predictor = KronosTokenizer.from_pretrained(a), Kronos.from_pretrained(b)
-    predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # a pair of two trainings is refused otherwise
-    return Forecaster(tokenizer, predictor)
+class Trial:
+    "The market, and the models of one seed"
+    def __init__(self, market, bars, seed, out):
+        self.market, self.seed, self.out = market, seed, out
+        self.all, self.bars = bars, bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
+        self.base = out/'base'
+        train_base(market, bars, seed, NORMALIZER, self.base, WEIGHT)
+        self.kept = {}
 
+    def folder(self, way): return self.out/way.replace(',', '').replace(' ', '-')
 
-def both_ways(f, market, bars, seed):
-    "Return the forecaster anchored, and as delivered"
-    L, H = market.windows
-    known = bars[bars.timestamps < market.test].reset_index(drop=True)
-    chosen = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=48, seed=seed)
-    return dict(anchored=f, delivered=Forecaster(f.tokenizer, f.predictors, calibration=chosen))
+    def calibrate(self, f, bars):
+        "Return the choices for paths on the validation part"
+        L, H = self.market.windows
+        known = bars[bars.timestamps < self.market.test].reset_index(drop=True)
+        return calibrate(f, known, L, H, start=pd.Timestamp(self.market.begin), origins=48, seed=self.seed)
 
+    def pair(self, way):
+        "Return tokenizer and predictor that were fine-tuned this way; the stage that was left out is the base's"
+        init = {f'{k}.init': str(self.base/k/'best_model') for k in ('tokenizer', 'predictor')}
+        settings = config(self.market, self.seed, NORMALIZER, STEPS, 3e-4, .1, WEIGHT)
+        settings = settings.replace(**init | WAYS[way] | {'runtime.save_steps': 100})
+        only = settings.runtime.only
+        if only == 'predictor': settings = settings.replace(**{'predictor.tokenizer': init['tokenizer.init']})
+        known, symbol = self.bars[self.bars.timestamps < self.market.begin], way.removesuffix(' alone')
+        if symbol in self.market.targets: known = known[known.symbol == symbol]
+        fit(known.reset_index(drop=True), settings, self.folder(way), judge=False)
+        a, b = (self.base if only == k else self.folder(way) for k in ('predictor', 'tokenizer'))
+        return KronosTokenizer.from_pretrained(a/'tokenizer'/'best_model'), b/'predictor'
 
-def judge(model, base, market, bars, seed) -> list:
-    "Return a row for each way to deliver, against the base delivered the same way"
-    L, H = market.windows
-    rows = []
-    for way in model:
-        e = evaluate(model[way], bars, L, H, base=base[way], start=pd.Timestamp(market.test), origins=64, paths=100,
-                     seed=seed, used={}, baselines=[NaivePool()], progress=False)
-        t, pooled = e.tests.loc['base'], e.metrics.query("scope == 'pooled'").set_index(['model', 'metric']).value
-        rows.append(dict(delivery=way, crps=pooled['model', 'crps'], base=pooled['base', 'crps'],
-            naive=pooled['NaivePool', 'crps'], skill=t['skill'], low=t['low'], high=t['high']))
-        for q in QUANTITIES[:3]: rows[-1][q] = 1 - pooled['model', f'crps_{q}']/pooled['base', f'crps_{q}']
-    return rows
+    def models(self, way):
+        "Return the forecasters of a way to try"
+        if way.endswith('chosen by CRPS'):
+            tokenizer, stage = self.pair(TWICE)
+            folders = [file.parent for _, file in step_files(stage)]
+        else:
+            tokenizer, stage = self.pair(way)
+            folders = [stage/'best_model']
+        for folder in folders:
+            predictor = Kronos.from_pretrained(folder)
+            predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # a pair of two trainings is refused otherwise
+            yield Forecaster(tokenizer, predictor)
+
+    def both_ways(self, way, bars=None):
+        "Return the forecaster anchored and as delivered, and its skill on validation, from memory where it is known"
+        if way in self.kept: return self.kept[way]
+        found = [Forecaster.from_pretrained(self.base)] if way == 'base' else self.models(way)
+        tried = [(f, self.calibrate(f, self.bars if bars is None else bars)) for f in found]
+        f, chosen = min(tried, key=lambda o: dict(o[1].scores)['spread'])
+        scores = dict(chosen.scores)
+        drawn, alone, pool = (scores.pop(k) for k in ('as drawn', 'spread', 'delivered'))
+        naive = min(scores.values())
+        out = dict(anchored=(f, 1 - alone/naive),
+            delivered=(Forecaster(f.tokenizer, f.predictors, calibration=chosen), 1 - pool/naive))
+        return self.kept.setdefault(way, out)
+
+    def judge(self, way) -> list:
+        "Return a row for each way to deliver, against the base or the model of all symbols"
+        L, H = self.market.windows
+        symbol, bars, against = way.removesuffix(' alone'), self.bars, 'base'
+        if symbol in self.market.targets:
+            bars, against = bars[bars.symbol == symbol].reset_index(drop=True), 'both'
+        model, base, rows = self.both_ways(way, bars), self.both_ways(against), []
+        for delivery, (f, val) in model.items():
+            b, val_base = base[delivery]
+            e = evaluate(f, bars, L, H, base=b, start=pd.Timestamp(self.market.test), origins=64, paths=100,
+                seed=self.seed, used={}, baselines=[NaivePool()], progress=False)
+            t, pooled = e.tests.loc['base'], e.metrics.query("scope == 'pooled'").set_index(['model', 'metric']).value
+            rows.append(dict(seed=self.seed, way=way, against=against, delivery=delivery, val=val, val_base=val_base,
+                crps=pooled['model', 'crps'], base=pooled['base', 'crps'], naive=pooled['NaivePool', 'crps'],
+                skill=t['skill'], low=t['low'], high=t['high']))
+            for q in QUANTITIES: rows[-1][q] = 1 - pooled['model', f'crps_{q}']/pooled['base', f'crps_{q}']
+        return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', nargs='+', required=True)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
     market, done = MARKETS['shares'], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
     bars = read(args.data, market)
-    mine = bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
     for seed in args.seeds:
-        folder, base = Path(args.out)/f'shares-last_close-{seed}', None
-        for way in WAYS:
+        trial = None
+        for way in args.ways:
             if any(o['seed'] == seed and o['way'] == way for o in done): continue
-            if base is None:
-                folders = train(market, bars, seed, 'last_close', folder)
-                base = both_ways(Forecaster.from_pretrained(folders['base']), market, mine, seed)
-            out = folder/way.replace(',', '').replace(' ', '-')
-            model = both_ways(tuned(way, market, bars, seed, folders['base'], out), market, mine, seed)
-            done += [dict(seed=seed, way=way) | o for o in judge(model, base, market, mine, seed)]
+            trial = trial or Trial(market, bars, seed, Path(args.out)/folder_name('shares', NORMALIZER, seed, WEIGHT))
+            done += trial.judge(way)
+            done.sort(key=lambda o: (list(WAYS).index(o['way']), o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
-            print(pd.DataFrame(done[-2:]).round(3).to_string(), flush=True)
+            print(pd.DataFrame([o for o in done if (o['way'], o['seed']) == (way, seed)]).round(3).to_string(), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -67,19 +67,23 @@ def folder_name(market, normalizer, seed, difference):
     return f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0)
 
 
+def train_base(market, bars, seed, normalizer, base, difference=0.):
+    "Train on the symbols that are not judged"
+    others = ~bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
+    whole = config(market, seed, normalizer, market.steps, 1e-3, .1, difference)
+    fit(bars[others].reset_index(drop=True), whole, base, judge=False)
+
+
 def train(market, bars, seed, normalizer, out, difference=0.) -> dict:
     "Return the folders of the base and of the model that was fine-tuned on the targets"
-    mine = bars.symbol.isin(market.targets)
-    early = bars.timestamps < market.begin
+    mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     base = out/'base'
     if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference)/'base'
-    else:
-        whole = config(market, seed, normalizer, market.steps, 1e-3, .1, difference)
-        fit(bars[~mine & early].reset_index(drop=True), whole, base, judge=False)
+    else: train_base(market, bars, seed, normalizer, base, difference)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1, difference).replace(**{
         'tokenizer.init': str(base/'tokenizer'/'best_model'), 'predictor.init': str(base/'predictor'/'best_model')})
-    fit(bars[mine & early].reset_index(drop=True), tuned, out/'tuned', judge=False)
+    fit(bars[mine].reset_index(drop=True), tuned, out/'tuned', judge=False)
     return dict(base=base, tuned=out/'tuned')
 
 

@@ -83,7 +83,7 @@ def _check_numbers(name, t, x, features):
     wrong = ~np.isfinite(x)
     if not wrong.any(): return
     i, j = np.argwhere(wrong)[0]
-    raise DataError(f"{name} at {t[i]}: {features[j]} is {x[i, j]} ({wrong.sum()} such cells); "
+    raise DataError(f"{name} at {t[i]}: {features[j]} is {x[i, j]} ({wrong.any(1).sum()} such bars); "
                     "fill or drop them with repair_klines()", options='--repair standard')
 
 # %% ../nbs/api/5_forecast/56_forecast.ipynb #cell-017

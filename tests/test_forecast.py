@@ -175,6 +175,13 @@ def test_ensembles_pool_their_paths(fc):
     np.testing.assert_allclose(both[1::2], b[1::2], rtol=1e-6)
 
 
+def test_one_empty_cell_is_one_bar_in_the_error(fc):
+    bars = sample_klines('DOGEUSDT').tail(60).drop(columns='amount').reset_index(drop=True)
+    bars.loc[55, 'close'] = np.nan   # the amount that is made of it is empty, too
+    with pytest.raises(DataError, match=rf"{bars.timestamps[55]}.*\b1 such"):
+        fc.predict(bars, 4)
+
+
 def test_candles_are_repaired_on_a_copy_and_only_where_needed(fc):
     raw, ok = (fc.predict(walk(), 12, paths=50, coherent_candles=o) for o in (False, True))
     assert impossible(raw.paths).any() and not impossible(ok.paths).any()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import setuptools
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 root = Path(__file__).resolve().parents[1]
 config = ConfigParser(delimiters=['='])
@@ -127,6 +129,17 @@ def test_extras_are_in_dev_and_locked():
     for key in ('serve_requirements', 'studio_requirements', 'requirements'):
         assert names(key) <= locked
     assert names('serve_requirements') <= names('dev_requirements')
+
+
+def test_one_version_is_locked_for_every_python():
+    lines = [o for o in (root/'constraints.txt').read_text().split('\n') if o and not o.startswith('#')]
+    locked = [Requirement(o) for o in lines]
+    for python in ('3.10', '3.11', '3.12', '3.13'):
+        here = dict(python_version=python, python_full_version=f'{python}.0', sys_platform='linux')
+        valid = [o.name for o in locked if o.marker is None or o.marker.evaluate(here)]
+        assert {'numpy', 'pandas', 'scipy', 'torch'} <= set(valid)
+        assert not [o for o in locked if o.specifier.prereleases or len(o.specifier) != 1]
+        assert len(valid) == len({canonicalize_name(o) for o in valid})
 
 
 INSTRUCTIONS = set('FROM ARG RUN COPY USER WORKDIR ENV EXPOSE VOLUME STOPSIGNAL HEALTHCHECK ENTRYPOINT CMD'.split())
