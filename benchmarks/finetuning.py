@@ -85,7 +85,7 @@ class Trial:
             folders = [stage/'best_model']
         for folder in folders:
             predictor = Kronos.from_pretrained(folder)
-            predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # a pair of two trainings is refused otherwise
+            predictor.extra['tokenizer_hash'] = tokenizer.weights_hash()   # else a pair of two runs is refused
             yield Forecaster(tokenizer, predictor)
 
     def both_ways(self, way, bars=None):
@@ -137,7 +137,8 @@ def main():
             done += trial.judge(way)
             done.sort(key=lambda o: (list(WAYS).index(o['way']), o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
-            print(pd.DataFrame([o for o in done if (o['way'], o['seed']) == (way, seed)]).round(3).to_string(), flush=True)
+            new = pd.DataFrame([o for o in done if (o['way'], o['seed']) == (way, seed)])
+            print(new.round(3).to_string(), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -5,6 +5,7 @@
     OMP_NUM_THREADS=1 python benchmarks/gain.py currency --data EURUSD_1h.csv   # after the pairs, whose base it takes
 
     ... --normalizers zscore --difference-weight 4   # errors in the moves between bars count, too
+    ... --levels .5   # training moves the prices of each window by one random offset of so many sigmas
 
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
@@ -16,12 +17,17 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
 from kronos_nb.config import Config
+from kronos_nb.core import stable_key
+from kronos_nb.data.augment import Augment
 from kronos_nb.data.read import read_klines
 from kronos_nb.data.repair import repair_klines
 from kronos_nb.evaluate import evaluate
+from kronos_nb.fitting.stage import Stage
 from kronos_nb.forecast import Forecaster
 from kronos_nb.judging.baselines import default_baselines
 from kronos_nb.judging.calibrate import calibrate
@@ -63,8 +69,29 @@ def config(market, seed, normalizer, steps, lr, val, difference=0.) -> Config:
         evaluate=dict(calibrate='off'))
 
 
-def folder_name(market, normalizer, seed, difference):
-    return f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0)
+def folder_name(market, normalizer, seed, difference, levels=0.):
+    return f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0) + f'-l{levels:g}'*(levels > 0)
+
+
+@dataclass(frozen=True)
+class Levels(Augment):
+    "Moves the four prices of a window, history and future alike, by one offset"
+    levels: float = 0.   # Its standard deviation, in sigmas of the lookback
+
+    @property
+    def on(self): return True
+
+    def values(self, x, seed, epoch, indices):
+        key = stable_key(seed, 'levels', epoch)
+        drawn = [np.random.Generator(np.random.Philox(key=[key, int(i)])).standard_normal() for i in indices]
+        out = x.clone()
+        out[..., :4] += self.levels*torch.tensor(drawn, dtype=x.dtype)[:, None, None]
+        return out.clamp_(-self.clip, self.clip)
+
+
+def move_levels(levels):
+    "Let every stage that trains from now on move the levels of its windows"
+    Stage.augment = property(lambda stage: Levels(clip=stage.cfg.data.clip, levels=levels))
 
 
 def train_base(market, bars, seed, normalizer, base, difference=0.):
@@ -74,11 +101,11 @@ def train_base(market, bars, seed, normalizer, base, difference=0.):
     fit(bars[others].reset_index(drop=True), whole, base, judge=False)
 
 
-def train(market, bars, seed, normalizer, out, difference=0.) -> dict:
+def train(market, bars, seed, normalizer, out, difference=0., levels=0.) -> dict:
     "Return the folders of the base and of the model that was fine-tuned on the targets"
     mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     base = out/'base'
-    if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference)/'base'
+    if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference, levels)/'base'
     else: train_base(market, bars, seed, normalizer, base, difference)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1, difference).replace(**{
@@ -144,19 +171,21 @@ def main():
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--normalizers', nargs='+', default=['zscore', 'last_close'])
     parser.add_argument('--difference-weight', type=float, default=0.)
+    parser.add_argument('--levels', type=float, default=0.)
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
     market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
-    bars, weight = read(args.data, market), args.difference_weight
+    bars, weight, levels = read(args.data, market), args.difference_weight, args.levels
+    if levels: move_levels(levels)
     for seed in args.seeds:
         for normalizer in args.normalizers:
-            key = dict(market=args.market, normalizer=normalizer, difference=weight, seed=seed)
+            key = dict(market=args.market, normalizer=normalizer, difference=weight, levels=levels, seed=seed)
             if any(all(o[k] == v for k, v in key.items()) for o in done): continue
-            out = Path(args.out)/folder_name(args.market, normalizer, seed, weight)
-            models = train(market, bars, seed, normalizer, out, weight)
+            out = Path(args.out)/folder_name(args.market, normalizer, seed, weight, levels)
+            models = train(market, bars, seed, normalizer, out, weight, levels)
             for model, folder in models.items():
                 done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed)]
-            done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['seed']))
+            done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['levels'], o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
             print(new.round(3).to_string(), flush=True)

@@ -241,7 +241,7 @@ def _write_status(self: RunFiles, state: str, why=None):
 # %% ../../nbs/api/4_training/46_monitor.ipynb #e9aeb8af
 class _Allowance:
     "Know whether pictures have taken more of the time than they may"
-    def __init__(self, first=3., share=.005):   # Seconds that are free, share of the time
+    def __init__(self, first=1., share=.005):   # Seconds that are free, share of the time
         self.first, self.share, self.spent, self.began = first, share, 0., time.monotonic()
     def left(self) -> bool: return self.spent <= self.first + self.share*(time.monotonic() - self.began)
     @contextlib.contextmanager
