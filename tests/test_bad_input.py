@@ -35,7 +35,7 @@ def test_a_year_that_nanoseconds_cannot_hold_is_no_other_year(form, tmp_path):
 
 
 def test_a_whole_number_without_end_is_infinite():
-    bars = read_klines(table(YEARS[:4], close=[1, 2, 10**400, 3]), 'X')
+    bars = read_klines(table(YEARS[:4], close=pd.Series([1, 2, 10**400, 3], dtype=object)), 'X')
     assert bars['close'].tolist() == [1, 2, np.inf, 3] and not check_klines(bars).ok
 
 
@@ -104,7 +104,7 @@ def test_the_service_refuses_a_number_without_end():
     pytest.importorskip('fastapi')
     from kronos_nb.serve import parse_bars
     with pytest.raises(DataError):
-        bars = parse_bars(table(YEARS[:4], close=[10**400]*4).to_dict('list'), 'X', 10)
+        bars = parse_bars(table(YEARS[:4]).to_dict('list') | dict(close=[10**400]*4), 'X', 10)
         from kronos_nb.forecast import Forecaster
         Forecaster.from_pretrained('bundled').predict(bars, 2, paths=1)
 

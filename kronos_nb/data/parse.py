@@ -6,7 +6,9 @@
 __all__ = ['COLUMNS', 'time_stamps']
 
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-002
+import math
 import re
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo, available_timezones
@@ -529,6 +531,12 @@ def _written_numbers(text, decimal='.'):
     digits = digits.where(digits.str.fullmatch(_NUMBER), '')
     return pd.to_numeric(digits.str.replace(',', '', regex=False), errors='coerce').to_numpy('float64') * unit
 
+# %% ../../nbs/api/1_data/10_parse.ipynb #1617bbcd
+def _endless(v):
+    "Return infinity, with its sign, for a whole number that no float holds, else 0"
+    if not isinstance(v, int) or abs(v) <= sys.float_info.max: return 0.
+    return math.inf if v > 0 else -math.inf
+
 # %% ../../nbs/api/1_data/10_parse.ipynb #cell-066
 def to_float(
     s: pd.Series,  # (T,) one column
@@ -542,7 +550,8 @@ def to_float(
     lost = np.array(s.notna() & (plain.isna() if decimal == '.' else True), bool)
     if not lost.any(): return plain.to_numpy(), lost
     text, out, bad = s[lost].astype(str).str.strip(), plain.to_numpy().copy(), lost.copy()
-    out[lost] = _written_numbers(text, decimal)
+    endless = [_endless(v) for v in s[lost]]
+    out[lost] = np.where(endless, endless, _written_numbers(text, decimal))
     bad[lost] = np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()
     return out, bad
 
