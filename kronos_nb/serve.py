@@ -67,7 +67,8 @@ def _as_table(values, what) -> pd.DataFrame:
         raise DataError(f"columns of {what} must be equally long, got {many:,} values of {one_line(sizes[many])[:80]} "
                         f"and {few:,} of {one_line(sizes[few])[:80]}")
     try: return pd.DataFrame(values)
-    except (ValueError, TypeError, OverflowError) as e: raise DataError(f"{what} are no table: {one_line(e)[:200]}") from e
+    except (ValueError, TypeError, OverflowError) as e:
+        raise DataError(f"{what} are no table: {one_line(e)[:200]}") from e
 
 # %% ../nbs/api/8_share/88_serve.ipynb #7df750d0
 def parse_bars(
