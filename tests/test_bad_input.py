@@ -9,6 +9,7 @@ import pytest
 from kronos_nb.cli import main
 from kronos_nb.core import ConfigError, DataError, RunError
 from kronos_nb.data.check import check_klines
+from kronos_nb.data.parse import to_float
 from kronos_nb.data.read import read_klines
 from kronos_nb.judging.baselines import Drift, GeometricBrownian, random_walks
 from kronos_nb.ledger import Ledger
@@ -37,6 +38,9 @@ def test_a_year_that_nanoseconds_cannot_hold_is_no_other_year(form, tmp_path):
 def test_a_whole_number_without_end_is_infinite():
     bars = read_klines(table(YEARS[:4], close=pd.Series([1, 2, 10**400, 3], dtype=object)), 'X')
     assert bars['close'].tolist() == [1, 2, np.inf, 3] and not check_klines(bars).ok
+    for decimal in '.,':
+        x, bad = to_float(pd.Series([1, -10**400, 10**400], dtype=object), decimal)
+        assert x.tolist() == [1, -np.inf, np.inf] and not bad.any()
 
 
 @pytest.fixture(scope='module')

@@ -22,7 +22,7 @@ from kronos_nb.data.read import read_klines
 from kronos_nb.data.repair import repair_klines
 from kronos_nb.data.window import WindowDataset, segments, split_by_date, split_by_time
 
-law = settings(max_examples=12*int(os.environ.get('EXAMPLES', 25)), deadline=None, database=None, derandomize=True,
+law = settings(max_examples=40*int(os.environ.get('EXAMPLES', 25)), deadline=None, database=None, derandomize=True,
                suppress_health_check=list(HealthCheck))
 N = 30
 T = pd.date_range('2024-01-01', periods=N, freq='h').to_numpy('M8[ns]')

@@ -550,8 +550,10 @@ def to_float(
     lost = np.array(s.notna() & (plain.isna() if decimal == '.' else True), bool)
     if not lost.any(): return plain.to_numpy(), lost
     text, out, bad = s[lost].astype(str).str.strip(), plain.to_numpy().copy(), lost.copy()
-    endless = [_endless(v) for v in s[lost]]
-    out[lost] = np.where(endless, endless, _written_numbers(text, decimal))
+    out[lost] = _written_numbers(text, decimal)
+    if s.dtype == object:   # no other column holds whole numbers that no float holds
+        endless = np.array([_endless(v) for v in s[lost]])
+        out[lost] = np.where(endless, endless, out[lost])
     bad[lost] = np.isnan(out[lost]) & ~text.str.lower().isin(_BLANK).to_numpy()
     return out, bad
 
