@@ -1,15 +1,16 @@
-"""What fine-tuning brings, by part: on seven daily shares together, from a base of 24 others
+"""What fine-tuning brings, by part: on seven daily shares, from a base of 24 others, or four hourly pairs, from 16
 
-    OMP_NUM_THREADS=1 python benchmarks/finetuning.py --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
+    OMP_NUM_THREADS=1 python benchmarks/finetuning.py shares --data djia31_daily_2006_2017.csv.gz [--seeds 0 1 2]
+    OMP_NUM_THREADS=1 python benchmarks/finetuning.py pairs --data pairs_1h BTCUSDT_1h.parquet DOGEUSDT_1h.parquet
 
-The base is that of `gain.py shares --normalizers zscore --difference-weight 4` with the same seed, made where it is
-missing. Every way has the same bars and the same steps, but for `twice the steps`. Each model is calibrated on the
-validation part and judged on 2014-06 to 2017, begun at the last close and nothing more (`anchored`), and as delivered,
-against its base delivered in the same way; `val` and `val_base` are the skills of both against the best naive forecast
-on validation. `chosen by CRPS` takes the predictor's checkpoint with the best paths on validation, where every other
-way takes the one with the lowest loss. `AAPL alone` is fine-tuned on that share and judged on it against the model of
-all seven. Rows go to finetuning.csv beside this file; rows that are there are not made again, and runs go on where
-they stopped.
+The base is that of `gain.py MARKET --normalizers zscore --difference-weight 4` with the same seed, made where it is
+missing, and periods are those of `gain.py`. Every way has the same bars and the same steps, but for `twice the steps`.
+Each model is calibrated on the validation part and judged on the later one, begun at the last close and nothing more
+(`anchored`), and as delivered, against its base delivered in the same way; `val` and `val_base` are the skills of both
+against the best naive forecast on validation. `chosen by CRPS` takes the predictor's checkpoint with the best paths on
+validation, where every other way takes the one with the lowest loss. `AAPL alone` is fine-tuned on that symbol and
+judged on it against the model of all. Rows go to finetuning.csv beside this file; rows that are there are not made
+again, and runs go on where they stopped.
 """
 import argparse
 from pathlib import Path
@@ -27,21 +28,19 @@ from kronos_nb.model.tokenizer import KronosTokenizer
 from kronos_nb.train import fit
 
 OUT = Path(__file__).with_suffix('.csv')
-STEPS, NORMALIZER, WEIGHT = (125, 200), 'zscore', 4.
+NORMALIZER, WEIGHT = 'zscore', 4.
 TWICE = 'both, twice the steps'
 WAYS = {
     'tokenizer alone': {'runtime.only': 'tokenizer'},
     'predictor alone': {'runtime.only': 'predictor'},
     'both': {},
-    TWICE: {'tokenizer.max_steps': 250, 'predictor.max_steps': 400},
+    TWICE: {},
     'both, lr 1e-3': {'tokenizer.lr': 1e-3, 'predictor.lr': 1e-3},
     'both, lr 1e-4': {'tokenizer.lr': 1e-4, 'predictor.lr': 1e-4},
     'predictor, last block': {'runtime.only': 'predictor', 'predictor.trainable': 'last_1'},
     'both, twice the steps, chosen by CRPS': {},
-    'AAPL alone': {},
-    'JPM alone': {},
-    'XOM alone': {},
 }
+ALONE = {m: [f'{o} alone' for o in MARKETS[m].targets] for m in ('shares', 'pairs')}
 QUANTITIES = 'range', 'volatility', 'volume'
 
 
@@ -65,8 +64,9 @@ class Trial:
     def pair(self, way):
         "Return tokenizer and predictor that were fine-tuned this way; the stage that was left out is the base's"
         init = {f'{k}.init': str(self.base/k/'best_model') for k in ('tokenizer', 'predictor')}
-        settings = config(self.market, self.seed, NORMALIZER, STEPS, 3e-4, .1, WEIGHT)
-        settings = settings.replace(**init | WAYS[way] | {'runtime.save_steps': 100})
+        steps = tuple(n//(2 if way == TWICE else 4) for n in self.market.steps)
+        settings = config(self.market, self.seed, NORMALIZER, steps, 3e-4, .1, WEIGHT)
+        settings = settings.replace(**init | WAYS.get(way, {}) | {'runtime.save_steps': 100})
         only = settings.runtime.only
         if only == 'predictor': settings = settings.replace(**{'predictor.tokenizer': init['tokenizer.init']})
         known, symbol = self.bars[self.bars.timestamps < self.market.begin], way.removesuffix(' alone')
@@ -113,7 +113,7 @@ class Trial:
             e = evaluate(f, bars, L, H, base=b, start=pd.Timestamp(self.market.test), origins=64, paths=100,
                 seed=self.seed, used={}, baselines=[NaivePool()], progress=False)
             t, pooled = e.tests.loc['base'], e.metrics.query("scope == 'pooled'").set_index(['model', 'metric']).value
-            rows.append(dict(seed=self.seed, way=way, against=against, delivery=delivery, val=val, val_base=val_base,
+            rows.append(dict(against=against, delivery=delivery, val=val, val_base=val_base,
                 crps=pooled['model', 'crps'], base=pooled['base', 'crps'], naive=pooled['NaivePool', 'crps'],
                 skill=t['skill'], low=t['low'], high=t['high']))
             for q in QUANTITIES: rows[-1][q] = 1 - pooled['model', f'crps_{q}']/pooled['base', f'crps_{q}']
@@ -122,22 +122,27 @@ class Trial:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('market', choices=ALONE)
     parser.add_argument('--data', nargs='+', required=True)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
+    parser.add_argument('--ways', nargs='+', help='all by default, each symbol alone among them')
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
-    market, done = MARKETS['shares'], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
-    bars = read(args.data, market)
+    market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
+    known = [*WAYS, *ALONE[args.market]]
+    if wrong := set(args.ways or ()) - set(known): parser.error(f'--ways: got {sorted(wrong)}, allowed {known}')
+    order = [*WAYS, *(way for ways in ALONE.values() for way in ways)]
+    bars, out = read(args.data, market), Path(args.out)
     for seed in args.seeds:
         trial = None
-        for way in args.ways:
-            if any(o['seed'] == seed and o['way'] == way for o in done): continue
-            trial = trial or Trial(market, bars, seed, Path(args.out)/folder_name('shares', NORMALIZER, seed, WEIGHT))
-            done += trial.judge(way)
-            done.sort(key=lambda o: (list(WAYS).index(o['way']), o['seed']))
+        for way in args.ways or known:
+            key = dict(market=args.market, seed=seed, way=way)
+            if any(all(o[k] == v for k, v in key.items()) for o in done): continue
+            trial = trial or Trial(market, bars, seed, out/folder_name(args.market, NORMALIZER, seed, WEIGHT))
+            done += [key | o for o in trial.judge(way)]
+            done.sort(key=lambda o: (list(ALONE).index(o['market']), order.index(o['way']), o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
-            new = pd.DataFrame([o for o in done if (o['way'], o['seed']) == (way, seed)])
+            new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
             print(new.round(3).to_string(), flush=True)
 
 
