@@ -336,7 +336,7 @@ class Decoder:
         compiler=False,      # Fuse tensor operations with `torch.compile`; a name chooses its backend
     ):
         self.dtype, self.time_emb, self.final_norm = dtype, model.time_emb, model.norm.weight.detach()
-        self.side = model.side
+        self.side, self._last = model.side, None
         self.backend, arrange = _Backend(model.device, compiler), partial(Linear, dtype=dtype)
         with torch.no_grad():
             self.stack = Stack(model.transformer, self.backend, dtype)
@@ -406,6 +406,38 @@ def s2_logits(self: Decoder,
     seen = session.cross.take(self.query[s1][:, None], self.query_rope(session.n-1, 1, s1.device))
     y = context + self.cross_out(seen.to(self.dtype))[:, 0]
     return self.head2(self.backend.norm(y).to(self.dtype)).float()
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #f937de65
+@patch(as_prop=True)
+def _ends(self: Decoder): return self.cross_kv, self.head1, self.cross_out, self.head2
+
+@patch(as_prop=True)
+def most(self: Decoder) -> int:
+    "Return for up to how many paths `draw_next` is the faster way"
+    products = [o.product for o in self._ends]
+    if self.backend.code is None or not all(o.block for o in products): return 0
+    times = {n: tuple(map(sum, zip(*(o.times[n] for o in products)))) for n in ROWS}
+    return min(self.stack.most, max(rows_won(times), *(o.least for o in products)))
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #f3cfc8ff
+@patch
+def draw_next(self: Decoder,
+    s1, s2,  # (N, 1) tokens of the paths' next bar
+    stamps,  # (N, 1, D), from `embed_stamps`
+    session: Session, # That has a history
+    u,       # (N, 2) float64 in [0, 1)
+    how,     # temperature, top_k and top_p of `draw_tokens`
+):  # (2, N) s1 and s2
+    "Read one bar of each path and draw the one behind it, in machine code, up to `most` paths"
+    x = self.stack.forward(self.table1[s1] + self.table2[s2] + stamps, session.blocks)[:, 0]
+    cross, n, out = session.cross, session.n, torch.empty(2, len(x), dtype=torch.int64)
+    if self._last is None: self._last = tuple(zip(*((o.few.w, o.few.b, o.few.block) for o in self._ends)))
+    cis = tuple(rope(n, 1, x.device).numpy() for rope in (self.kv_rope, self.query_rope))
+    K, V = cross._buffers(len(x), x.shape[1]//cross.heads)
+    machine_code('kernels.rows').draw_bar(x.numpy(), self.final_norm.numpy(), *self._last, self.query.numpy(), cis,
+        *cross.history, K, V, cross.held, u.contiguous().numpy(), how, out.numpy())
+    cross.held += 1
+    return out
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #8748598e
 def _steady(layer, least=64):

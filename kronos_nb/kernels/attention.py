@@ -244,7 +244,7 @@ def _drop_below(p, threshold):
 def draw_tokens(
     logits,      # (N, V)
     u,           # (N,) float64 in [0, 1)
-    temperature, # Above 0
+    temperature, # 0: the most probable token
     top_k,       # At most V
     top_p,       # In (0, 1]
     out,         # (N,) int64
@@ -252,6 +252,9 @@ def draw_tokens(
     "Draw one token per row"
     V, scale = logits.shape[1], np.float32(1/temperature)
     p, ones = np.empty(V, np.float32), np.ones(V, np.float32)
+    if temperature == 0:
+        for r in range(len(logits)): out[r] = logits[r].argmax()
+        return
     for r in range(len(logits)):
         z = logits[r]
         top = largest(z)

@@ -279,14 +279,16 @@ def _ce_by_rope(self: Kronos, s1, s2, stamp=None, side=None, start=0):
     return {way: ce(way) for way in CROSS_ROPE}
 
 # %% ../../nbs/api/3_model/33_predictor.ipynb #cell-050
+_SAME = 1e-3   # Nats
+
 @patch
 def pick_cross_rope(self: Kronos,
     batches, # Held-out windows: (s1, s2, stamp) each, or with side inputs behind them
     start=0, # First position that counts: the last bar of the lookback
 ) -> dict:   # Rotation -> mean cross-entropy of s2 in nats
-    "Measure both rotations in eval mode and record the better one in `extra`"
+    "Measure both rotations in eval mode and record the better one in `extra`; training's where they are equal"
     with evaluating(self): rows = [self._ce_by_rope(*b, start=start) for b in batches]
     if not rows: raise ModelError("batches must hold at least one batch of held-out windows, got none")
     mean = {k: sum(r[k] for r in rows)/len(rows) for k in CROSS_ROPE}
-    self.extra['cross_rope'] = min(mean, key=mean.get)
+    self.extra['cross_rope'] = 'reference' if mean['trained'] - mean['reference'] > _SAME else 'trained'
     return mean
