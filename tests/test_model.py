@@ -233,8 +233,7 @@ def test_sampling_s1_must_be_asked_for():
                                          (-.01, 'trained')])
 def test_runs_that_differ_by_a_rounding_keep_one_rotation(monkeypatch, apart, kept):
     "Two runs of a family chose differently by 1e-4 nats, and could not be averaged"
-    model = Kronos(s1_bits=2, s2_bits=2, n_layers=1, d_model=8, n_heads=2, ff_dim=8, ffn_dropout_p=0., attn_dropout_p=0.,
-                   resid_dropout_p=0., token_dropout_p=0., learn_te=True)
+    model = fresh('predictor')
     monkeypatch.setattr(Kronos, '_ce_by_rope', lambda self, start=0: dict(reference=2., trained=2. + apart))
     assert model.pick_cross_rope([()]) == dict(reference=2., trained=2. + apart)
     assert model.cross_rope == kept

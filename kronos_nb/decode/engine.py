@@ -61,7 +61,7 @@ def rotate_parts(z, cis, heads):
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-019
 def softmax_float32(x):
-    "Softmax in float32"
+    "Return the softmax, computed in float32"
     return x.softmax(-1) if x.dtype == torch.float32 else x.float().softmax(-1).type_as(x)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-021
@@ -150,12 +150,12 @@ def _remember(self: KVCache, z, cis):
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-037
 def _interleave(w, n_heads):
-    "Rows of a query or key layer with the coordinates j and j + head_dim/2 side by side"
+    "Return rows of a query or key layer with the coordinates j and j + head_dim/2 side by side"
     return w.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #cell-038
 def _join(att, names, norm=1.):
-    "Weight and bias of the projections `names` of an attention as one layer, behind a norm of weight `norm`"
+    "Return the projections `names` of an attention as one layer's weight and bias, behind a norm of weight `norm`"
     weights, biases = [], []
     for name in names:
         layer = getattr(att, f'{name}_proj')
@@ -482,13 +482,13 @@ def decode(self: Detokenizer,
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #55bb164e
 def _bits_sum(p):
-    "Sum of a tensor's bits as whole numbers"
+    "Return the sum of a tensor's bits as whole numbers"
     bits = p.detach().contiguous().flatten().view(torch.uint8)
     return bits.view(torch.int64).sum() if bits.numel() % 8 == 0 else bits.sum(dtype=torch.int64)
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #31b8a57c
 def _state(model):
-    "What changes with the weights of a model; None where it cannot be told"
+    "Return what changes with the weights of a model; None where it cannot be told"
     tensors = [*model.parameters(), *model.buffers()]
     if any(p.is_inference() or p.is_meta for p in tensors): return None
     sums = torch.stack([_bits_sum(p) for p in tensors]).tolist()

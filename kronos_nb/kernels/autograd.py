@@ -97,7 +97,7 @@ class Dropout(nn.Dropout):
 QUERIES, SCORES = 128, 1 << 20   # queries in a block; scores held at a time, 4 MB in float32
 
 def _blocks(q, k):
-    "Heads (a slice) and queries `i:e` of each block"
+    "Return heads (a slice) and queries `i:e` of each block"
     N, T = q.shape[:2]
     heads = max(1, SCORES // (min(QUERIES, T)*T))
     return [(slice(n, n+heads), i, min(i+QUERIES, T)) for n in range(0, N, heads) for i in range(0, T, QUERIES)]

@@ -52,7 +52,7 @@ class FewRows:
 BLOCKS, ALONE = (2048, 1024, 768, 512, 384, 256, 128, 64), (1, 2, 3, 4, 5, 8, 16)   # inputs; rows
 
 def _layer_at(n_in, n_out, rows=240):
-    "A random layer of a size, and rows for it"
+    "Return a random layer of a size, and rows for it"
     rng = torch_rng('product', n_in, n_out)
     return [torch.randn(*n, generator=rng) for n in ((n_out, n_in), (n_out,), (rows, n_in))]
 
@@ -60,7 +60,7 @@ def _layer_at(n_in, n_out, rows=240):
 def _same_bits(f, x, want): return all(torch.equal(f(x[:n]), want[:n]) for n in ALONE)
 
 def _find_block(w, b, x, want) -> int:
-    "The block with which our loop has the library's bits; 0 where none has"
+    "Return the block with which our loop has the library's bits; 0 where none has"
     lengths = [w.shape[1], *(n for n in BLOCKS if n < w.shape[1])]
     return next((n for n in lengths if _same_bits(FewRows(w, b, n), x, want)), 0)
 

@@ -90,7 +90,7 @@ def attend(self: DependencyLayer,
     rotate: bool,      # Rotate queries and keys by their positions
     padding_mask=None, # (B, T) bool, with a single query
 ):  # (B, T, D)
-    "As `forward`, for the last `Q` positions and with a choice of rotation; one query is added to every context"
+    "Do as `forward` for the last `Q` positions, with a choice of rotation; one query is added to every context"
     att, T, Q = self.cross_attn, context_BTD.shape[1], sibling_BQD.shape[1]
     q_BHQd = att.heads(att.q_proj(sibling_BQD))
     k_BHTd, v_BHTd = att.heads(att.k_proj(context_BTD)), att.heads(att.v_proj(context_BTD))
