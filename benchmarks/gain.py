@@ -6,6 +6,7 @@
 
     ... --normalizers zscore --difference-weight 4   # errors in the moves between bars count, too
     ... --levels .5   # training moves the prices of each window by one random offset of so many sigmas
+    ... --shares 0 .25 .5   # beside `delivered`, with so many times its share of Kronos in closes, in hindsight
 
 A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
@@ -14,7 +15,7 @@ the CRPS of the close in mean one-bar moves of the lookback, beside the naive fo
 Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
 """
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from kronos_nb.core import stable_key
 from kronos_nb.data.augment import Augment
 from kronos_nb.data.read import read_klines
 from kronos_nb.data.repair import repair_klines
+from kronos_nb.decode.calibration import KRONOS
 from kronos_nb.evaluate import evaluate
 from kronos_nb.fitting.stage import Stage
 from kronos_nb.forecast import Forecaster
@@ -114,14 +116,27 @@ def train(market, bars, seed, normalizer, out, difference=0., levels=0.) -> dict
     return dict(base=base, tuned=out/'tuned')
 
 
-def ways(f, market, bars, seed):
-    "Yield name and forecaster of each way to deliver its paths"
+def with_share(calibration, times):
+    "Return a calibration whose closes have `times` the share of Kronos, and the others the rest as they had it"
+    close = dict(calibration.close)
+    mine = close.pop(KRONOS)
+    if not close: close = {'LastValue': 1.}
+    others = sum(close.values())
+    return replace(calibration, close={KRONOS: times*mine} | {m: o*(1 - times*mine)/others for m, o in close.items()})
+
+
+def ways(f, market, bars, seed, shares=()):
+    "Yield name and forecaster of each way to deliver its paths; with `shares`, of those alone"
     L, H = market.windows
     known = bars[bars.timestamps < market.test].reset_index(drop=True)
-    yield 'raw', f._raw()
-    yield 'anchored', f
+    if not shares:
+        yield 'raw', f._raw()
+        yield 'anchored', f
     cal = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=market.dates[0], seed=seed)
-    yield 'delivered', Forecaster(f.tokenizer, f.predictors, calibration=cal)
+    for times in shares or (1,):
+        name = f'{times:g} of the share' if shares else 'delivered'
+        made = with_share(cal, times) if shares else cal
+        yield name, Forecaster(f.tokenizer, f.predictors, calibration=made)
 
 
 def on_validation(calibration) -> dict:
@@ -132,12 +147,12 @@ def on_validation(calibration) -> dict:
     return dict(val_drawn=1 - drawn/naive, val_alone=1 - alone/naive, val_pool=1 - pool/naive)
 
 
-def judge(market, bars, folder, seed) -> list:
+def judge(market, bars, folder, seed, shares=()) -> list:
     "Return a row for each way to deliver"
     mine = bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
     L, H = market.windows
     rows = []
-    for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed):
+    for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed, shares):
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=market.dates[1], paths=100, seed=seed,
                      used={}, baselines=default_baselines(mine, L), progress=False)
         pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
@@ -172,6 +187,7 @@ def main():
     parser.add_argument('--normalizers', nargs='+', default=['zscore', 'last_close'])
     parser.add_argument('--difference-weight', type=float, default=0.)
     parser.add_argument('--levels', type=float, default=0.)
+    parser.add_argument('--shares', nargs='+', type=float, default=[])
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
     market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
@@ -180,11 +196,14 @@ def main():
     for seed in args.seeds:
         for normalizer in args.normalizers:
             key = dict(market=args.market, normalizer=normalizer, difference=weight, levels=levels, seed=seed)
-            if any(all(o[k] == v for k, v in key.items()) for o in done): continue
+            there = {o['way'] for o in done if all(o[k] == v for k, v in key.items())}
+            shares = [o for o in args.shares if f'{o:g} of the share' not in there]
+            if there and not shares: continue
             out = Path(args.out)/folder_name(args.market, normalizer, seed, weight, levels)
             models = train(market, bars, seed, normalizer, out, weight, levels)
             for model, folder in models.items():
-                done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed)]
+                for picked in [()]*(not there) + [tuple(shares)]*bool(shares):
+                    done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed, picked)]
             done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['levels'], o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
