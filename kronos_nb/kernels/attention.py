@@ -34,9 +34,27 @@ def _dots(
         q0, q1, q2, q3, q4, q5, q6, q7 = q[i], q[i1], q[i2], q[i3], q[i4], q[i5], q[i6], q[i7]
         for x in range(n):
             y = x + j
-            a = (q0*K[i, y] + q1*K[i1, y]) + (q2*K[i2, y] + q3*K[i3, y])
-            b = (q4*K[i4, y] + q5*K[i5, y]) + (q6*K[i6, y] + q7*K[i7, y])
-            w[x] += a + b
+            s = q3*K[i3, y] + (q2*K[i2, y] + (q1*K[i1, y] + (q0*K[i, y] + w[x])))
+            w[x] = q7*K[i7, y] + (q6*K[i6, y] + (q5*K[i5, y] + (q4*K[i4, y] + s)))
+
+# %% ../../nbs/api/2_kernels/23_attention.ipynb #5011a1aa
+@numba.njit(**_INLINE)
+def _dots_of_two(
+    q, p, # (d,) queries
+    K, j, # As for `_dots`
+    w, v, # (n,) each
+):
+    "w, v = q @ K[:, j:j+n], p @ K[:, j:j+n]"
+    j, n = np.uintp(j), np.uintp(len(w))
+    w[:] = 0
+    v[:] = 0
+    for i in range(_U[0], np.uintp(len(q)), _U[4]):
+        i1, i2, i3 = i+_U[1], i+_U[2], i+_U[3]
+        q0, q1, q2, q3, p0, p1, p2, p3 = q[i], q[i1], q[i2], q[i3], p[i], p[i1], p[i2], p[i3]
+        for x in range(n):
+            k0, k1, k2, k3 = K[i, x+j], K[i1, x+j], K[i2, x+j], K[i3, x+j]
+            w[x] = q3*k3 + (q2*k2 + (q1*k1 + (q0*k0 + w[x])))
+            v[x] = p3*k3 + (p2*k2 + (p1*k1 + (p0*k0 + v[x])))
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-009
 @numba.njit(**_INLINE)
@@ -54,14 +72,38 @@ def _weighted_sum(
         y = a + j
         y1, y2, y3, y4, y5, y6, y7 = y+_U[1], y+_U[2], y+_U[3], y+_U[4], y+_U[5], y+_U[6], y+_U[7]
         for x in range(d):
-            b = (w0*V[y, x] + w1*V[y1, x]) + (w2*V[y2, x] + w3*V[y3, x])
-            c = (w4*V[y4, x] + w5*V[y5, x]) + (w6*V[y6, x] + w7*V[y7, x])
-            o[x] += b + c
+            s = w3*V[y3, x] + (w2*V[y2, x] + (w1*V[y1, x] + (w0*V[y, x] + o[x])))
+            o[x] = w7*V[y7, x] + (w6*V[y6, x] + (w5*V[y5, x] + (w4*V[y4, x] + s)))
     for a in range(whole, n):
-        for x in range(d): o[x] += w[a]*V[a+j, x]
+        for x in range(d): o[x] = w[a]*V[a+j, x] + o[x]
+
+# %% ../../nbs/api/2_kernels/23_attention.ipynb #299ac727
+@numba.njit(**_INLINE)
+def _weighted_sum_of_two(
+    w, v, # (n,) weights
+    V, j, # As for `_weighted_sum`
+    o, p, # (d,) each
+):
+    "o, p += w @ V[j:j+n], v @ V[j:j+n]"
+    j, whole, n, d = np.uintp(j), np.uintp(len(w)//4*4), np.uintp(len(w)), np.uintp(len(o))
+    for a in range(_U[0], whole, _U[4]):
+        w0, w1, w2, w3 = w[a], w[a+_U[1]], w[a+_U[2]], w[a+_U[3]]
+        v0, v1, v2, v3 = v[a], v[a+_U[1]], v[a+_U[2]], v[a+_U[3]]
+        y, y1, y2, y3 = a+j, a+j+_U[1], a+j+_U[2], a+j+_U[3]
+        for x in range(d):
+            k0, k1, k2, k3 = V[y, x], V[y1, x], V[y2, x], V[y3, x]
+            o[x] = w3*k3 + (w2*k2 + (w1*k1 + (w0*k0 + o[x])))
+            p[x] = v3*k3 + (v2*k2 + (v1*k1 + (v0*k0 + p[x])))
+    for a in range(whole, n):
+        for x in range(d): o[x], p[x] = w[a]*V[a+j, x] + o[x], v[a]*V[a+j, x] + p[x]
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-012
 ROWS, BARS = 32, 160
+
+@numba.njit(**_INLINE)
+def _in_block(j, seen):
+    "Return how many of `seen` bars lie in the block that begins at `j`"
+    return max(min(seen, j + BARS) - j, 0)
 
 @numba.njit(**_INLINE)
 def _score_rows(
@@ -72,9 +114,12 @@ def _score_rows(
 ):
     "Write the scores of rows that see `seen`, `seen + more`, ... bars"
     for j in range(0, seen + more*(len(q)-1), BARS):
-        for r in range(len(q)):
-            n = min(seen + more*r, j + BARS) - j
-            if n > 0: _dots(q[r], K, j, w[r, at+j:at+j+n])
+        for r in range(0, len(q), 2):
+            n, m = _in_block(j, seen + more*r), _in_block(j, seen + more*(r+1)) if r+1 < len(q) else 0
+            a, b = min(n, m), at + j
+            if a > 0: _dots_of_two(q[r], q[r+1], K, j, w[r, b:b+a], w[r+1, b:b+a])
+            if n > a: _dots(q[r], K, j+a, w[r, b+a:b+n])
+            if m > a: _dots(q[r+1], K, j+a, w[r+1, b+a:b+m])
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-013
 @numba.njit(**_INLINE)
@@ -86,9 +131,12 @@ def _weigh_rows(
 ):
     "Add the weighted sums of the bars that each row sees"
     for j in range(0, seen + more*(len(o)-1), BARS):
-        for r in range(len(o)):
-            n = min(seen + more*r, j + BARS) - j
-            if n > 0: _weighted_sum(w[r, at+j:at+j+n], V, j, o[r])
+        for r in range(0, len(o), 2):
+            n, m = _in_block(j, seen + more*r), _in_block(j, seen + more*(r+1)) if r+1 < len(o) else 0
+            a, b = min(n, m), at + j
+            if a > 0: _weighted_sum_of_two(w[r, b:b+a], w[r+1, b:b+a], V, j, o[r], o[r+1])
+            if n > a: _weighted_sum(w[r, b+a:b+n], V, j+a, o[r])
+            if m > a: _weighted_sum(w[r+1, b+a:b+m], V, j+a, o[r+1])
 
 # %% ../../nbs/api/2_kernels/23_attention.ipynb #cell-018
 @numba.njit(**ORDERED | HELPER)
