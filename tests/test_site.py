@@ -14,6 +14,7 @@ import yaml
 
 from kronos_nb.cli import parser
 from kronos_nb.config import SECTIONS, Config
+from tests.conftest import once
 
 root = Path(__file__).resolve().parents[1]
 
@@ -206,12 +207,14 @@ def test_the_template_of_the_reference_is_read():
 
 
 # the site
-@pytest.fixture(scope='module')
-def site():
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
     if sys.version_info < (3, 11):
         pytest.skip('smalldocs, which builds the site, needs Python 3.11')
-    done = run('tools/docs.py', '--no-quarto')
-    assert done.returncode == 0, done.stdout + done.stderr
+    def make(folder):
+        done = run('tools/docs.py', '--no-quarto')
+        assert done.returncode == 0, done.stdout + done.stderr
+    once(tmp_path_factory, 'site', make)
     return root/'_docs'
 
 
