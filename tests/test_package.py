@@ -35,7 +35,7 @@ def python(arguments, cwd, *paths):
     "Run Python with `paths` before its own libraries and return what it printed"
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     env |= dict(PYTHONPATH=os.pathsep.join(map(str, paths)), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, text=True, capture_output=True, timeout=900)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
