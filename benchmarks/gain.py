@@ -116,6 +116,9 @@ def train(market, bars, seed, normalizer, out, difference=0., levels=0.) -> dict
     return dict(base=base, tuned=out/'tuned')
 
 
+def name_of(times): return f'{times:g} of the share'
+
+
 def with_share(calibration, times):
     "Return a calibration whose closes have `times` the share of Kronos, and the others the rest as they had it"
     close = dict(calibration.close)
@@ -126,17 +129,14 @@ def with_share(calibration, times):
 
 
 def ways(f, market, bars, seed, shares=()):
-    "Yield name and forecaster of each way to deliver its paths; with `shares`, of those alone"
+    "Yield name and forecaster of each way to deliver its paths"
     L, H = market.windows
     known = bars[bars.timestamps < market.test].reset_index(drop=True)
-    if not shares:
-        yield 'raw', f._raw()
-        yield 'anchored', f
+    yield 'raw', f._raw()
+    yield 'anchored', f
     cal = calibrate(f, known, L, H, start=pd.Timestamp(market.begin), origins=market.dates[0], seed=seed)
-    for times in shares or (1,):
-        name = f'{times:g} of the share' if shares else 'delivered'
-        made = with_share(cal, times) if shares else cal
-        yield name, Forecaster(f.tokenizer, f.predictors, calibration=made)
+    yield 'delivered', Forecaster(f.tokenizer, f.predictors, calibration=cal)
+    for times in shares: yield name_of(times), Forecaster(f.tokenizer, f.predictors, calibration=with_share(cal, times))
 
 
 def on_validation(calibration) -> dict:
@@ -147,12 +147,13 @@ def on_validation(calibration) -> dict:
     return dict(val_drawn=1 - drawn/naive, val_alone=1 - alone/naive, val_pool=1 - pool/naive)
 
 
-def judge(market, bars, folder, seed, shares=()) -> list:
-    "Return a row for each way to deliver"
+def judge(market, bars, folder, seed, shares=(), there=()) -> list:
+    "Return a row for each way to deliver that is not there"
     mine = bars[bars.symbol.isin(market.targets)].reset_index(drop=True)
     L, H = market.windows
     rows = []
     for name, f in ways(Forecaster.from_pretrained(folder), market, mine, seed, shares):
+        if name in there: continue
         e = evaluate(f, mine, L, H, start=pd.Timestamp(market.test), origins=market.dates[1], paths=100, seed=seed,
                      used={}, baselines=default_baselines(mine, L), progress=False)
         pooled = e.metrics.query("scope == 'pooled' and model == 'model'").set_index('metric').value
@@ -197,13 +198,11 @@ def main():
         for normalizer in args.normalizers:
             key = dict(market=args.market, normalizer=normalizer, difference=weight, levels=levels, seed=seed)
             there = {o['way'] for o in done if all(o[k] == v for k, v in key.items())}
-            shares = [o for o in args.shares if f'{o:g} of the share' not in there]
-            if there and not shares: continue
+            if {'delivered', *map(name_of, args.shares)} <= there: continue
             out = Path(args.out)/folder_name(args.market, normalizer, seed, weight, levels)
             models = train(market, bars, seed, normalizer, out, weight, levels)
             for model, folder in models.items():
-                for picked in [()]*(not there) + [tuple(shares)]*bool(shares):
-                    done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed, picked)]
+                done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed, args.shares, there)]
             done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['levels'], o['seed']))
             pd.DataFrame(done).to_csv(OUT, index=False)
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
