@@ -7,8 +7,9 @@
     ... --normalizers zscore --difference-weight 4   # errors in the moves between bars count, too
     ... --levels .5   # training moves the prices of each window by one random offset of so many sigmas
     ... --shares 0 .25 .5   # beside `delivered`, with so many times its share of Kronos in closes, in hindsight
+    ... --size Kronos-mini   # of predictors, with tokenizers of their published size
 
-A base of size tiny is trained on some symbols before a date, once with the z-score and once with the last close as
+A base, of size tiny by default, is trained on some symbols before a date, once with the z-score and once with the last close as
 location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
 on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
 the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that is best on the judged bars.
@@ -48,6 +49,7 @@ class Market:
     steps: tuple     # Of tokenizer and predictor
     dates: tuple     # Of validation and of the judged bars, at most
     base: str = ''   # Market whose base is fine-tuned; by default one of its own
+    size: str = 'tiny'   # Of the predictor
 
 
 MARKETS = dict(
@@ -58,21 +60,25 @@ MARKETS = dict(
     currency=Market(('EURUSD',), (120, 24), '', '', (400, 800), (64, 64), 'pairs'))
 
 
+SIZES = {'tiny': 'tiny', 'Kronos-mini': 'Kronos-Tokenizer-base'}   # of predictor and tokenizer
+
+
 def config(market, seed, normalizer, steps, lr, val, difference=0.) -> Config:
     "Return how a base or a fine-tuned model is trained"
     L, H = market.windows
-    stage = dict(size='tiny', epochs=10_000, batch_size=64, weight_decay=.05, warmup=.05, lr=lr)
+    stage = dict(epochs=10_000, batch_size=64, weight_decay=.05, warmup=.05, lr=lr)
     return Config().replace(
         data=dict(lookback_window=L, predict_window=H, normalizer=normalizer, train=1 - val, val=val, test=0.,
                   embargo=H, val_windows=300, windows_per_epoch=6400),
-        tokenizer=dict(stage, max_steps=steps[0], difference_weight=difference),
-        predictor=dict(stage, max_steps=steps[1]),
+        tokenizer=dict(stage, size=SIZES[market.size], max_steps=steps[0], difference_weight=difference),
+        predictor=dict(stage, size=market.size, max_steps=steps[1]),
         runtime=dict(progress=False, plots=False, device='cpu', threads=1, seed=seed, save_steps=200),
         evaluate=dict(calibrate='off'))
 
 
-def folder_name(market, normalizer, seed, difference, levels=0.):
-    return f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0) + f'-l{levels:g}'*(levels > 0)
+def folder_name(market, normalizer, seed, difference, levels=0., size='tiny'):
+    name = f'{market}-{normalizer}-{seed}' + f'-d{difference:g}'*(difference > 0) + f'-l{levels:g}'*(levels > 0)
+    return name + f'-{size}'*(size != 'tiny')
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def train(market, bars, seed, normalizer, out, difference=0., levels=0.) -> dict
     "Return the folders of the base and of the model that was fine-tuned on the targets"
     mine = bars.symbol.isin(market.targets) & (bars.timestamps < market.begin)
     base = out/'base'
-    if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference, levels)/'base'
+    if market.base: base = out.parent/folder_name(market.base, normalizer, seed, difference, levels, market.size)/'base'
     else: train_base(market, bars, seed, normalizer, base, difference)
     steps = tuple(n//4 for n in market.steps)
     tuned = config(market, seed, normalizer, steps, 3e-4, .1, difference).replace(**{
@@ -188,22 +194,25 @@ def main():
     parser.add_argument('--normalizers', nargs='+', default=['zscore', 'last_close'])
     parser.add_argument('--difference-weight', type=float, default=0.)
     parser.add_argument('--levels', type=float, default=0.)
+    parser.add_argument('--size', choices=SIZES, default='tiny')
     parser.add_argument('--shares', nargs='+', type=float, default=[])
     parser.add_argument('--out', default='runs/gain')
     args = parser.parse_args()
     market, done = MARKETS[args.market], pd.read_csv(OUT).to_dict('records') if OUT.exists() else []
     bars, weight, levels = read(args.data, market), args.difference_weight, args.levels
+    market.size = args.size
     if levels: move_levels(levels)
     for seed in args.seeds:
         for normalizer in args.normalizers:
-            key = dict(market=args.market, normalizer=normalizer, difference=weight, levels=levels, seed=seed)
+            key = dict(market=args.market, normalizer=normalizer, difference=weight, levels=levels, size=args.size,
+                       seed=seed)
             there = {o['way'] for o in done if all(o[k] == v for k, v in key.items())}
             if {'delivered', *map(name_of, args.shares)} <= there: continue
-            out = Path(args.out)/folder_name(args.market, normalizer, seed, weight, levels)
+            out = Path(args.out)/folder_name(args.market, normalizer, seed, weight, levels, args.size)
             models = train(market, bars, seed, normalizer, out, weight, levels)
             for model, folder in models.items():
                 done += [key | dict(model=model) | o for o in judge(market, bars, folder, seed, args.shares, there)]
-            done.sort(key=lambda o: (o['market'], o['normalizer'], o['difference'], o['levels'], o['seed']))
+            done.sort(key=lambda o: tuple(o[k] for k in key))
             pd.DataFrame(done).to_csv(OUT, index=False)
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
             print(new.round(3).to_string(), flush=True)

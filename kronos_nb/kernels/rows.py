@@ -39,14 +39,14 @@ def prefetch(typingctx, a, i):
         ask = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
         call = builder.module.declare_intrinsic('llvm.prefetch', [pointer], ask)
         address = builder.bitcast(builder.gep(array.data, [args[1]]), pointer)
-        builder.call(call, [address, word(0), word(3), word(1)])   # for reading, to the nearest cache, data
+        builder.call(call, [address, word(0), word(2), word(1)])   # for reading, to the second cache, data
         return context.get_dummy_value()
     return types.void(a, types.uintp), codegen
 
 # %% ../../nbs/api/2_kernels/24_rows.ipynb #021a141d
 _INLINE = ORDERED | HELPER
 _WIDE, _LINE, _EIGHT = np.uintp(PANEL), np.uintp(16), np.uintp(8)
-AHEAD = np.uintp(1024)   # values, 4 KB
+AHEAD = np.uintp(4096)   # values, 16 KB
 
 # %% ../../nbs/api/2_kernels/24_rows.ipynb #b27d726c
 @numba.njit(**_INLINE)
