@@ -9,11 +9,12 @@
     ... --shares 0 .25 .5   # beside `delivered`, with so many times its share of Kronos in closes, in hindsight
     ... --size Kronos-mini   # of predictors, with tokenizers of their published size
 
-A base, of size tiny by default, is trained on some symbols before a date, once with the z-score and once with the last close as
-location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period and judged
-on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered. The score is
-the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that is best on the judged bars.
-Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they stopped.
+A base, of size tiny by default, is trained on some symbols before a date, once with the z-score and once with the last
+close as location, and fine-tuned on others together. Base and fine-tuned model are calibrated on a validation period
+and judged on a later one: as drawn by the reference (`raw`), begun at the last close (`anchored`), and as delivered.
+The score is the CRPS of the close in mean one-bar moves of the lookback, beside the naive forecast that is best on the
+judged bars. Rows go to gain.csv beside this file; rows that are there are not made again, and runs go on where they
+stopped.
 """
 import argparse
 from dataclasses import dataclass, replace

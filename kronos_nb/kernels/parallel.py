@@ -74,7 +74,9 @@ def _run_piece(f, part, seed):
     try: return f(*part)
     finally: thread_local.generator = None
 
-def _slice(tensors, s): return [None if t is None else t[s] for t in tensors]
+def _cut(tensors, at):
+    "Return the tensors of each piece; the gradients of a split are put together once, those of slices are added up"
+    return list(zip(*(len(at)*[None] if t is None else t.split(at[0].stop) for t in tensors)))
 
 # %% ../../nbs/api/2_kernels/22_parallel.ipynb #cell-024
 def _build_graphs(f, pieces, seeds, needs_grad, amp):
@@ -115,7 +117,7 @@ class _Workers(torch.autograd.Function):
         tensors, ctx.params, needs_grad = inputs[:n], inputs[n:], ctx.needs_input_grad[5]
         amp = dict(device_type='cpu', dtype=torch.get_autocast_dtype('cpu'), cache_enabled=False)
         amp['enabled'] = torch.is_autocast_enabled('cpu')
-        pieces = [_slice(tensors, s) for s in at]
+        pieces = _cut(tensors, at)
         def build(w): return _build_graphs(f, pieces[w::workers], seeds[w::workers], needs_grad, amp)
         ctx.graphs = side_by_side(build, workers)
         return torch.cat([out.detach() for _, out in _deal(ctx.graphs)])
@@ -142,7 +144,7 @@ def map_pieces(
     if generator() is not None or not any(training(o) for o in (tensors[0], *params[:1])): return f(*tensors)
     at, workers = plan_pieces(len(tensors[0]), values)
     if len(at) == 1: return f(*tensors)
-    pieces = [_slice(tensors, s) for s in at]
+    pieces = _cut(tensors, at)
     if alone: return torch.cat([f(*p) for p in pieces])
     seeds = torch.randint(2**63-1, (len(at),)).tolist()
     if workers == 1: return torch.cat([_run_piece(f, p, seed) for p, seed in zip(pieces, seeds)])
