@@ -304,15 +304,19 @@ def _time_bar(self: Stack) -> dict: # Rows -> (a kernel for each block, operatio
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #ca6eba58
 @patch(as_prop=True)
+def size(self: Stack) -> str:
+    "Return the name of its size on this machine's list of timings"
+    first = self.layers[0]
+    return f'{len(self.layers)} blocks {first.out.width} x {first.w13.width}, {self.heads} heads'
+
+@patch(as_prop=True)
 def most(self: Stack) -> int:
     "Return up to how many paths one new bar is read by a kernel for each block"
     if self._most is None:
         products = [o.product for o in self.layers[0]]
         self._most = 0
         if measuring() and all(o.block for o in products):
-            first = self.layers[0]
-            size = f'{len(self.layers)} blocks {first.out.width} x {first.w13.width}, {self.heads} heads'
-            self._most = max(rows_won({int(n): t for n, t in measured(size, self._time_bar).items()}),
+            self._most = max(rows_won({int(n): t for n, t in measured(self.size, self._time_bar).items()}),
                              *(o.least for o in products))
     return self._most
 
@@ -336,7 +340,7 @@ class Decoder:
         compiler=False,      # Fuse tensor operations with `torch.compile`; a name chooses its backend
     ):
         self.dtype, self.time_emb, self.final_norm = dtype, model.time_emb, model.norm.weight.detach()
-        self.side, self._last = model.side, None
+        self.side, self._last, self._most = model.side, None, None
         self.backend, arrange = _Backend(model.device, compiler), partial(Linear, dtype=dtype)
         with torch.no_grad():
             self.stack = Stack(model.transformer, self.backend, dtype)
@@ -411,14 +415,6 @@ def s2_logits(self: Decoder,
 @patch(as_prop=True)
 def _ends(self: Decoder): return self.cross_kv, self.head1, self.cross_out, self.head2
 
-@patch(as_prop=True)
-def most(self: Decoder) -> int:
-    "Return for up to how many paths `draw_next` is the faster way"
-    products = [o.product for o in self._ends]
-    if self.backend.code is None or not all(o.block for o in products): return 0
-    times = {n: tuple(map(sum, zip(*(o.times[n] for o in products)))) for n in ROWS}
-    return min(self.stack.most, max(rows_won(times), *(o.least for o in products)))
-
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #f3cfc8ff
 @patch
 def draw_next(self: Decoder,
@@ -438,6 +434,42 @@ def draw_next(self: Decoder,
         *cross.history, K, V, cross.held, u.contiguous().numpy(), how, out.numpy())
     cross.held += 1
     return out
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #c85d9db4
+@patch
+def _draw_by_operation(self: Decoder, s1, s2, stamps, session):
+    context = self.read(s1, s2, stamps, session)
+    s1 = self.s1_logits(context).argmax(-1)
+    return torch.stack([s1, self.s2_logits(context, s1, session).argmax(-1)])
+
+@patch
+def _time_draw(self: Decoder) -> dict: # Rows -> (one kernel, operation by operation), microseconds
+    "Time both ways to read a bar and draw the next one"
+    times, how, D = {}, (0., 1, 1.), self.final_norm.shape[0]
+    with torch.inference_mode():
+        stamps, session = torch.zeros(1, 64, D), self.session(1)
+        self.read(*2*[torch.zeros(1, 64, dtype=torch.int64)], stamps, session)
+        for n in ROWS:
+            s, u = torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 2, dtype=torch.float64)
+            def again(way, *more):
+                fork = session.fork()
+                way(s, s, stamps[:, :1].expand(n, 1, D), fork, *more)
+            ways = dict(kernel=partial(again, self.draw_next, u, how), each=partial(again, self._draw_by_operation))
+            times[n] = [round(us, 1) for us in shortest(ways, .004).values()]
+    return times
+
+# %% ../../nbs/api/5_forecast/50_engine.ipynb #be3d2eaa
+@patch(as_prop=True)
+def most(self: Decoder) -> int:
+    "Return for up to how many paths `draw_next` is the faster way"
+    if self._most is None:
+        products = [o.product for o in self._ends]
+        self._most = 0
+        if self.stack.most and all(o.block for o in products):
+            size = f'draw of {self.head1.width} and {self.head2.width} behind {self.stack.size}'
+            won = rows_won({int(n): t for n, t in measured(size, self._time_draw).items()})
+            self._most = min(self.stack.most, max(won, *(o.least for o in products)))
+    return self._most
 
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #8748598e
 def _steady(layer, least=64):

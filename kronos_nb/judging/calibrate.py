@@ -79,23 +79,33 @@ def _distances(
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #1e1761ee
 _MIN_DATES, _PULL, _LEAST = 5, 2., .03 # Dates; weight of the distance from equal shares; smallest share
 
+def _pool_crps(w, a, d): return w@a - w@d@w/2
+
+def _best_shares(
+    a, d,  # Distances, from `_distances`
+    pull,  # Weight of the squared distance from equal shares
+) -> np.ndarray: # (M,) with sum 1
+    "Return the shares of a pool with a low CRPS, drawn towards equal ones"
+    from scipy.optimize import minimize   # heavy, and most imports of this module never pool
+    k = len(a)
+    same = np.full(k, 1/k)
+    found = minimize(lambda w: _pool_crps(w, a, d) + pull*((w - same)**2).sum(), same, bounds=[(0, 1)]*k,
+        jac=lambda w: a - d@w + 2*pull*(w - same), constraints=dict(type='eq', fun=lambda w: w.sum() - 1), tol=1e-10)
+    w = np.where(found.x < _LEAST, 0, found.x)
+    w = np.round(w/w.sum(), 2)
+    w[w.argmax()] += 1 - w.sum()
+    return w.round(2)
+
+# %% ../../nbs/api/6_judging/66_calibrate.ipynb #ec7b034e
 def _shares(
     members: dict, # Name -> (N, S, H) draws
     y,             # (N, H) that happened
     dates: int,
 ) -> dict: # Name -> share, with sum 1
-    "Return the shares of a pool with a low CRPS, drawn towards equal ones"
-    from scipy.optimize import minimize   # heavy, and most imports of this module never pool
-    k = len(members)
-    if k == 1: return dict.fromkeys(members, 1.)
-    a, d = _distances(list(members.values()), y)
-    same, pull = np.full(k, 1/k), _PULL/dates
-    found = minimize(lambda w: w@a - w@d@w/2 + pull*((w - same)**2).sum(), same, bounds=[(0, 1)]*k,
-        jac=lambda w: a - d@w + 2*pull*(w - same), constraints=dict(type='eq', fun=lambda w: w.sum() - 1), tol=1e-10)
-    w = np.where(found.x < _LEAST, 0, found.x)
-    w = np.round(w/w.sum(), 2)
-    w[w.argmax()] += 1 - w.sum()
-    return dict(zip(members, w.round(2).tolist()))
+    "Return the shares of a pool"
+    if len(members) == 1: return dict.fromkeys(members, 1.)
+    w = _best_shares(*_distances(list(members.values()), y), _PULL/dates)
+    return dict(zip(members, w.tolist()))
 
 # %% ../../nbs/api/6_judging/66_calibrate.ipynb #5da18784
 def _drift(
