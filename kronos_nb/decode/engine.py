@@ -465,7 +465,7 @@ def most(self: Decoder) -> int:
     if self._most is None:
         products = [o.product for o in self._ends]
         self._most = 0
-        if self.stack.most and all(o.block for o in products):
+        if self.backend.code is not None and self.stack.most and all(o.block for o in products):
             size = f'draw of {self.head1.width} and {self.head2.width} behind {self.stack.size}'
             won = rows_won({int(n): t for n, t in measured(size, self._time_draw).items()})
             self._most = min(self.stack.most, max(won, *(o.least for o in products)))
