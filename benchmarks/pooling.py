@@ -54,6 +54,8 @@ def aside_if_worse(a, d, pull):
 
 RULES = {
     'pool': lambda a, d, n: c._best_shares(a, d, 2/n),
+    'pull 0.25': lambda a, d, n: c._best_shares(a, d, .25/n),
+    'pull 0.5': lambda a, d, n: c._best_shares(a, d, .5/n),
     'pull 1': lambda a, d, n: c._best_shares(a, d, 1/n),
     'pull 5': lambda a, d, n: c._best_shares(a, d, 5/n),
     'no model': lambda a, d, n: without_model(a, d, 2/n),
