@@ -65,8 +65,16 @@ class PandasItems:
         w = self.df.iloc[i:i + T]
         x, stamps = (w[list(names)].values.astype(np.float32) for names in (FEATURES, STAMPS))
         past = x[:L]
-        x = np.clip((x - past.mean(0)) / (past.std(0) + 1e-5), -5, 5)
+        std = past.std(0)
+        x = np.clip((x - past.mean(0)) / (std + np.minimum(1e-5, .01 * std)), -5, 5)
         return torch.from_numpy(x), torch.from_numpy(stamps)
+
+
+def floor(med, mad):
+    "Return the scale of features, of which some may not move"
+    level = abs(med)
+    size = np.where(level > 0, np.minimum(1e-5, 1e-5 * level), 1e-5)
+    return np.where(mad <= 1e-9 * level, size, mad)
 
 
 def loop_mad(x, starts):
@@ -83,7 +91,7 @@ def loop_windows(x, starts):
     "Return normalised windows by the same loop"
     out = []
     for s, (med, mad) in zip(starts, loop_mad(x, starts)):
-        z = (x[s:s + T] - med) / np.maximum(mad, 1e-5)
+        z = (x[s:s + T] - med) / floor(med, mad)
         out.append(np.clip(z, -5, 5).astype(np.float32))
     return out
 
@@ -134,7 +142,7 @@ def same_windows(items, sets, starts):
             np.testing.assert_allclose(sets['zscore', how].arrays([i])[0][0], items[i][0].numpy(), atol=2e-3)
             scale = sets['median_mad', how].arrays([i])[2]
             np.testing.assert_allclose(scale.loc[0], med, rtol=1e-6)
-            np.testing.assert_allclose(scale.scale[0], np.maximum(mad, 1e-5), rtol=1e-6)
+            np.testing.assert_allclose(scale.scale[0], floor(med, mad), rtol=1e-6)
 
 
 def compiled_rate(x):
@@ -218,7 +226,7 @@ def same_medians(ds, numbers):
         median_mad = ds.normalizer.kind == 'median_mad'
         scale = ds.arrays([i])[2] if median_mad else MedianMAD().fit(ds.x[row:row + L], L)
         np.testing.assert_allclose(np.ravel(scale.loc), med, rtol=1e-6)
-        np.testing.assert_allclose(np.ravel(scale.scale), np.maximum(mad, 1e-5), rtol=1e-6)
+        np.testing.assert_allclose(np.ravel(scale.scale), floor(med, mad), rtol=1e-6)
 
 
 def large(kind, n, how, repeats):
