@@ -157,7 +157,8 @@ def main():
             pd.DataFrame(done).to_csv(OUT, index=False, float_format='%.6g')
             new = pd.DataFrame([o for o in done if all(o[k] == v for k, v in key.items())])
             table = new.pivot_table(index='rule', columns=['quantity', 'teach'], values='crps', sort=False)
-            print(pd.Series(key).to_dict(), (100*(table/table.loc['pool'] - 1)).round(2).to_string(), sep='\n', flush=True)
+            above = 100*(table/table.loc['pool'] - 1)
+            print(key, above.round(2).to_string(), sep='\n', flush=True)
 
 
 if __name__ == '__main__': main()
