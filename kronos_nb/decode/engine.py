@@ -438,6 +438,7 @@ def draw_next(self: Decoder,
 # %% ../../nbs/api/5_forecast/50_engine.ipynb #c85d9db4
 @patch
 def _draw_by_operation(self: Decoder, s1, s2, stamps, session):
+    "Read a bar and take the most probable next one, as `draw_next` does at temperature 0"
     context = self.read(s1, s2, stamps, session)
     s1 = self.s1_logits(context).argmax(-1)
     return torch.stack([s1, self.s2_logits(context, s1, session).argmax(-1)])
